@@ -1,0 +1,61 @@
+//! `c/abi.h` as atomics: the same layout, asserted against the types that libbpf-cargo read from the
+//! object's BTF. Never a second definition of a meaning.
+
+use std::mem::offset_of;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use culvert_shared::sys::shm::Shareable;
+
+use crate::skel::types;
+
+/// One direction of one pair (`struct flow`).
+#[repr(C)]
+pub struct Flow {
+    pub cookie: AtomicU64,
+    pub forwarded_bytes: AtomicU64,
+    pub last_active_ns: AtomicU64,
+    pub trimmed_bytes: AtomicU64,
+    pub next_seq: AtomicU32,
+    pub flags: AtomicU32,
+    pub owner: AtomicU32,
+    pub pad: AtomicU32,
+    pub reserved: [AtomicU64; 2],
+}
+
+// SAFETY: only atomics in a `repr(C)` layout; zero is valid.
+unsafe impl Shareable for Flow {}
+
+/// Bytes forwarded on one CPU (`struct cpu_total`).
+#[repr(C)]
+pub struct CpuTotal {
+    pub forwarded_bytes: [AtomicU64; 2],
+    pub pad: [AtomicU64; 6],
+}
+
+// SAFETY: only atomics in a `repr(C)` layout; zero is valid.
+unsafe impl Shareable for CpuTotal {}
+
+const _: () = {
+    assert!(size_of::<Flow>() == size_of::<types::flow>());
+    assert!(offset_of!(Flow, cookie) == offset_of!(types::flow, cookie));
+    assert!(offset_of!(Flow, forwarded_bytes) == offset_of!(types::flow, forwarded_bytes));
+    assert!(offset_of!(Flow, last_active_ns) == offset_of!(types::flow, last_active_ns));
+    assert!(offset_of!(Flow, trimmed_bytes) == offset_of!(types::flow, trimmed_bytes));
+    assert!(offset_of!(Flow, next_seq) == offset_of!(types::flow, next_seq));
+    assert!(offset_of!(Flow, flags) == offset_of!(types::flow, flags));
+    assert!(offset_of!(Flow, owner) == offset_of!(types::flow, owner));
+    assert!(size_of::<CpuTotal>() == size_of::<types::cpu_total>());
+    assert!(offset_of!(CpuTotal, forwarded_bytes) == offset_of!(types::cpu_total, forwarded_bytes));
+};
+
+/// Bits of `flow.flags` (`enum flow_flag`). User space only reads them.
+pub mod flow_flag {
+    /// `next_seq` is valid.
+    pub const STARTED: u32 = 1;
+    /// A segment began after `next_seq`: bytes are missing.
+    pub const GAP: u32 = 2;
+    /// The other socket was not in the map: bytes were left to user space.
+    pub const NO_TARGET: u32 = 4;
+    /// Bytes that were forwarded before could not be cut off.
+    pub const TRIM_FAILED: u32 = 8;
+}

@@ -1,0 +1,81 @@
+//! The start order, read top to bottom. What fails is reported by the caller; what was made before it is
+//! undone by dropping it.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use culvert_shared::counters::Board;
+use culvert_shared::logging;
+use culvert_shared::sys::shm::Shared;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::args::Args;
+use crate::check;
+use crate::error_log::ErrorLog;
+use crate::generation::Generation;
+use crate::kernel::Kernel;
+use crate::limits;
+use crate::pidfile::PidFile;
+use crate::supervise::Master;
+
+/// The signals that the master acts on.
+const SIGNALS: [Signal; 8] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGWINCH,
+    Signal::SIGCHLD,
+];
+
+/// Runs the program in the foreground until it is told to stop.
+///
+/// # Errors
+/// It cannot be started.
+pub fn run(args: Args) -> Result<ExitCode> {
+    let Some(config) = check::load(&args) else {
+        return Ok(ExitCode::FAILURE);
+    };
+
+    // From here on a signal waits until the loop reads it, so none can interrupt the start half-way.
+    let signals = take_signals()?;
+
+    logging::init(config.error_log.level);
+    let log = ErrorLog::open(&config.error_log)?;
+    log.install()?;
+
+    limits::raise_descriptors(&config)?;
+    let pid_file = PidFile::acquire(&config.pid)?;
+
+    let board = Arc::new(Shared::<Board>::anonymous(1)?);
+    board[0].generation.store(1, Relaxed);
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .context("the clock is before 1970: set it")?;
+    board[0].started_unix_ms.store(now.as_millis() as u64, Relaxed);
+
+    let mut kernel = Kernel::default();
+    let generation = Generation::first(config, &mut kernel)?;
+
+    log::info!(
+        "culvert {} serves with {} workers, process {}",
+        env!("CARGO_PKG_VERSION"),
+        generation.slots(),
+        std::process::id()
+    );
+    Master::new(args, generation, kernel, board, log, pid_file).run(&signals)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn take_signals() -> Result<SignalFd> {
+    let set = SigSet::from_iter(SIGNALS);
+    set.thread_block().context("failed to block signals")?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context("failed to make a descriptor for signals")
+}

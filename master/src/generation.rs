@@ -1,0 +1,124 @@
+//! A generation: one configuration with all that its workers are made from. It is built completely
+//! before anything of it is used, and dropping one that was not used undoes it.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use culvert_shared::config::{Config, User};
+use culvert_shared::counters::MAX_WORKERS;
+use culvert_worker::Listener;
+
+use crate::kernel::{Kernel, MapTable};
+use crate::limits;
+use crate::listen::Listeners;
+use crate::rights;
+use crate::rows::{Assigned, Rows};
+
+/// One configuration and its resources.
+pub struct Generation {
+    /// Its number: 1 at the start, one more at each successful reload.
+    pub number: u64,
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// The user that workers change to.
+    pub user: Option<User>,
+    /// The listening sockets.
+    pub listeners: Listeners,
+    /// The BPF maps.
+    pub maps: MapTable,
+    /// The rows on the board.
+    pub assigned: Assigned,
+    rows: Rows,
+}
+
+impl Generation {
+    /// Builds the first one.
+    ///
+    /// # Errors
+    /// A limit is too low, or an address cannot be bound.
+    pub fn first(config: Config, kernel: &mut Kernel) -> Result<Generation> {
+        check_workers(&config)?;
+        let mut rows = Rows::default();
+        let assigned = rows.assign(&config)?;
+        let maps = kernel.first_maps_for(&config);
+        let listeners = Listeners::default().next(&config)?;
+        Ok(Generation {
+            number: 1,
+            user: rights::target_user(&config),
+            config: Arc::new(config),
+            listeners,
+            maps,
+            assigned,
+            rows,
+        })
+    }
+
+    /// Builds the one that follows `self`, sharing what both need. `self` is left as it is.
+    ///
+    /// # Errors
+    /// As for the first one, and when maps cannot be made although BPF works.
+    pub fn next(&self, config: Config, kernel: &mut Kernel) -> Result<Generation> {
+        check_workers(&config)?;
+        limits::raise_descriptors(&config)?;
+        let mut rows = self.rows.clone();
+        let assigned = rows.assign(&config)?;
+        kernel.open_for(&config);
+        let maps = kernel.maps_for(&config, &self.maps)?;
+        let listeners = self.listeners.next(&config)?;
+        Ok(Generation {
+            number: self.number + 1,
+            user: rights::target_user(&config),
+            config: Arc::new(config),
+            listeners,
+            maps,
+            assigned,
+            rows,
+        })
+    }
+
+    /// How many worker slots it has.
+    pub fn slots(&self) -> usize {
+        self.config.worker_cpus.len()
+    }
+
+    /// Copies of the listening sockets of one slot, for a worker to own.
+    ///
+    /// # Errors
+    /// No more descriptors are to be had.
+    pub fn worker_listeners(&self, slot: usize) -> Result<Vec<Listener>> {
+        let mut listeners = Vec::new();
+        for (server, (configured, rows)) in self
+            .config
+            .servers
+            .iter()
+            .zip(&self.assigned.listeners)
+            .enumerate()
+        {
+            for (listen, row) in configured.listen.iter().zip(rows) {
+                let socket = self
+                    .listeners
+                    .duplicate(listen.address, slot)
+                    .context("failed to hand over a listener")?;
+                listeners.push(Listener {
+                    socket,
+                    address: listen.address,
+                    server,
+                    row: *row,
+                });
+            }
+        }
+        Ok(listeners)
+    }
+}
+
+fn check_workers(config: &Config) -> Result<()> {
+    let workers = config.worker_cpus.len();
+    // During a reload the old and the new worker of a slot exist at the same time.
+    if workers > MAX_WORKERS / 2 {
+        bail!(
+            "worker_processes = {workers} is more than there is room for: at most {}",
+            MAX_WORKERS / 2
+        );
+    }
+    Ok(())
+}

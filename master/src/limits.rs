@@ -1,0 +1,132 @@
+//! The limit on open descriptors: raised as far as the system lets us, and checked before anything is
+//! served, because a worker that runs out of them in the middle of the day can only refuse sessions.
+
+use anyhow::{Context, Result, bail};
+use culvert_shared::config::Config;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// Descriptors that a worker needs besides its listeners and sessions: standard ones, log, control
+/// socket, epoll and its waker, timers, the slot's maps; with room for what libraries open for a moment.
+const WORKER_RESERVE: u64 = 64;
+/// The same for the master.
+const MASTER_RESERVE: u64 = 64;
+/// Descriptors that the master holds for each worker slot besides listeners: maps, programs, links and
+/// the control sockets of the old and the new worker.
+const MASTER_PER_SLOT: u64 = 24;
+
+/// What the configuration needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Need {
+    /// Descriptors of one worker: two for each session.
+    worker: u64,
+    /// Descriptors of the master: a listening socket for each address and slot.
+    master: u64,
+    /// Listeners that a worker holds.
+    listeners: u64,
+}
+
+fn need(config: &Config) -> Need {
+    let listeners = config
+        .servers
+        .iter()
+        .map(|server| server.listen.len() as u64)
+        .sum::<u64>();
+    let slots = config.worker_cpus.len() as u64;
+    Need {
+        // Twice the listeners: a fresh worker holds its own copies beside the inherited ones for a moment.
+        worker: 2 * u64::from(config.worker_connections) + 2 * listeners + WORKER_RESERVE,
+        // Twice: during a reload the old and the new sockets exist side by side.
+        master: 2 * slots * (listeners + MASTER_PER_SLOT) + MASTER_RESERVE,
+        listeners,
+    }
+}
+
+/// Raises the limit of this process, which its workers inherit.
+///
+/// # Errors
+/// The configuration needs more than the system allows.
+pub fn raise_descriptors(config: &Config) -> Result<()> {
+    let need = need(config);
+    let wanted = need.worker.max(need.master);
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("failed to read the descriptor limit")?;
+    if hard < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_ok() {
+        return Ok(());
+    }
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+            .with_context(|| format!("failed to raise the descriptor limit from {soft} to {hard}"))?;
+    }
+    check(config, need, hard.max(soft))
+}
+
+fn check(config: &Config, need: Need, limit: u64) -> Result<()> {
+    let remedy = "raise the limit (ulimit -Hn; LimitNOFILE= in a systemd unit; fs.nr_open bounds both)";
+    if need.worker > limit {
+        let fits = limit.saturating_sub(need.worker - 2 * u64::from(config.worker_connections)) / 2;
+        bail!(
+            "worker_connections = {} needs {} descriptors in each worker (2 for each session, {} listeners, a \
+             reserve), but the limit is {limit}: lower worker_connections to at most {fits}, or {remedy}",
+            config.worker_connections,
+            need.worker,
+            need.listeners,
+        );
+    }
+    if need.master > limit {
+        bail!(
+            "{} listeners in {} worker processes need {} descriptors in the master, but the limit is {limit}: \
+             lower worker_processes or the number of listeners, or {remedy}",
+            need.listeners,
+            config.worker_cpus.len(),
+            need.master,
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn two_descriptors_a_session_and_the_listeners_are_counted() {
+        let mut config = testing::config(&["127.0.0.1:1", "127.0.0.1:2"], &[]);
+        config.worker_connections = 1000;
+        config.worker_cpus = vec![vec![0]; 3];
+        let need = need(&config);
+        assert_eq!(need.listeners, 2);
+        assert_eq!(need.worker, 2000 + 4 + WORKER_RESERVE);
+        assert_eq!(need.master, 2 * 3 * (2 + MASTER_PER_SLOT) + MASTER_RESERVE);
+    }
+
+    #[test]
+    fn a_limit_that_is_too_low_is_reported_with_the_value_that_would_fit() {
+        let mut config = testing::config(&["127.0.0.1:1"], &[]);
+        config.worker_connections = 100_000;
+        let error = check(&config, need(&config), 4096).unwrap_err().to_string();
+        assert!(
+            error.contains("worker_connections = 100000 needs 200066 descriptors"),
+            "{error}"
+        );
+        assert!(error.contains("the limit is 4096"), "{error}");
+        let fits = error
+            .split("at most ")
+            .nth(1)
+            .and_then(|rest| rest.split(',').next())
+            .unwrap();
+        config.worker_connections = fits.parse().unwrap();
+        assert!(check(&config, need(&config), 4096).is_ok());
+        config.worker_connections += 1;
+        assert!(check(&config, need(&config), 4096).is_err());
+    }
+
+    #[test]
+    fn the_master_needs_a_descriptor_for_each_listener_and_slot() {
+        let listeners: Vec<String> = (1..=100).map(|port| format!("127.0.0.1:{port}")).collect();
+        let listeners: Vec<&str> = listeners.iter().map(String::as_str).collect();
+        let mut config = testing::config(&listeners, &[]);
+        config.worker_cpus = vec![vec![0]; 64];
+        let error = check(&config, need(&config), 4096).unwrap_err().to_string();
+        assert!(error.contains("100 listeners in 64 worker processes"), "{error}");
+    }
+}

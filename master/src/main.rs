@@ -1,0 +1,67 @@
+//! The master: configuration → listeners → BPF → workers → supervision.
+//!
+//! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
+//! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`; `spawn` makes a
+//! `worker` of it, which `rights` disarms first.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod backoff;
+mod boot;
+mod check;
+mod error_log;
+mod generation;
+mod kernel;
+mod limits;
+mod listen;
+mod pidfile;
+mod reload;
+mod rights;
+mod rows;
+mod signal;
+mod spawn;
+mod supervise;
+#[cfg(test)]
+mod testing;
+mod worker;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use args::{Action, Args};
+
+/// Wrong usage, as distinct from a configuration or a start that fails.
+const EXIT_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let args = match args::parse(std::env::args_os().skip(1)) {
+        Ok(args) => args,
+        Err(error) => {
+            eprintln!("master: {error}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    match act(args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("master: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(args: Args) -> Result<ExitCode> {
+    match args.action {
+        Action::Run => boot::run(args),
+        Action::Test { quiet } => Ok(check::test(&args, quiet)),
+        Action::Dump { quiet } => Ok(check::dump(&args, quiet)),
+        Action::Signal(signal) => match check::load(&args) {
+            Some(config) => signal::send(signal, &config).map(|()| ExitCode::SUCCESS),
+            None => Ok(ExitCode::FAILURE),
+        },
+        Action::Version => Ok(check::version()),
+        Action::Help => Ok(check::print(args::HELP.trim_end())),
+    }
+}

@@ -1,0 +1,213 @@
+//! A new generation takes over from the old. All or nothing: until every new worker has said that it is
+//! ready, the old ones serve as if nothing had happened.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use culvert_shared::config;
+use culvert_shared::counters::Board;
+use culvert_shared::logging;
+
+use crate::error_log::ErrorLog;
+use crate::generation::Generation;
+use crate::pidfile::PidFile;
+use crate::spawn::{Blueprint, spawn};
+use crate::supervise::{Master, Phase, SlotCare};
+use crate::worker::{State, Worker};
+
+/// How long new workers may take until they accept; they have little to do before that.
+const READY_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A generation whose workers were forked and are not all ready yet.
+pub struct Pending {
+    /// The generation.
+    pub generation: Generation,
+    /// When it is given up.
+    pub deadline: Instant,
+    log: ErrorLog,
+    pid_file: Option<PidFile>,
+}
+
+impl Master {
+    /// Loads the configuration again and starts the new generation's workers.
+    pub fn begin_reload(&mut self, now: Instant) {
+        if self.pending.is_some() {
+            self.reload_again = true;
+            return;
+        }
+        log::info!("reloading {}", self.args.config.display());
+        let config = match config::load(&self.args.config, &self.args.set) {
+            Ok(config) => config,
+            Err(diagnostics) => {
+                for diagnostic in &diagnostics {
+                    log::error!("{diagnostic}");
+                }
+                return self.count_refused(&format!(
+                    "the configuration has errors ({} above)",
+                    diagnostics.len()
+                ));
+            }
+        };
+        match self.prepare(config, now) {
+            Ok(pending) => {
+                self.pending = Some(pending);
+                self.start_pending_workers(now);
+            }
+            Err(error) => self.count_refused(&format!("{error:#}")),
+        }
+    }
+
+    fn prepare(&mut self, config: config::Config, now: Instant) -> Result<Pending> {
+        let log = ErrorLog::open(&config.error_log)?;
+        let pid_file = match self.pid_file.path() == config.pid {
+            true => None,
+            false => Some(PidFile::acquire(&config.pid)?),
+        };
+        let wanted = config.worker_cpus.len();
+        let free = self.board[0]
+            .workers
+            .iter()
+            .filter(|row| row.pid.load(Relaxed) == 0)
+            .count();
+        ensure!(
+            wanted <= free,
+            "{} worker processes are alive, there is room for {free} more and {wanted} are needed: wait until old \
+             ones have drained, or set worker_shutdown_timeout",
+            self.workers.len()
+        );
+        let generation = self.current.next(config, &mut self.kernel)?;
+        Ok(Pending {
+            generation,
+            deadline: now + READY_PATIENCE,
+            log,
+            pid_file,
+        })
+    }
+
+    fn start_pending_workers(&mut self, now: Instant) {
+        let slots = self
+            .pending
+            .as_ref()
+            .map_or(0, |pending| pending.generation.slots());
+        for slot in 0..slots {
+            let owner = self.next_owner();
+            let totals = self.kernel.totals();
+            let Some(pending) = &self.pending else { return };
+            let generation = &pending.generation;
+            let blueprint = Blueprint {
+                generation,
+                slot,
+                owner,
+                board: &self.board,
+                totals,
+                log: &pending.log,
+            };
+            match spawn(blueprint) {
+                Ok(worker) => self.workers.push(worker),
+                Err(error) => {
+                    return self.refuse_reload(&format!("failed to start worker {slot}: {error:#}"), now);
+                }
+            }
+        }
+    }
+
+    /// Switches over when all new workers are ready, gives up when they take too long.
+    pub fn advance_reload(&mut self, now: Instant) {
+        let Some(pending) = &self.pending else { return };
+        let number = pending.generation.number;
+        let ready = |worker: &&Worker| worker.generation == number && worker.state() == State::Serving;
+        if self.workers.iter().filter(ready).count() == pending.generation.slots() {
+            self.finish_reload(now);
+        } else if pending.deadline <= now {
+            self.refuse_reload(
+                &format!("its workers were not ready within {READY_PATIENCE:?}"),
+                now,
+            );
+        }
+        if self.pending.is_none() && std::mem::take(&mut self.reload_again) && !self.is_ending() {
+            self.begin_reload(now);
+        }
+    }
+
+    fn finish_reload(&mut self, now: Instant) {
+        let Some(Pending {
+            generation,
+            log,
+            pid_file,
+            ..
+        }) = self.pending.take()
+        else {
+            return;
+        };
+        let (number, limit) = (generation.number, generation.config.worker_shutdown_timeout);
+        match log.install() {
+            Ok(_) => {
+                self.log = log;
+                logging::set_level(generation.config.error_log.level);
+                for worker in self
+                    .workers
+                    .iter_mut()
+                    .filter(|worker| worker.generation != number)
+                {
+                    worker.write_log_to(self.log.as_fd());
+                }
+            }
+            Err(error) => log::error!("the new error log is not used: {error:#}"),
+        }
+        if let Some(pid_file) = pid_file {
+            self.pid_file = pid_file;
+        }
+        // What only the old generation had is closed before its workers are told: they take what waits
+        // in a socket, then close theirs, and with it the address is free or refuses at once.
+        self.current = generation;
+        if let Err(error) = self.current.listeners.apply(&self.current.config) {
+            log::warn!("a listener keeps its old settings: {error:#}");
+        }
+        self.slots = vec![SlotCare::default(); self.current.slots()];
+        self.phase = Phase::Serving;
+        for worker in self
+            .workers
+            .iter_mut()
+            .filter(|worker| worker.generation != number)
+        {
+            worker.drain(limit, now);
+        }
+        self.board[0].generation.store(number, Relaxed);
+        Board::add(&self.board[0].reloads_succeeded, 1);
+        log::info!("generation {number} serves with {} workers", self.current.slots());
+    }
+
+    /// Gives the new generation up; the old one goes on.
+    pub fn refuse_reload(&mut self, why: &str, now: Instant) {
+        let Some(pending) = self.pending.take() else {
+            return;
+        };
+        let number = pending.generation.number;
+        for worker in self
+            .workers
+            .iter_mut()
+            .filter(|worker| worker.generation == number)
+        {
+            worker.stop(now);
+        }
+        self.count_refused(why);
+    }
+
+    /// Forgets a reload because the program does something else now; its workers are told by the caller.
+    pub fn abandon_reload(&mut self) {
+        self.reload_again = false;
+        if self.pending.take().is_some() {
+            self.count_refused("the program was told to stop or to pause meanwhile");
+        }
+    }
+
+    fn count_refused(&self, why: &str) {
+        Board::add(&self.board[0].reloads_failed, 1);
+        log::error!(
+            "reload refused, generation {} goes on: {why}",
+            self.current.number
+        );
+    }
+}

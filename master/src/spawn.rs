@@ -1,0 +1,169 @@
+//! Filling a worker slot: fork, and in the child pin, drop rights, serve.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use culvert_bpf::Totals;
+use culvert_shared::counters::{Board, MAX_WORKERS};
+use culvert_shared::ids::Owner;
+use culvert_shared::sys::shm::Shared;
+use culvert_shared::sys::{fdpass, process, signals};
+use culvert_worker::WorkerStart;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::Pid;
+
+use crate::error_log::ErrorLog;
+use crate::generation::Generation;
+use crate::rights;
+use crate::worker::{Born, Worker};
+
+/// A worker is steered through its control socket only. These would reach it as well: a terminal sends
+/// some of them to the whole process group, and administrators signal by name.
+const IGNORED: [Signal; 8] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGWINCH,
+    Signal::SIGPIPE,
+];
+
+/// What a worker is made from.
+pub struct Blueprint<'a> {
+    /// Its generation.
+    pub generation: &'a Generation,
+    /// Its slot.
+    pub slot: usize,
+    /// Its mark.
+    pub owner: Owner,
+    /// The board.
+    pub board: &'a Arc<Shared<Board>>,
+    /// The bytes that the kernel forwarded.
+    pub totals: Option<Arc<Totals>>,
+    /// Where it writes its log.
+    pub log: &'a ErrorLog,
+}
+
+/// Starts a worker.
+///
+/// # Errors
+/// The board is full, or the system has no room for another process or descriptor.
+pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
+    let Blueprint {
+        generation,
+        slot,
+        owner,
+        board,
+        ..
+    } = blueprint;
+    let row = free_row(&board[0])?;
+    let (ours, theirs) = fdpass::pair()?;
+    board[0].workers[row].claim(slot, generation.number);
+    let maps = generation.maps.slot(slot);
+    match process::fork_here()? {
+        process::Side::Parent(pid) => {
+            board[0].workers[row].pid.store(pid.as_raw() as u32, Relaxed);
+            drop(theirs);
+            let born = Born {
+                pid,
+                slot,
+                row,
+                owner,
+                generation: generation.number,
+                maps,
+                control: ours,
+            };
+            Ok(Worker::new(born, Instant::now()))
+        }
+        process::Side::Child => {
+            // Nothing of the master's may run in the child: neither its destructors nor its loop.
+            let status = catch_unwind(AssertUnwindSafe(|| live(&blueprint, row, theirs))).unwrap_or(101);
+            std::process::exit(status)
+        }
+    }
+}
+
+fn free_row(board: &Board) -> Result<usize> {
+    board.workers.iter().position(|row| row.pid.load(Relaxed) == 0).with_context(|| {
+        format!("{MAX_WORKERS} worker processes are alive, old generations included: wait until some have drained")
+    })
+}
+
+/// The child's whole life; returns its exit status.
+fn live(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> i32 {
+    let slot = blueprint.slot;
+    blueprint.board[0].workers[row]
+        .pid
+        .store(std::process::id(), Relaxed);
+    match prepare(blueprint, row, control) {
+        Ok(start) => culvert_worker::run(start),
+        Err(error) => {
+            log::error!("worker {slot} cannot start: {error:#}");
+            1
+        }
+    }
+}
+
+fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<WorkerStart> {
+    let Blueprint {
+        generation,
+        slot,
+        owner,
+        board,
+        ref totals,
+        log,
+    } = *blueprint;
+    pin(slot, &generation.config.worker_cpus[slot]);
+    signals::ignore(&IGNORED)?;
+    SigSet::all()
+        .thread_unblock()
+        .context("failed to unblock signals")?;
+    // At most 15 bytes (prctl(2)); ps and top show it.
+    let name = std::ffi::CString::new(format!("culvert-w{slot}")).context("failed to name the process")?;
+    prctl::set_name(&name).context("failed to name the process")?;
+
+    let listeners = generation.worker_listeners(slot)?;
+    let maps = generation.maps.slot(slot);
+    let mut keep: Vec<RawFd> = vec![control.as_raw_fd(), log.install()?];
+    keep.extend(listeners.iter().map(|listener| listener.socket.as_raw_fd()));
+    keep.extend(maps.iter().flat_map(|maps| maps.fds()));
+    process::close_all_except(&keep);
+
+    rights::drop_all(generation.user.as_ref())?;
+    Ok(WorkerStart {
+        slot,
+        row,
+        owner,
+        config: Arc::clone(&generation.config),
+        listeners,
+        peer_rows: generation.assigned.peers.clone(),
+        board: Arc::clone(board),
+        maps,
+        totals: totals.clone(),
+        control,
+    })
+}
+
+/// Pins this process. The configuration was checked against the CPUs that there are, so a refusal means
+/// that the host has changed since: a worker on any CPU is better than none.
+fn pin(slot: usize, cpus: &[usize]) {
+    let mut set = CpuSet::new();
+    let result = cpus
+        .iter()
+        .try_for_each(|cpu| set.set(*cpu))
+        .and_then(|()| sched_setaffinity(Pid::this(), &set));
+    if let Err(error) = result {
+        log::warn!(
+            "failed to pin worker {slot} to CPUs {cpus:?}, it runs on any: {}",
+            error.desc().to_lowercase()
+        );
+    }
+}

@@ -1,0 +1,384 @@
+//! The master's loop: signals, what workers say, their deaths, and what falls due. Everything happens
+//! here, in one thread; nothing in it blocks but the one poll.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use culvert_shared::counters::Board;
+use culvert_shared::ids::Owner;
+use culvert_shared::sys::shm::Shared;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::SignalFd;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::args::Args;
+use crate::backoff::Backoff;
+use crate::error_log::ErrorLog;
+use crate::generation::Generation;
+use crate::kernel::Kernel;
+use crate::listen::Listeners;
+use crate::pidfile::PidFile;
+use crate::reload::Pending;
+use crate::spawn::{Blueprint, spawn};
+use crate::worker::{State, Worker};
+
+/// The longest sleep, well within what poll(2) can count.
+const LONGEST_SLEEP: Duration = Duration::from_secs(3600);
+
+/// What the program as a whole is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Each slot has a worker, or is about to get one.
+    Serving,
+    /// After WINCH: workers drain, connections wait in the listening sockets.
+    Paused,
+    /// After QUIT: workers finish their sessions, then the program ends.
+    Quitting,
+    /// After TERM or INT: workers stop, then the program ends.
+    Stopping,
+}
+
+/// What the master knows of a slot besides its worker.
+#[derive(Clone, Debug, Default)]
+pub struct SlotCare {
+    backoff: Backoff,
+    /// When its dead worker is to be replaced.
+    replace_at: Option<Instant>,
+}
+
+/// The running master.
+pub struct Master {
+    /// The command line, for loading the configuration again.
+    pub args: Args,
+    /// The generation that serves.
+    pub current: Generation,
+    /// The generation that is about to take over.
+    pub pending: Option<Pending>,
+    /// Another reload was asked for meanwhile.
+    pub reload_again: bool,
+    /// What the slots' BPF maps have in common.
+    pub kernel: Kernel,
+    /// The board.
+    pub board: Arc<Shared<Board>>,
+    /// Every worker process that was not yet reaped, of whatever generation.
+    pub workers: Vec<Worker>,
+    /// One for each slot of the current generation.
+    pub slots: Vec<SlotCare>,
+    /// Where the log goes.
+    pub log: ErrorLog,
+    /// The pid file.
+    pub pid_file: PidFile,
+    /// What the program is doing.
+    pub phase: Phase,
+    last_owner: u32,
+    has_served: bool,
+    failure: Option<anyhow::Error>,
+}
+
+impl Master {
+    /// A master without workers yet.
+    pub fn new(
+        args: Args,
+        current: Generation,
+        kernel: Kernel,
+        board: Arc<Shared<Board>>,
+        log: ErrorLog,
+        pid_file: PidFile,
+    ) -> Master {
+        let slots = vec![SlotCare::default(); current.slots()];
+        Master {
+            args,
+            current,
+            pending: None,
+            reload_again: false,
+            kernel,
+            board,
+            workers: Vec::new(),
+            slots,
+            log,
+            pid_file,
+            phase: Phase::Serving,
+            last_owner: 0,
+            has_served: false,
+            failure: None,
+        }
+    }
+
+    /// Serves until told to stop.
+    ///
+    /// # Errors
+    /// The first workers could not be started, or the loop itself fails.
+    pub fn run(mut self, signals: &SignalFd) -> Result<()> {
+        self.fill_all_slots(Instant::now());
+        while !(self.is_ending() && self.workers.is_empty()) {
+            self.wait(signals)?;
+            let now = Instant::now();
+            for worker in &mut self.workers {
+                worker.hear(now);
+            }
+            while let Some(info) = signals.read_signal().context("failed to read a signal")? {
+                let from_kernel = info.ssi_code == nix::libc::SI_KERNEL;
+                if let Ok(signal) = Signal::try_from(info.ssi_signo as i32) {
+                    self.handle(signal, from_kernel, now);
+                }
+            }
+            self.advance(now);
+        }
+        match self.failure.take() {
+            Some(failure) => Err(failure),
+            None => {
+                log::info!("stopped");
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether the program is on its way out.
+    pub fn is_ending(&self) -> bool {
+        matches!(self.phase, Phase::Quitting | Phase::Stopping)
+    }
+
+    /// A mark that no worker has had yet.
+    pub fn next_owner(&mut self) -> Owner {
+        self.last_owner = self.last_owner.checked_add(1).unwrap_or(1);
+        Owner(self.last_owner)
+    }
+
+    fn wait(&self, signals: &SignalFd) -> Result<()> {
+        let now = Instant::now();
+        let mut sources = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        sources.extend(
+            self.workers
+                .iter()
+                .filter_map(Worker::control)
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
+        );
+        let deadlines = self.workers.iter().filter_map(|worker| worker.state().deadline());
+        let replacements = self.slots.iter().filter_map(|slot| slot.replace_at);
+        let pending = self.pending.iter().map(|pending| pending.deadline);
+        let sleep = deadlines
+            .chain(replacements)
+            .chain(pending)
+            .min()
+            // One more millisecond: poll counts whole ones, and waking early would mean spinning.
+            .map_or(LONGEST_SLEEP, |at| {
+                at.saturating_duration_since(now) + Duration::from_millis(1)
+            })
+            .min(LONGEST_SLEEP);
+        let timeout = PollTimeout::try_from(sleep).unwrap_or(PollTimeout::MAX);
+        match poll(&mut sources, timeout) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(error) => Err(error).context("failed to wait for events"),
+        }
+    }
+
+    fn handle(&mut self, signal: Signal, from_kernel: bool, now: Instant) {
+        match signal {
+            Signal::SIGCHLD => self.reap(now),
+            Signal::SIGTERM | Signal::SIGINT if self.phase == Phase::Stopping => {
+                log::warn!("{signal} again: workers are killed");
+                self.workers.iter_mut().for_each(Worker::kill);
+            }
+            Signal::SIGTERM | Signal::SIGINT => {
+                log::info!("{signal}: stopping");
+                self.stop(now);
+            }
+            Signal::SIGQUIT => self.quit(now),
+            Signal::SIGHUP if self.is_ending() => log::warn!("reload ignored: the program is stopping"),
+            Signal::SIGHUP => self.begin_reload(now),
+            Signal::SIGUSR1 => self.reopen_log(),
+            Signal::SIGUSR2 => {
+                log::error!("SIGUSR2: changing to a new binary is not supported yet, nothing is done")
+            }
+            // A terminal sends it whenever its window is resized, which is nobody's wish to pause.
+            Signal::SIGWINCH if !from_kernel => self.pause(now),
+            _ => {}
+        }
+    }
+
+    /// Does what is due.
+    fn advance(&mut self, now: Instant) {
+        for worker in &mut self.workers {
+            worker.advance(now);
+        }
+        if !self.has_served && self.workers.iter().any(|worker| worker.state() == State::Serving) {
+            self.has_served = true;
+        }
+        self.advance_reload(now);
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].replace_at.is_some_and(|at| at <= now) {
+                self.slots[slot].replace_at = None;
+                self.fill_slot(slot, now);
+            }
+        }
+    }
+
+    /// Gives each slot a worker.
+    fn fill_all_slots(&mut self, now: Instant) {
+        for slot in 0..self.slots.len() {
+            self.fill_slot(slot, now);
+        }
+    }
+
+    fn fill_slot(&mut self, slot: usize, now: Instant) {
+        let owner = self.next_owner();
+        let totals = self.kernel.totals();
+        let blueprint = Blueprint {
+            generation: &self.current,
+            slot,
+            owner,
+            board: &self.board,
+            totals,
+            log: &self.log,
+        };
+        match spawn(blueprint) {
+            Ok(worker) => {
+                log::info!("worker {slot} started, process {}", worker.pid);
+                self.workers.push(worker);
+            }
+            Err(error) => {
+                let wait = self.replace_later(slot, Duration::ZERO, now);
+                log::error!("failed to start worker {slot}, trying again in {wait:?}: {error:#}");
+            }
+        }
+    }
+
+    fn replace_later(&mut self, slot: usize, lived: Duration, now: Instant) -> Duration {
+        let care = &mut self.slots[slot];
+        let wait = care.backoff.died_after(lived);
+        care.replace_at = Some(now + wait);
+        wait
+    }
+
+    fn reap(&mut self, now: Instant) {
+        loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
+                Ok(status) => {
+                    if let Some(pid) = status.pid() {
+                        self.bury(pid, status, now);
+                    }
+                }
+                Err(Errno::EINTR) => {}
+                Err(error) => return log::error!("failed to wait for workers: {error}"),
+            }
+        }
+    }
+
+    fn bury(&mut self, pid: Pid, status: WaitStatus, now: Instant) {
+        let Some(at) = self.workers.iter().position(|worker| worker.pid == pid) else {
+            return;
+        };
+        let worker = self.workers.swap_remove(at);
+        // Its sockets are closed by now, so whatever it left in the maps is free to be taken.
+        if let Some(maps) = &worker.maps {
+            maps.release_owner(worker.owner);
+        }
+        self.board[0].workers[worker.row].clear();
+        let (slot, how) = (worker.slot, ending(status));
+        if worker.is_leaving() {
+            return log::info!("worker {slot} (process {pid}) is gone: {how}");
+        }
+        if worker.generation != self.current.number {
+            return self.refuse_reload(
+                &format!("its worker {slot} (process {pid}) {how} before it was ready"),
+                now,
+            );
+        }
+        if !self.has_served && matches!(status, WaitStatus::Exited(..)) {
+            let failure = anyhow!("worker {slot} {how} before it was ready: the log says why");
+            self.failure.get_or_insert(failure);
+            return self.stop(now);
+        }
+        Board::add(&self.board[0].worker_restarts, 1);
+        let wait = self.replace_later(slot, now.saturating_duration_since(worker.started), now);
+        if wait.is_zero() {
+            log::error!("worker {slot} (process {pid}) {how}: it is replaced");
+        } else {
+            log::error!("worker {slot} (process {pid}) {how}: it keeps dying, and is replaced in {wait:?}");
+        }
+    }
+
+    fn stop(&mut self, now: Instant) {
+        self.end(Phase::Stopping);
+        self.workers.iter_mut().for_each(|worker| worker.stop(now));
+    }
+
+    fn quit(&mut self, now: Instant) {
+        if self.is_ending() {
+            return;
+        }
+        let limit = self.current.config.worker_shutdown_timeout;
+        log::info!("SIGQUIT: finishing {} sessions", self.open_sessions());
+        self.end(Phase::Quitting);
+        self.workers
+            .iter_mut()
+            .for_each(|worker| worker.drain(limit, now));
+    }
+
+    fn end(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.abandon_reload();
+        self.slots.iter_mut().for_each(|slot| slot.replace_at = None);
+        // While the master held them, new connections would wait in them for nobody.
+        self.current.listeners = Listeners::default();
+    }
+
+    fn pause(&mut self, now: Instant) {
+        if self.phase != Phase::Serving {
+            return;
+        }
+        log::info!("SIGWINCH: workers drain, connections wait until SIGHUP");
+        self.phase = Phase::Paused;
+        self.abandon_reload();
+        self.slots.iter_mut().for_each(|slot| slot.replace_at = None);
+        let limit = self.current.config.worker_shutdown_timeout;
+        self.workers
+            .iter_mut()
+            .for_each(|worker| worker.drain(limit, now));
+    }
+
+    fn reopen_log(&mut self) {
+        let opened = ErrorLog::open(&self.current.config.error_log).and_then(|log| {
+            log.install()?;
+            Ok(log)
+        });
+        match opened {
+            Ok(log) => {
+                self.log = log;
+                for worker in &mut self.workers {
+                    worker.write_log_to(self.log.as_fd());
+                }
+                log::info!("SIGUSR1: the log was opened anew");
+            }
+            Err(error) => log::error!("failed to open the log anew, the old one goes on: {error:#}"),
+        }
+    }
+
+    fn open_sessions(&self) -> u64 {
+        self.board[0]
+            .live_workers()
+            .map(|(_, row)| u64::from(row.sessions.load(Relaxed)))
+            .sum()
+    }
+}
+
+/// How a process ended, in words.
+fn ending(status: WaitStatus) -> String {
+    match status {
+        WaitStatus::Exited(_, status) => format!("exited with status {status}"),
+        WaitStatus::Signaled(_, signal, core) => {
+            format!(
+                "was killed by {signal}{}",
+                if core { ", core dumped" } else { "" }
+            )
+        }
+        other => format!("ended ({other:?})"),
+    }
+}

@@ -1,0 +1,61 @@
+//! Configurations for unit tests.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use culvert_shared::config::{
+    Action, Address, Balance, Config, ErrorLog, Listen, LogTarget, Peer, Server, Stream, Target, Upstream,
+};
+
+/// One server for each listener, all proxying to the first upstream; one worker on CPU 0.
+pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
+    let stream = Stream {
+        ebpf_enable: false,
+        proxy_timeout: Duration::from_secs(600),
+        proxy_connect_timeout: Duration::from_secs(60),
+        proxy_buffer_size: 16 * 1024,
+        proxy_half_close: true,
+        tcp_nodelay: true,
+        ebpf_timer_period: Duration::from_secs(2),
+    };
+    Config {
+        user: None,
+        worker_cpus: vec![vec![0]],
+        worker_connections: 64,
+        worker_shutdown_timeout: None,
+        pid: "/nonexistent/master.pid".into(),
+        error_log: ErrorLog {
+            target: LogTarget::Stderr,
+            level: log::LevelFilter::Info,
+        },
+        upstreams: upstreams
+            .iter()
+            .map(|(name, peers)| Upstream {
+                name: (*name).to_owned(),
+                balance: Balance::RoundRobin,
+                peers: peers
+                    .iter()
+                    .map(|peer| Peer {
+                        address: Address::Tcp(address(peer)),
+                        weight: 1,
+                    })
+                    .collect(),
+            })
+            .collect(),
+        servers: listeners
+            .iter()
+            .map(|listen| Server {
+                listen: vec![Listen {
+                    address: address(listen),
+                    backlog: 511,
+                }],
+                action: Action::Proxy(Target::Upstream(0)),
+                stream: stream.clone(),
+            })
+            .collect(),
+    }
+}
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}

@@ -1,0 +1,337 @@
+//! One worker process as the master sees it: what it holds, what it was told, and until when it has time.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use culvert_bpf::SlotMaps;
+use culvert_shared::ids::Owner;
+use culvert_shared::message::{ToMaster, ToWorker};
+use culvert_shared::sys::fdpass;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How long a worker has to obey [`ToWorker::Stop`]: it only resets what is open.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How far a worker has got.
+///
+/// ```text
+/// Starting ──Ready──▶ Serving ──Drain──▶ Draining ──time is up──▶ Stopping ──time is up──▶ Killed
+///     │                  │                  │                        ▲
+///     └──────────────────┴──────────────────┴──Stop, or its control socket closes
+/// ```
+/// From each of them a worker may die; reaping it is what removes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Forked, not yet accepting.
+    Starting,
+    /// Accepts connections.
+    Serving,
+    /// Finishes its sessions; told to stop at this time, if there is one.
+    Draining(Option<Instant>),
+    /// Was told to stop, or cannot be told anything any more; killed at this time.
+    Stopping(Instant),
+    /// SIGKILL was sent.
+    Killed,
+}
+
+impl State {
+    /// When something is to be done if nothing happens before.
+    pub fn deadline(self) -> Option<Instant> {
+        match self {
+            State::Starting | State::Serving | State::Killed => None,
+            State::Draining(stop_at) => stop_at,
+            State::Stopping(kill_at) => Some(kill_at),
+        }
+    }
+}
+
+/// One worker process.
+pub struct Worker {
+    /// Its process id.
+    pub pid: Pid,
+    /// Its worker slot.
+    pub slot: usize,
+    /// Its row on the board.
+    pub row: usize,
+    /// The mark of the sockmap pairs that it holds.
+    pub owner: Owner,
+    /// Its generation.
+    pub generation: u64,
+    /// The maps that it uses; kept until it is gone, because its pairs are released by the master.
+    pub maps: Option<Arc<SlotMaps>>,
+    /// When it was forked.
+    pub started: Instant,
+    state: State,
+    leaving: bool,
+    control: Option<OwnedFd>,
+}
+
+/// What is known of a worker when it is forked.
+pub struct Born {
+    /// As in [`Worker`].
+    pub pid: Pid,
+    /// As in [`Worker`].
+    pub slot: usize,
+    /// As in [`Worker`].
+    pub row: usize,
+    /// As in [`Worker`].
+    pub owner: Owner,
+    /// As in [`Worker`].
+    pub generation: u64,
+    /// As in [`Worker`].
+    pub maps: Option<Arc<SlotMaps>>,
+    /// The master's end of the pair.
+    pub control: OwnedFd,
+}
+
+impl Worker {
+    /// A worker that was just forked.
+    pub fn new(born: Born, now: Instant) -> Worker {
+        let Born {
+            pid,
+            slot,
+            row,
+            owner,
+            generation,
+            maps,
+            control,
+        } = born;
+        Worker {
+            pid,
+            slot,
+            row,
+            owner,
+            generation,
+            maps,
+            started: now,
+            state: State::Starting,
+            leaving: false,
+            control: Some(control),
+        }
+    }
+
+    /// How far it has got.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Whether it was told to leave: its end is no accident then.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
+    /// The socket to wait on for [`Worker::hear`].
+    pub fn control(&self) -> Option<BorrowedFd<'_>> {
+        self.control.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Takes in what the worker said.
+    pub fn hear(&mut self, now: Instant) {
+        while let Some(control) = &self.control {
+            match fdpass::receive(control.as_fd()) {
+                Err(Errno::EAGAIN) => return,
+                Err(Errno::EINTR) => {}
+                Ok(received) if !received.message.is_empty() => match ToMaster::decode(&received.message) {
+                    Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
+                    Some(ToMaster::Ready) => {}
+                    None => log::error!(
+                        "worker {} (process {}) sent an unknown message",
+                        self.slot,
+                        self.pid
+                    ),
+                },
+                Ok(_) | Err(_) => {
+                    // Most likely it is dying. It cannot be steered any more, so make sure of that.
+                    self.control = None;
+                    self.stop_by(now);
+                }
+            }
+        }
+    }
+
+    /// Tells it to finish its sessions and exit, within `limit`.
+    pub fn drain(&mut self, limit: Option<Duration>, now: Instant) {
+        self.leaving = true;
+        if matches!(self.state, State::Starting | State::Serving) {
+            self.say(ToWorker::Drain, None);
+            self.state = State::Draining(limit.map(|limit| now + limit));
+        }
+    }
+
+    /// Tells it to exit now.
+    pub fn stop(&mut self, now: Instant) {
+        self.leaving = true;
+        if matches!(self.state, State::Starting | State::Serving | State::Draining(_)) {
+            self.say(ToWorker::Stop, None);
+            self.stop_by(now);
+        }
+    }
+
+    /// Ends it without its help.
+    pub fn kill(&mut self) {
+        // It is our child and was not yet waited for, so the id is still its own.
+        if let Err(error) = kill(self.pid, Signal::SIGKILL) {
+            log::error!(
+                "failed to kill worker {} (process {}): {error}",
+                self.slot,
+                self.pid
+            );
+        }
+        self.state = State::Killed;
+    }
+
+    /// Hands it the log that it shall write to.
+    pub fn write_log_to(&mut self, log: BorrowedFd<'_>) {
+        self.say(ToWorker::Log, Some(log));
+    }
+
+    /// Does what is due.
+    pub fn advance(&mut self, now: Instant) {
+        if self.state.deadline().is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        match self.state {
+            State::Draining(_) => {
+                log::warn!(
+                    "worker {} (process {}) still has sessions after worker_shutdown_timeout: they are reset",
+                    self.slot,
+                    self.pid
+                );
+                self.stop(now);
+            }
+            State::Stopping(_) => {
+                log::error!(
+                    "worker {} (process {}) does not stop: it is killed",
+                    self.slot,
+                    self.pid
+                );
+                self.kill();
+            }
+            State::Starting | State::Serving | State::Killed => {}
+        }
+    }
+
+    fn stop_by(&mut self, now: Instant) {
+        if !matches!(self.state, State::Stopping(_) | State::Killed) {
+            self.state = State::Stopping(now + STOP_PATIENCE);
+        }
+    }
+
+    fn say(&mut self, message: ToWorker, descriptor: Option<BorrowedFd<'_>>) {
+        let Some(control) = &self.control else { return };
+        match fdpass::send(control.as_fd(), &message.encode(), descriptor) {
+            Ok(()) => {}
+            // Dying; its death is reported by SIGCHLD.
+            Err(Errno::EPIPE | Errno::ECONNRESET) => {}
+            Err(error) => {
+                log::error!(
+                    "failed to tell worker {} (process {}) to {message:?}: {error}",
+                    self.slot,
+                    self.pid
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A worker whose process does not exist: the id is beyond what Linux gives out (PID_MAX_LIMIT).
+    fn worker() -> (Worker, OwnedFd, Instant) {
+        let (control, theirs) = fdpass::pair().unwrap();
+        let now = Instant::now();
+        let pid = Pid::from_raw((1 << 22) + 1);
+        let born = Born {
+            pid,
+            slot: 0,
+            row: 0,
+            owner: Owner(1),
+            generation: 1,
+            maps: None,
+            control,
+        };
+        (Worker::new(born, now), theirs, now)
+    }
+
+    fn heard(theirs: &OwnedFd) -> Option<ToWorker> {
+        fdpass::receive(theirs.as_fd())
+            .ok()
+            .and_then(|received| ToWorker::decode(&received.message))
+    }
+
+    #[test]
+    fn a_worker_serves_once_it_says_that_it_is_ready() {
+        let (mut worker, theirs, now) = worker();
+        worker.hear(now);
+        assert_eq!(worker.state(), State::Starting);
+        fdpass::send(theirs.as_fd(), &ToMaster::Ready.encode(), None).unwrap();
+        worker.hear(now);
+        assert_eq!(worker.state(), State::Serving);
+    }
+
+    #[test]
+    fn a_drain_that_takes_too_long_becomes_a_stop_and_then_a_kill() {
+        let (mut worker, theirs, now) = worker();
+        let limit = Duration::from_secs(60);
+        worker.drain(Some(limit), now);
+        assert_eq!(heard(&theirs), Some(ToWorker::Drain));
+        worker.advance(now + limit - Duration::from_millis(1));
+        assert_eq!(heard(&theirs), None);
+        worker.advance(now + limit);
+        assert_eq!(heard(&theirs), Some(ToWorker::Stop));
+        assert_eq!(worker.state(), State::Stopping(now + limit + STOP_PATIENCE));
+        worker.advance(now + limit + STOP_PATIENCE);
+        assert_eq!(worker.state(), State::Killed);
+    }
+
+    #[test]
+    fn a_drain_without_limit_waits_for_ever() {
+        let (mut worker, theirs, now) = worker();
+        worker.drain(None, now);
+        assert_eq!(heard(&theirs), Some(ToWorker::Drain));
+        assert_eq!(worker.state().deadline(), None);
+        worker.advance(now + Duration::from_secs(1_000_000));
+        assert_eq!(heard(&theirs), None);
+    }
+
+    #[test]
+    fn orders_are_given_once() {
+        let (mut worker, theirs, now) = worker();
+        worker.stop(now);
+        assert_eq!(heard(&theirs), Some(ToWorker::Stop));
+        worker.stop(now + Duration::from_secs(3));
+        worker.drain(None, now);
+        assert_eq!(heard(&theirs), None);
+        assert_eq!(worker.state(), State::Stopping(now + STOP_PATIENCE));
+    }
+
+    #[test]
+    fn a_worker_that_cannot_be_steered_any_more_is_brought_to_an_end() {
+        let (mut worker, theirs, now) = worker();
+        drop(theirs);
+        worker.hear(now);
+        assert!(worker.control().is_none());
+        assert_eq!(worker.state(), State::Stopping(now + STOP_PATIENCE));
+        worker.advance(now + STOP_PATIENCE);
+        assert_eq!(worker.state(), State::Killed);
+        assert!(
+            !worker.is_leaving(),
+            "nobody asked for its end, so it is to be replaced"
+        );
+    }
+
+    #[test]
+    fn a_draining_worker_that_closes_its_socket_is_leaving_as_it_should() {
+        let (mut worker, theirs, now) = worker();
+        worker.drain(None, now);
+        drop(theirs);
+        worker.hear(now);
+        assert!(worker.is_leaving());
+        assert_eq!(worker.state().deadline(), Some(now + STOP_PATIENCE));
+    }
+}

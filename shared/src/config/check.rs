@@ -1,0 +1,367 @@
+//! The whole: a tree of values → a [`Config`], with every name resolved and every clash found.
+//!
+//! After an error a stand-in value takes the wrong one's place, so that the rest is checked as well; whoever calls
+//! this throws the result away when anything was found.
+
+use std::time::Duration;
+
+use config::{Map, Value, ValueKind};
+
+use super::diagnostic::{Fault, Findings, OriginId};
+use super::servers::Servers;
+use super::source::join;
+use super::valid::{self, Given};
+use super::world::World;
+use super::{Address, Balance, Config, ErrorLog, LogTarget, Peer, Upstream, User};
+use super::{address, cpus, defaults, units};
+
+/// Kernels know up to 8192 CPUs; more than half of that is a slip of the finger.
+const WORKERS_MAX: u32 = 4096;
+
+/// A session takes two descriptors, and fs.nr_open is 1,048,576 unless somebody raised it a lot.
+const CONNECTIONS_MAX: u32 = 1 << 20;
+
+/// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
+const WEIGHT_MAX: u32 = 65_535;
+
+/// Nothing that a proxy waits for takes longer.
+pub(super) const YEAR: Duration = Duration::from_secs(365 * 86_400);
+
+/// The levels that may be written: those of the program and, beside them, nginx's.
+const LEVELS: &[(&str, log::LevelFilter)] = &[
+    ("error", log::LevelFilter::Error),
+    ("warn", log::LevelFilter::Warn),
+    ("info", log::LevelFilter::Info),
+    ("debug", log::LevelFilter::Debug),
+    ("trace", log::LevelFilter::Trace),
+    ("notice", log::LevelFilter::Info),
+    ("crit", log::LevelFilter::Error),
+    ("alert", log::LevelFilter::Error),
+    ("emerg", log::LevelFilter::Error),
+];
+
+/// Turns the tree into what is used.
+pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<String, Value>) -> Config {
+    let mut check = Check { world, findings };
+    let user = check.at(root, "", "user", |given| user(given, world));
+    let workers = check.at(root, "", "worker_processes", |given| {
+        valid::auto_or_number(given, 1..=WORKERS_MAX)
+    });
+    let worker_cpus = check.worker_cpus(root, workers.flatten());
+    let worker_connections = check
+        .at(root, "", "worker_connections", |given| {
+            valid::number(given, 1..=CONNECTIONS_MAX)
+        })
+        .unwrap_or(1);
+    let shutdown = check.at(root, "", "worker_shutdown_timeout", |given| {
+        units::duration(given, Duration::ZERO..=YEAR)
+    });
+    let pid = check
+        .at(root, "", "pid", |given| {
+            valid::path(given, "\"/run/culvert/master.pid\"")
+        })
+        .unwrap_or_default();
+    let error_log = check.error_log(root);
+    let upstreams = check.upstreams(root);
+    let (upstreams, servers) = Servers::new(&mut check, upstreams).read(root);
+    Config {
+        user,
+        worker_cpus,
+        worker_connections,
+        // 0 means: wait as long as it takes.
+        worker_shutdown_timeout: shutdown.filter(|timeout| !timeout.is_zero()),
+        pid,
+        error_log,
+        upstreams,
+        servers,
+    }
+}
+
+/// Reads values and collects what is wrong with them.
+pub(super) struct Check<'a> {
+    pub world: &'a dyn World,
+    pub findings: &'a mut Findings,
+}
+
+impl Check<'_> {
+    /// The value of a key of a table. `None`: it is not there, or wrong, which is then reported.
+    pub(super) fn at<'v, T>(
+        &mut self,
+        table: &'v Map<String, Value>,
+        prefix: &str,
+        name: &str,
+        read: impl FnOnce(Given<'v>) -> Result<T, Fault>,
+    ) -> Option<T> {
+        self.read(&join(prefix, name), table.get(name)?, read)
+    }
+
+    /// A single value. `None`: it is wrong, which is (or was before) reported.
+    pub(super) fn read<'v, T>(
+        &mut self,
+        key: &str,
+        value: &'v Value,
+        read: impl FnOnce(Given<'v>) -> Result<T, Fault>,
+    ) -> Option<T> {
+        if value.kind == ValueKind::Nil {
+            return None;
+        }
+        let at = self.findings.origin_of(value);
+        let loose = value.origin().is_some() && self.findings.get(at).is_some_and(|origin| origin.loose);
+        match read(Given {
+            kind: &value.kind,
+            loose,
+        }) {
+            Ok(read) => Some(read),
+            Err(fault) => {
+                self.findings.fault(at, key, fault);
+                None
+            }
+        }
+    }
+
+    /// The tables of a list such as `[[server]]`, each with its key and origin.
+    pub(super) fn tables<'v>(
+        &mut self,
+        root: &'v Map<String, Value>,
+        name: &str,
+    ) -> Vec<(String, OriginId, &'v Map<String, Value>)> {
+        let items = match root.get(name).map(|value| &value.kind) {
+            Some(ValueKind::Array(items)) => items.as_slice(),
+            _ => &[],
+        };
+        let numbered = items.iter().enumerate();
+        let tables = numbered.filter_map(|(index, item)| match &item.kind {
+            ValueKind::Table(table) => {
+                Some((format!("{name}[{index}]"), self.findings.origin_of(item), table))
+            }
+            _ => None,
+        });
+        tables.collect()
+    }
+
+    /// Where a value was written, for another error to point to.
+    pub(super) fn place(&self, at: OriginId) -> String {
+        self.findings
+            .get(at)
+            .map(|origin| origin.place.to_string())
+            .unwrap_or_default()
+    }
+
+    /// The CPUs of each worker. `count`: `None` for as many as there are CPUs that may be used.
+    fn worker_cpus(&mut self, root: &Map<String, Value>, count: Option<u32>) -> Vec<Vec<usize>> {
+        let allowed = self.world.allowed_cpus();
+        let count = count.map_or(allowed.len(), |count| count as usize);
+        let Some(value) = root.get("worker_cpu_affinity") else {
+            return Vec::new();
+        };
+        let key = "worker_cpu_affinity";
+        let entries: Vec<(String, &Value, String)> = match &value.kind {
+            ValueKind::String(text) if text.trim() == "auto" => {
+                return (0..count)
+                    .map(|slot| vec![allowed[slot % allowed.len()]])
+                    .collect();
+            }
+            // nginx separates masks by spaces.
+            ValueKind::String(text) => text
+                .split_whitespace()
+                .map(|entry| (key.to_owned(), value, entry.to_owned()))
+                .collect(),
+            ValueKind::Array(items) => {
+                let entries = items.iter().enumerate().filter_map(|(index, item)| {
+                    let key = format!("{key}[{index}]");
+                    let text = self.read(&key, item, |given| valid::text(given, "\"0101\" or \"0-3,8\""))?;
+                    Some((key, item, text.to_owned()))
+                });
+                entries.collect()
+            }
+            _ => {
+                self.read(key, value, |given| Err::<(), _>(given.wrong_type(cpus::REMEDY)));
+                return Vec::new();
+            }
+        };
+        let texts: Vec<&str> = entries.iter().map(|(.., text)| text.as_str()).collect();
+        if cpus::is_ambiguous(&texts) {
+            self.read(key, value, |_| Err::<(), _>(cpus::ambiguous()));
+            return Vec::new();
+        }
+        let empty = match &value.kind {
+            ValueKind::Array(items) => items.is_empty(),
+            _ => entries.is_empty(),
+        };
+        if empty {
+            self.read(key, value, |_| Err::<(), _>(Fault::new("empty", cpus::REMEDY)));
+        }
+        let online = self.world.online_cpus();
+        let sets: Vec<Vec<usize>> = entries
+            .iter()
+            .filter_map(|(key, value, text)| self.read(key, value, |_| cpus::entry(text, &online)))
+            .collect();
+        // As nginx does: with fewer entries than workers the last one goes on; with more, the rest waits for workers.
+        let Some(last) = sets.last() else {
+            return Vec::new();
+        };
+        (0..count)
+            .map(|slot| sets.get(slot).unwrap_or(last).clone())
+            .collect()
+    }
+
+    fn error_log(&mut self, root: &Map<String, Value>) -> ErrorLog {
+        let nothing = Map::new();
+        let table = match root.get("error_log").map(|value| &value.kind) {
+            Some(ValueKind::Table(table)) => table,
+            _ => &nothing,
+        };
+        let target = self.at(table, "error_log", "path", |given| {
+            const EXAMPLE: &str = "\"stderr\" or \"/var/log/culvert/error.log\"";
+            match valid::text(given, EXAMPLE)? {
+                "stderr" => Ok(LogTarget::Stderr),
+                text if text.starts_with("syslog:") => Err(Fault::new(
+                    "logging to syslog is not supported",
+                    format!("write {EXAMPLE}"),
+                )),
+                _ => valid::path(given, EXAMPLE).map(LogTarget::File),
+            }
+        });
+        let level = self.at(table, "error_log", "level", |given| {
+            let text = valid::text(given, "\"info\"")?;
+            let known = LEVELS.iter().find(|(name, _)| *name == text);
+            known.map(|(_, level)| *level).ok_or_else(|| {
+                let names: Vec<&str> = LEVELS.iter().map(|(name, _)| *name).collect();
+                Fault::new("unknown level", format!("allowed: {}", names.join(", ")))
+            })
+        });
+        ErrorLog {
+            target: target.unwrap_or(LogTarget::Stderr),
+            level: level.unwrap_or(log::LevelFilter::Info),
+        }
+    }
+
+    fn upstreams(&mut self, root: &Map<String, Value>) -> Vec<Upstream> {
+        let mut found: Vec<(Upstream, OriginId)> = Vec::new();
+        for (key, at, table) in self.tables(root, "upstream") {
+            let name_key = join(&key, "name");
+            if !table.contains_key("name") {
+                self.findings.report(
+                    at,
+                    &name_key,
+                    "missing, an [[upstream]] needs a name for proxy_pass",
+                );
+            }
+            let name = self.at(table, &key, "name", |given| {
+                valid::text(given, "\"backend\"").and_then(upstream_name)
+            });
+            let same = name.and_then(|name| found.iter().position(|(before, _)| before.name == name));
+            if let Some(index) = same {
+                let place = self.place(found[index].1);
+                let what = format!("already the name of upstream[{index}] at {place}");
+                self.at(table, &key, "name", |_| {
+                    Err::<(), _>(Fault::new(what, "give each upstream a name of its own"))
+                });
+            }
+            self.at(table, &key, "balance", |given| {
+                match valid::text(given, "\"round_robin\"")? {
+                    "round_robin" => Ok(()),
+                    _ => Err(Fault::new("unknown way of balancing", "allowed: \"round_robin\"")),
+                }
+            });
+            let name_at = table.get("name").map_or(at, |name| self.findings.origin_of(name));
+            let peers = self.peers(&key, at, table);
+            let name = name.unwrap_or_default().to_owned();
+            found.push((
+                Upstream {
+                    name,
+                    balance: Balance::RoundRobin,
+                    peers,
+                },
+                name_at,
+            ));
+        }
+        found.into_iter().map(|(upstream, _)| upstream).collect()
+    }
+
+    /// The peers of one upstream.
+    fn peers(&mut self, key: &str, at: OriginId, table: &Map<String, Value>) -> Vec<Peer> {
+        let key = join(key, "server");
+        let Some(value) = table.get("server") else {
+            self.findings.report(
+                at,
+                &key,
+                "missing, an upstream needs at least one server = [\"host:port\"]",
+            );
+            return Vec::new();
+        };
+        let items: Vec<(String, &Value)> = match &value.kind {
+            ValueKind::Array(items) => items
+                .iter()
+                .enumerate()
+                .map(|(n, item)| (format!("{key}[{n}]"), item))
+                .collect(),
+            _ => vec![(key.clone(), value)],
+        };
+        if items.is_empty() {
+            self.read(&key, value, |_| {
+                Err::<(), _>(Fault::new("empty", "give at least one \"host:port\""))
+            });
+        }
+        let world = self.world;
+        let mut peers = Vec::new();
+        for (key, item) in items {
+            let (addresses, weight) = match &item.kind {
+                ValueKind::Table(table) => {
+                    if !table.contains_key("address") {
+                        let at = self.findings.origin_of(item);
+                        self.findings.report(
+                            at,
+                            &join(&key, "address"),
+                            "missing, a server needs an address",
+                        );
+                    }
+                    let weight = self.at(table, &key, "weight", |given| {
+                        valid::number(given, 1..=WEIGHT_MAX)
+                    });
+                    let addresses = self.at(table, &key, "address", |given| peer_addresses(given, world));
+                    (addresses, weight)
+                }
+                _ => (self.read(&key, item, |given| peer_addresses(given, world)), None),
+            };
+            let weight = weight.unwrap_or(defaults::WEIGHT);
+            peers.extend(
+                addresses
+                    .into_iter()
+                    .flatten()
+                    .map(|address| Peer { address, weight }),
+            );
+        }
+        peers
+    }
+}
+
+fn user(given: Given, world: &dyn World) -> Result<User, Fault> {
+    let name = valid::text(given, "\"nobody\"")?;
+    match world.user(name) {
+        Ok(Some(user)) => Ok(user),
+        Ok(None) => Err(Fault::new(
+            "unknown user",
+            "name an existing one, or leave the key out",
+        )),
+        Err(error) => Err(Fault::new(
+            format!("user cannot be looked up: {error}"),
+            "see getent passwd",
+        )),
+    }
+}
+
+/// A name that can be told from an address and from a variable.
+fn upstream_name(name: &str) -> Result<&str, Fault> {
+    match name
+        .chars()
+        .all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | '.'))
+    {
+        true => Ok(name),
+        false => Err(Fault::new("not a name", "a name has letters, digits, _, - and .")),
+    }
+}
+
+fn peer_addresses(given: Given, world: &dyn World) -> Result<Vec<Address>, Fault> {
+    address::peers(valid::text(given, "\"127.0.0.1:8000\"")?, world)
+}

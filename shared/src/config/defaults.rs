@@ -1,0 +1,66 @@
+//! Every default, with its reason beside it. Decides nothing else.
+//!
+//! nginx's default is taken wherever nginx has the setting; a deviation says why.
+
+/// The defaults of keys that stand once in the file, in the words that a file would use. They are the
+/// lowest layer: file, environment and `--set` go over them. `user` has none: workers then run as whoever
+/// started the master, as with nginx built without a user.
+pub(super) const KEYS: &[(&str, Default)] = &[
+    // One single-threaded worker fills one CPU. nginx says 1, from the time of one CPU.
+    ("worker_processes", Default::Text("auto")),
+    // A worker that stays on its CPU keeps its caches, and its sessions' kernel work with it. nginx leaves this to the
+    // scheduler.
+    ("worker_cpu_affinity", Default::Text("auto")),
+    // nginx's packages set 1024. Ours counts sessions (two sockets each), and twice as many sockmap slots.
+    ("worker_connections", Default::Number(1024)),
+    // nginx waits without limit; workers that never leave are what its users complain about. An hour lets
+    // all but the longest sessions end by themselves.
+    ("worker_shutdown_timeout", Default::Text("1h")),
+    // /run is where the Filesystem Hierarchy Standard keeps process ids.
+    ("pid", Default::Text("/run/culvert/master.pid")),
+    // A service manager and a container collect standard error.
+    ("error_log.path", Default::Text("stderr")),
+    // One line for each start, reload and stop, none for a session. nginx says error, and is silent about reloads.
+    ("error_log.level", Default::Text("info")),
+    // What the program is for.
+    ("stream.ebpf_enable", Default::Flag(true)),
+    // nginx: proxy_timeout 10m.
+    ("stream.proxy_timeout", Default::Text("10m")),
+    // nginx: proxy_connect_timeout 60s.
+    ("stream.proxy_connect_timeout", Default::Text("60s")),
+    // nginx: proxy_buffer_size 16k.
+    ("stream.proxy_buffer_size", Default::Text("16k")),
+    // nginx says off and so loses what still flows the other way; a proxy must not cut a half-closed stream.
+    ("stream.proxy_half_close", Default::Flag(true)),
+    // nginx: tcp_nodelay on.
+    ("stream.tcp_nodelay", Default::Flag(true)),
+    // The period of the nginx module from which the name comes: a small part of any sensible proxy_timeout.
+    ("stream.ebpf_timer_period", Default::Text("2s")),
+];
+
+/// A default as a file would write it.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Default {
+    /// A string.
+    Text(&'static str),
+    /// An integer.
+    Number(i64),
+    /// A boolean.
+    Flag(bool),
+}
+
+impl From<Default> for config::Value {
+    fn from(default: Default) -> Self {
+        match default {
+            Default::Text(text) => text.into(),
+            Default::Number(number) => number.into(),
+            Default::Flag(flag) => flag.into(),
+        }
+    }
+}
+
+/// Share of a peer that names none: all equal, as with nginx.
+pub(super) const WEIGHT: u32 = 1;
+
+/// Length of an accept queue, in connections: nginx's on Linux. The kernel caps it at net.core.somaxconn.
+pub(super) const BACKLOG: u32 = 511;

@@ -1,0 +1,201 @@
+//! What may be written: the known keys of each table, and what to say about an unknown one.
+//! Knows nothing of values.
+
+/// What stands under a key.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Shape {
+    /// A single value, or a list of single values.
+    Value,
+    /// One table with these keys.
+    Table(&'static [Key]),
+    /// A list of tables with these keys: `[[name]]`.
+    Tables(&'static [Key]),
+    /// A single value, a table with these keys, or a list of both.
+    Mixed(&'static [Key]),
+    /// A table with keys of the user's choice, each with a single value.
+    Free,
+}
+
+/// A known key.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Key {
+    pub name: &'static str,
+    pub shape: Shape,
+}
+
+const fn value(name: &'static str) -> Key {
+    Key {
+        name,
+        shape: Shape::Value,
+    }
+}
+
+const fn shaped(name: &'static str, shape: Shape) -> Key {
+    Key { name, shape }
+}
+
+/// The top level of a file.
+pub(super) const ROOT: &[Key] = &[
+    value("user"),
+    value("worker_processes"),
+    value("worker_cpu_affinity"),
+    value("worker_connections"),
+    value("worker_shutdown_timeout"),
+    value("pid"),
+    shaped("error_log", Shape::Table(&[value("path"), value("level")])),
+    value("include"),
+    shaped("stream", Shape::Table(STREAM)),
+    shaped("upstream", Shape::Tables(UPSTREAM)),
+    shaped("server", Shape::Tables(SERVER)),
+];
+
+/// `[stream]`: what every server inherits.
+pub(super) const STREAM: &[Key] = &[
+    value("ebpf_enable"),
+    value("proxy_timeout"),
+    value("proxy_connect_timeout"),
+    value("proxy_buffer_size"),
+    value("proxy_half_close"),
+    value("tcp_nodelay"),
+    value("ebpf_timer_period"),
+];
+
+/// `[[upstream]]`.
+const UPSTREAM: &[Key] = &[
+    value("name"),
+    value("balance"),
+    shaped("server", Shape::Mixed(PEER)),
+];
+
+/// An entry of an upstream's `server` that is a table.
+const PEER: &[Key] = &[value("address"), value("weight")];
+
+/// `[[server]]`: its own keys, then those of [`STREAM`].
+const SERVER: &[Key] = &[
+    shaped("listen", Shape::Mixed(&[value("address"), value("backlog")])),
+    value("proxy_pass"),
+    shaped("set", Shape::Free),
+    value("ebpf_status_return"),
+    value("ebpf_enable"),
+    value("proxy_timeout"),
+    value("proxy_connect_timeout"),
+    value("proxy_buffer_size"),
+    value("proxy_half_close"),
+    value("tcp_nodelay"),
+    value("ebpf_timer_period"),
+];
+
+/// Names that users of the nginx module bring along, with ours.
+const FORMER_NAMES: &[(&str, &str)] = &[
+    ("ebpf_proxy_timeout", "proxy_timeout"),
+    ("ebpf_proxy_buffer_size", "proxy_buffer_size"),
+];
+
+pub(super) fn find(keys: &[Key], name: &str) -> Option<Key> {
+    keys.iter().find(|key| key.name == name).copied()
+}
+
+/// What to say about a key that is not among `keys`.
+pub(super) fn unknown_key(keys: &[Key], name: &str) -> String {
+    if let Some((_, ours)) = FORMER_NAMES.iter().find(|(former, _)| *former == name)
+        && find(keys, ours).is_some()
+    {
+        return format!("unknown key, its name here is \"{ours}\"");
+    }
+    // A misspelt key of this table is likelier than the same key of another one only if it is not spelt rightly there.
+    let places = places_of(name);
+    if !places.is_empty() {
+        return format!("unknown key here, it belongs {}", places.join(" or "));
+    }
+    match nearest(name, keys.iter().map(|key| key.name)) {
+        Some(near) => format!("unknown key, did you mean \"{near}\"?"),
+        None => {
+            let known: Vec<&str> = keys.iter().map(|key| key.name).collect();
+            format!("unknown key, known here: {}", known.join(", "))
+        }
+    }
+}
+
+/// The tables that know the key, in words.
+fn places_of(name: &str) -> Vec<&'static str> {
+    let tables = [
+        ("at the top level", ROOT),
+        ("in [stream]", STREAM),
+        ("in [[server]]", SERVER),
+        ("in [[upstream]]", UPSTREAM),
+    ];
+    tables
+        .iter()
+        .filter(|(_, keys)| find(keys, name).is_some())
+        .map(|(place, _)| *place)
+        .collect()
+}
+
+/// The candidate that is a slip of the finger away from `name`.
+pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    // A third of the letters may differ: more than that, and the guess is noise.
+    let allowed = name.chars().count() / 3;
+    let scored = candidates.map(|near| (strsim::damerau_levenshtein(name, near), near));
+    scored
+        .filter(|(distance, _)| *distance <= allowed.max(1))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, near)| near)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_stream_key_can_be_set_in_a_server() {
+        for key in STREAM {
+            assert!(
+                find(SERVER, key.name).is_some(),
+                "{} is missing in SERVER",
+                key.name
+            );
+        }
+    }
+
+    #[test]
+    fn every_default_belongs_to_a_known_key() {
+        for (path, _) in super::super::defaults::KEYS {
+            let known = match path.split_once('.') {
+                None => find(ROOT, path).is_some(),
+                Some((table, name)) => match find(ROOT, table) {
+                    Some(Key {
+                        shape: Shape::Table(keys),
+                        ..
+                    }) => find(keys, name).is_some(),
+                    _ => false,
+                },
+            };
+            assert!(known, "{path} has a default but cannot be written");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_gets_the_most_helpful_hint() {
+        assert_eq!(
+            unknown_key(ROOT, "worker_proceses"),
+            "unknown key, did you mean \"worker_processes\"?"
+        );
+        assert_eq!(
+            unknown_key(ROOT, "proxy_timeout"),
+            "unknown key here, it belongs in [stream] or in [[server]]"
+        );
+        assert_eq!(
+            unknown_key(STREAM, "ebpf_proxy_timeout"),
+            "unknown key, its name here is \"proxy_timeout\""
+        );
+        assert_eq!(
+            unknown_key(STREAM, "upstream"),
+            "unknown key here, it belongs at the top level"
+        );
+        assert_eq!(
+            unknown_key(PEER, "max_fails"),
+            "unknown key, known here: address, weight"
+        );
+        assert_eq!(unknown_key(PEER, ""), "unknown key, known here: address, weight");
+    }
+}

@@ -1,0 +1,93 @@
+//! `include`: which files a pattern names, in which order. Reading them is `source`'s work.
+
+use std::path::{Path, PathBuf};
+
+use config::{Value, ValueKind};
+
+use super::diagnostic::{Fault, OriginId, short};
+use super::source::{Reader, identity};
+
+/// What is said to every wrong `include`.
+const INCLUDE: &str = "write a file or a pattern such as \"conf.d/*.toml\"";
+
+/// The files that a pattern names, in the order of their bytes (the C locale). As with nginx, a pattern may match no
+/// file, but a plain name must exist.
+fn matching(including: &Path, pattern: &str) -> Result<Vec<PathBuf>, Fault> {
+    let directory = including.parent().unwrap_or(Path::new(""));
+    if !pattern.contains(['*', '?', '[']) {
+        let file = directory.join(pattern);
+        return match file.is_file() {
+            true => Ok(vec![file]),
+            false => Err(Fault::new(
+                format!("no such file: {}", short(&file.to_string_lossy())),
+                INCLUDE,
+            )),
+        };
+    }
+    let pattern = match Path::new(pattern).is_absolute() {
+        true => pattern.to_owned(),
+        false => match glob::Pattern::escape(&directory.to_string_lossy()) {
+            directory if directory.is_empty() => pattern.to_owned(),
+            directory => format!("{directory}/{pattern}"),
+        },
+    };
+    // As in a shell: * stays in its directory and leaves hidden files alone.
+    let options = glob::MatchOptions {
+        case_sensitive: true,
+        require_literal_separator: true,
+        require_literal_leading_dot: true,
+    };
+    let found = glob::glob_with(&pattern, options)
+        .map_err(|error| Fault::new(format!("not a pattern: {error}"), INCLUDE))?;
+    let mut files = Vec::new();
+    for file in found {
+        let file = file.map_err(|error| Fault::new(format!("cannot be read: {error}"), INCLUDE))?;
+        if file.is_file() {
+            files.push(file);
+        }
+    }
+    files.sort_by(|a, b| {
+        a.as_os_str()
+            .as_encoded_bytes()
+            .cmp(b.as_os_str().as_encoded_bytes())
+    });
+    Ok(files)
+}
+
+impl Reader<'_> {
+    /// Reads the files that `include` of the file `including` names.
+    pub(super) fn include(&mut self, including: &Path, include: &Value) {
+        let items = match &include.kind {
+            ValueKind::Array(items) => items
+                .iter()
+                .enumerate()
+                .map(|(n, item)| (format!("include[{n}]"), item))
+                .collect(),
+            _ => vec![("include".to_owned(), include)],
+        };
+        for (key, item) in items {
+            let at = self.findings.origin_of(item);
+            let files = match &item.kind {
+                ValueKind::Nil => continue,
+                ValueKind::String(pattern) => matching(including, pattern),
+                _ => Err(Fault::new("not a file name", INCLUDE)),
+            };
+            match files {
+                Ok(files) => files.iter().for_each(|file| self.included(at, &key, file)),
+                Err(fault) => self.findings.fault(at, &key, fault),
+            }
+        }
+    }
+
+    fn included(&mut self, at: OriginId, key: &str, file: &Path) {
+        if self.read.contains(&identity(file)) {
+            let what = format!("{} has been read already", short(&file.to_string_lossy()));
+            return self.findings.fault(
+                at,
+                key,
+                Fault::new(what, "include each file once, and never the main file"),
+            );
+        }
+        self.file(file);
+    }
+}

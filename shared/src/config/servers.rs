@@ -1,0 +1,321 @@
+//! `[[server]]`: listeners that clash with none, what is done with a connection, and the stream settings in force.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use config::{Map, Value, ValueKind};
+
+use super::check::{Check, YEAR};
+use super::diagnostic::{Fault, OriginId, short};
+use super::file::nearest;
+use super::source::join;
+use super::template::{self, is_name_char};
+use super::valid::{self, Given};
+use super::{Action, Address, Balance, Listen, Part, Peer, Server, Stream, Target, Template, Upstream};
+use super::{address, defaults, units};
+
+/// The kernel caps it at net.core.somaxconn; more than a million waiting connections help nobody.
+const BACKLOG_MAX: u32 = 1 << 20;
+
+/// Two buffers of this size for each relayed session are 128 MiB: enough for any link.
+const BUFFER_MAX_BYTES: usize = 64 << 20;
+
+/// More often than this, looking at idle sessions would itself be work.
+const TIMER_PERIOD_MIN: Duration = Duration::from_millis(10);
+
+/// Less often than this, timeouts would be noticed far too late.
+const TIMER_PERIOD_MAX: Duration = Duration::from_secs(3600);
+
+/// Reads the servers. Addresses written in `proxy_pass` are collected as unnamed upstreams.
+pub(super) struct Servers<'c, 'a> {
+    check: &'c mut Check<'a>,
+    /// The named groups, then the unnamed ones.
+    upstreams: Vec<Upstream>,
+    /// Every address that is listened on, with the key and the place of its listener.
+    listeners: HashMap<SocketAddr, (String, OriginId)>,
+}
+
+impl<'c, 'a> Servers<'c, 'a> {
+    pub(super) fn new(check: &'c mut Check<'a>, upstreams: Vec<Upstream>) -> Self {
+        Servers {
+            check,
+            upstreams,
+            listeners: HashMap::new(),
+        }
+    }
+
+    /// All upstreams and all servers.
+    pub(super) fn read(mut self, root: &Map<String, Value>) -> (Vec<Upstream>, Vec<Server>) {
+        let nothing = Map::new();
+        let inherited = match root.get("stream").map(|value| &value.kind) {
+            Some(ValueKind::Table(table)) => table,
+            _ => &nothing,
+        };
+        // Where everything went wrong, an hour and a byte stand in for what [stream] would have said.
+        let hour = Duration::from_secs(3600);
+        let stand_in = Stream {
+            ebpf_enable: true,
+            proxy_timeout: hour,
+            proxy_connect_timeout: hour,
+            proxy_buffer_size: 1,
+            proxy_half_close: true,
+            tcp_nodelay: true,
+            ebpf_timer_period: hour,
+        };
+        let inherited = self.stream(inherited, "stream", &stand_in);
+        let tables = self.check.tables(root, "server");
+        let none = match root.get("server").map(|value| &value.kind) {
+            None => true,
+            Some(ValueKind::Array(items)) => items.is_empty(),
+            Some(_) => false,
+        };
+        if none {
+            let start = self.check.findings.start();
+            let text = "none, write at least one [[server]] with listen and proxy_pass";
+            self.check.findings.report(start, "server", text);
+        }
+        let servers = tables.into_iter().map(|(key, at, table)| Server {
+            listen: self.listen(&key, at, table),
+            action: self.action(&key, at, table),
+            stream: self.stream(table, &key, &inherited),
+        });
+        let servers = servers.collect();
+        (self.upstreams, servers)
+    }
+
+    fn stream(&mut self, table: &Map<String, Value>, key: &str, inherited: &Stream) -> Stream {
+        let millisecond = Duration::from_millis(1);
+        let timeout = |given: Given| units::duration(given, millisecond..=YEAR);
+        let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
+        let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
+        let check = &mut self.check;
+        let Stream {
+            ebpf_enable,
+            proxy_timeout,
+            proxy_connect_timeout,
+            proxy_buffer_size,
+            proxy_half_close,
+            tcp_nodelay,
+            ebpf_timer_period,
+        } = *inherited;
+        Stream {
+            ebpf_enable: check
+                .at(table, key, "ebpf_enable", valid::boolean)
+                .unwrap_or(ebpf_enable),
+            proxy_timeout: check
+                .at(table, key, "proxy_timeout", timeout)
+                .unwrap_or(proxy_timeout),
+            proxy_connect_timeout: check
+                .at(table, key, "proxy_connect_timeout", timeout)
+                .unwrap_or(proxy_connect_timeout),
+            proxy_buffer_size: check
+                .at(table, key, "proxy_buffer_size", buffer)
+                .unwrap_or(proxy_buffer_size),
+            proxy_half_close: check
+                .at(table, key, "proxy_half_close", valid::boolean)
+                .unwrap_or(proxy_half_close),
+            tcp_nodelay: check
+                .at(table, key, "tcp_nodelay", valid::boolean)
+                .unwrap_or(tcp_nodelay),
+            ebpf_timer_period: check
+                .at(table, key, "ebpf_timer_period", period)
+                .unwrap_or(ebpf_timer_period),
+        }
+    }
+
+    fn listen(&mut self, key: &str, at: OriginId, table: &Map<String, Value>) -> Vec<Listen> {
+        let key = join(key, "listen");
+        let Some(value) = table.get("listen") else {
+            self.check.findings.report(
+                at,
+                &key,
+                "missing, a server needs an address such as listen = \"0.0.0.0:8080\"",
+            );
+            return Vec::new();
+        };
+        let items: Vec<(String, &Value)> = match &value.kind {
+            ValueKind::Array(items) => items
+                .iter()
+                .enumerate()
+                .map(|(n, item)| (format!("{key}[{n}]"), item))
+                .collect(),
+            _ => vec![(key.clone(), value)],
+        };
+        if items.is_empty() {
+            self.check.read(&key, value, |_| {
+                Err::<(), _>(Fault::new("empty", "give at least one address"))
+            });
+        }
+        let mut listen = Vec::new();
+        for (key, item) in items {
+            let backlog = match &item.kind {
+                ValueKind::Table(table) => {
+                    if !table.contains_key("address") {
+                        let at = self.check.findings.origin_of(item);
+                        let text = "missing, a listener needs an address such as \"0.0.0.0:8080\"";
+                        self.check.findings.report(at, &join(&key, "address"), text);
+                    }
+                    let backlog = self.check.at(table, &key, "backlog", |given| {
+                        valid::number(given, 1..=BACKLOG_MAX)
+                    });
+                    if let Some(address) = table.get("address") {
+                        self.bind(&join(&key, "address"), address, backlog, &mut listen);
+                    }
+                    continue;
+                }
+                _ => None,
+            };
+            self.bind(&key, item, backlog, &mut listen);
+        }
+        listen
+    }
+
+    /// Takes the addresses of one listener, unless another one has them.
+    ///
+    /// Only equal addresses clash: every listener is bound with SO_REUSEPORT by the same user, and then Linux lets
+    /// a wildcard and an address of the same port stand side by side and gives a connection to the closer match
+    /// (`inet_csk_get_port`, `inet_lhash2_lookup`). IPv6 listeners take no IPv4 connections (nginx: ipv6only=on).
+    fn bind(&mut self, key: &str, value: &Value, backlog: Option<u32>, listen: &mut Vec<Listen>) {
+        let world = self.check.world;
+        let addresses = self.check.read(key, value, |given| match given.kind {
+            ValueKind::I64(port) => address::listener_port(*port),
+            _ => address::listeners(valid::text(given, "\"0.0.0.0:8080\"")?, world),
+        });
+        let at = self.check.findings.origin_of(value);
+        for address in addresses.into_iter().flatten() {
+            if let Some((other, other_at)) = self.listeners.get(&address) {
+                let place = self.check.place(*other_at);
+                let what = format!("{address} is already taken by {other} at {place}");
+                let fault = Fault::new(what, "give each listener an address of its own");
+                self.check.findings.fault(at, key, fault);
+                continue;
+            }
+            self.listeners.insert(address, (key.to_owned(), at));
+            listen.push(Listen {
+                address,
+                backlog: backlog.unwrap_or(defaults::BACKLOG),
+            });
+        }
+    }
+
+    fn action(&mut self, key: &str, at: OriginId, table: &Map<String, Value>) -> Action {
+        let status = self.check.at(table, key, "ebpf_status_return", valid::boolean);
+        let set = self.set(key, table);
+        let pass = table.get("proxy_pass");
+        match (status, pass) {
+            (Some(true), Some(pass)) => {
+                let key = join(key, "proxy_pass");
+                let fault = Fault::new(
+                    "the server has ebpf_status_return = true",
+                    "remove one of the two",
+                );
+                self.check.read(&key, pass, |_| Err::<(), _>(fault));
+                Action::Status
+            }
+            (_, Some(pass)) => Action::Proxy(self.target(&join(key, "proxy_pass"), pass, &set)),
+            (Some(true), None) => Action::Status,
+            (_, None) => {
+                // A wrong ebpf_status_return has been reported; it may well have been meant.
+                if status.is_some() || !table.contains_key("ebpf_status_return") {
+                    let text = "missing, a server needs proxy_pass or ebpf_status_return = true";
+                    self.check.findings.report(at, &join(key, "proxy_pass"), text);
+                }
+                Action::Status
+            }
+        }
+    }
+
+    /// The values of `set`, each checked on its own: an unused one may not be wrong either.
+    fn set<'v>(&mut self, key: &str, table: &'v Map<String, Value>) -> BTreeMap<&'v str, &'v str> {
+        let key = join(key, "set");
+        let values = match table.get("set").map(|value| &value.kind) {
+            Some(ValueKind::Table(values)) => values,
+            _ => return BTreeMap::new(),
+        };
+        let mut set = BTreeMap::new();
+        for (name, value) in values {
+            let named = self.check.read(&join(&key, &short(name)), value, |given| {
+                if name.is_empty() || !name.chars().all(is_name_char) {
+                    return Err(Fault::new(
+                        "not a variable's name",
+                        "a name has letters, digits and _, and no $ here",
+                    ));
+                }
+                if template::session_variable(name).is_some() {
+                    return Err(Fault::new(
+                        format!("${name} is a variable of the session"),
+                        "choose another name",
+                    ));
+                }
+                match given.kind {
+                    ValueKind::String(text) => Ok(text.as_str()),
+                    _ => Err(given.wrong_type("write it as text")),
+                }
+            });
+            // A wrong value stays defined, or whatever uses it would be wrong as well.
+            set.insert(name.as_str(), named.unwrap_or_default());
+        }
+        let broken: Vec<&str> = set
+            .iter()
+            .filter(|(name, text)| {
+                let checked = values.get(**name).and_then(|value| {
+                    self.check
+                        .read(&join(&key, name), value, |_| template::resolve(text, &set))
+                });
+                checked.is_none()
+            })
+            .map(|(name, _)| *name)
+            .collect();
+        for name in broken {
+            set.insert(name, "");
+        }
+        set
+    }
+
+    fn target(&mut self, key: &str, value: &Value, set: &BTreeMap<&str, &str>) -> Target {
+        let resolved = self.check.read(key, value, |given| {
+            template::resolve(valid::text(given, "\"127.0.0.1:8000\"")?, set)
+        });
+        let parts = match resolved {
+            Some(Template(parts)) => parts,
+            None => return Target::Upstream(0),
+        };
+        let name = match parts.as_slice() {
+            [] => return Target::Upstream(0),
+            [Part::Literal(name)] => name.clone(),
+            _ => return Target::Variable(Template(parts)),
+        };
+        if let Some(index) = self.upstreams.iter().position(|upstream| upstream.name == name) {
+            return Target::Upstream(index);
+        }
+        let world = self.check.world;
+        let names: Vec<&str> = self
+            .upstreams
+            .iter()
+            .map(|upstream| upstream.name.as_str())
+            .collect();
+        let peers = self.check.read(key, value, |_| match name.contains(':') {
+            true => address::peers(&name, world),
+            false => Err(no_upstream(&name, &names)),
+        });
+        let peers = peers.into_iter().flatten().map(|address: Address| Peer {
+            address,
+            weight: defaults::WEIGHT,
+        });
+        self.upstreams.push(Upstream {
+            name,
+            balance: Balance::RoundRobin,
+            peers: peers.collect(),
+        });
+        Target::Upstream(self.upstreams.len() - 1)
+    }
+}
+
+fn no_upstream(name: &str, known: &[&str]) -> Fault {
+    let remedy = match nearest(name, known.iter().copied().filter(|known| !known.is_empty())) {
+        Some(near) => format!("did you mean \"{near}\"?"),
+        None => "write an [[upstream]] of that name, or an address such as \"127.0.0.1:8000\"".to_owned(),
+    };
+    Fault::new(format!("there is no upstream \"{}\"", short(name)), remedy)
+}

@@ -1,0 +1,180 @@
+//! `$variables`: the values of `set`, and `proxy_pass` where it holds some. Substitutes what is known from
+//! the file; what only a session knows stays a [`Template`].
+
+use std::collections::BTreeMap;
+
+use super::diagnostic::Fault;
+use super::file::nearest;
+use super::{Part, Template, Variable};
+
+/// More than any upstream's name or address: stops values that double each other.
+const LONGEST_BYTES: usize = 4096;
+
+/// The variables of a session, by nginx's names.
+pub(super) const SESSION_VARIABLES: &[(&str, Variable)] = &[
+    ("remote_addr", Variable::RemoteAddr),
+    ("remote_port", Variable::RemotePort),
+    ("server_addr", Variable::ServerAddr),
+    ("server_port", Variable::ServerPort),
+    ("hostname", Variable::Hostname),
+];
+
+/// The session variable of that name.
+pub(super) fn session_variable(name: &str) -> Option<Variable> {
+    SESSION_VARIABLES
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, variable)| *variable)
+}
+
+/// The name of a session variable.
+pub(super) fn variable_name(variable: Variable) -> &'static str {
+    SESSION_VARIABLES
+        .iter()
+        .find(|(_, known)| *known == variable)
+        .map_or("", |(name, _)| name)
+}
+
+/// Whether a character may stand in a variable's name.
+pub(super) fn is_name_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '_'
+}
+
+/// Substitutes the values of `set` in `text`, and theirs in turn.
+pub(super) fn resolve(text: &str, set: &BTreeMap<&str, &str>) -> Result<Template, Fault> {
+    let mut parts = Vec::new();
+    let mut length = 0;
+    append(text, set, &mut Vec::new(), &mut length, &mut parts)?;
+    Ok(Template(parts))
+}
+
+fn append<'a>(
+    text: &'a str,
+    set: &BTreeMap<&'a str, &'a str>,
+    within: &mut Vec<&'a str>,
+    length: &mut usize,
+    parts: &mut Vec<Part>,
+) -> Result<(), Fault> {
+    let mut rest = text;
+    while !rest.is_empty() {
+        let (literal, after) = rest.split_at(rest.find('$').unwrap_or(rest.len()));
+        // A variable counts as much as a letter: a chain of them is bounded as well.
+        *length += literal.len() + 1;
+        if *length > LONGEST_BYTES {
+            return Err(Fault::new(
+                format!("longer than {LONGEST_BYTES} bytes with its variables"),
+                "it must give an upstream's name or an address",
+            ));
+        }
+        match parts.last_mut() {
+            _ if literal.is_empty() => {}
+            Some(Part::Literal(before)) => before.push_str(literal),
+            _ => parts.push(Part::Literal(literal.to_owned())),
+        }
+        let Some(after) = after.strip_prefix('$') else {
+            break;
+        };
+        let (name, after) = after.split_at(after.find(|c| !is_name_char(c)).unwrap_or(after.len()));
+        if name.is_empty() {
+            return Err(Fault::new(
+                "$ without a variable's name",
+                "write $name, with letters, digits and _",
+            ));
+        }
+        if let Some(variable) = session_variable(name) {
+            parts.push(Part::Variable(variable));
+        } else if let Some(value) = set.get(name) {
+            if within.contains(&name) {
+                let chain: Vec<String> = within
+                    .iter()
+                    .chain([&name])
+                    .map(|name| format!("${name}"))
+                    .collect();
+                return Err(Fault::new(
+                    format!("variables in a circle: {}", chain.join(" → ")),
+                    "break the circle in set",
+                ));
+            }
+            within.push(name);
+            append(value, set, within, length, parts)?;
+            within.pop();
+        } else {
+            return Err(undefined(name, set));
+        }
+        rest = after;
+    }
+    Ok(())
+}
+
+fn undefined(name: &str, set: &BTreeMap<&str, &str>) -> Fault {
+    let builtin = SESSION_VARIABLES.iter().map(|(name, _)| *name);
+    let remedy = match nearest(name, set.keys().copied().chain(builtin.clone())) {
+        Some(near) => format!("did you mean ${near}?"),
+        None => {
+            let known: Vec<String> = builtin.map(|name| format!("${name}")).collect();
+            format!(
+                "define it in set = {{ {name} = \"…\" }} of this server, or use {}",
+                known.join(", ")
+            )
+        }
+    };
+    Fault::new(format!("variable ${name} is not defined"), remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(text: &str, set: &[(&str, &str)]) -> Result<Template, String> {
+        resolve(text, &set.iter().copied().collect()).map_err(|fault| fault.what)
+    }
+
+    fn literal(text: &str) -> Part {
+        Part::Literal(text.to_owned())
+    }
+
+    #[test]
+    fn set_values_are_substituted_and_join_their_surroundings() {
+        assert_eq!(resolved("$a", &[("a", "x")]), Ok(Template(vec![literal("x")])));
+        assert_eq!(
+            resolved("p-$a:80", &[("a", "$b$b"), ("b", "x")]),
+            Ok(Template(vec![literal("p-xx:80")]))
+        );
+        assert_eq!(resolved("", &[]), Ok(Template(vec![])));
+    }
+
+    #[test]
+    fn session_variables_stay() {
+        let parts = vec![literal("p"), Part::Variable(Variable::ServerPort), literal("-x")];
+        assert_eq!(resolved("p$server_port-x", &[]), Ok(Template(parts)));
+    }
+
+    #[test]
+    fn what_cannot_be_substituted_is_an_error() {
+        assert_eq!(resolved("$a", &[]), Err("variable $a is not defined".into()));
+        assert_eq!(resolved("a$", &[]), Err("$ without a variable's name".into()));
+        assert_eq!(
+            resolved("$a", &[("a", "$b"), ("b", "$a")]),
+            Err("variables in a circle: $a → $b → $a".into())
+        );
+        let doubling: Vec<(String, String)> = (0..64)
+            .map(|n| (format!("v{n}"), format!("$v{0}$v{0}", n + 1)))
+            .collect();
+        let mut set: BTreeMap<&str, &str> = doubling.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        set.insert("v64", "x");
+        assert!(
+            resolve("$v0", &set)
+                .expect_err("too long")
+                .what
+                .starts_with("longer than")
+        );
+    }
+
+    #[test]
+    fn every_session_variable_has_one_name() {
+        for &(name, variable) in SESSION_VARIABLES {
+            assert_eq!(session_variable(name), Some(variable));
+            assert_eq!(variable_name(variable), name);
+        }
+    }
+}

@@ -1,0 +1,527 @@
+//! Tests of `load` and `dump` as a whole, on a machine that is made up: 4 CPUs of which 3 may be used, the users
+//! `web` and `nobody`, the host `db` with two addresses, and one set of environment variables.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+mod property;
+
+use super::world::World;
+use super::*;
+
+#[derive(Default)]
+struct Fake {
+    environment: BTreeMap<&'static str, &'static str>,
+}
+
+impl World for Fake {
+    fn variable(&self, name: &str) -> Option<OsString> {
+        self.environment.get(name).map(OsString::from)
+    }
+
+    fn variables(&self) -> Vec<(OsString, OsString)> {
+        self.environment
+            .iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect()
+    }
+
+    fn online_cpus(&self) -> Vec<usize> {
+        vec![0, 1, 2, 3]
+    }
+
+    fn allowed_cpus(&self) -> Vec<usize> {
+        vec![0, 1, 3]
+    }
+
+    fn user(&self, name: &str) -> io::Result<Option<User>> {
+        let uid = match name {
+            "web" => 33,
+            "nobody" => 65534,
+            _ => return Ok(None),
+        };
+        Ok(Some(User {
+            name: name.to_owned(),
+            uid,
+            gid: uid,
+        }))
+    }
+
+    fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        match host {
+            "db" => Ok(vec![
+                ([10, 0, 0, 1], port).into(),
+                ([10, 0, 0, 2], port).into(),
+                ([10, 0, 0, 1], port).into(),
+            ]),
+            _ => Err(io::Error::other("no such name")),
+        }
+    }
+}
+
+/// A directory of its own for one test, removed at its end.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> Directory {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "culvert-config-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&path).expect("a directory for the test");
+        Directory(path)
+    }
+
+    fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::create_dir_all(path.parent().expect("a parent")).expect("a directory for the file");
+        std::fs::write(&path, text).expect("the file is written");
+        path
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Loads one file, with the directory cut from its errors.
+fn load_with(world: &Fake, directory: &Directory, text: &str, set: &[&str]) -> Result<Config, Vec<String>> {
+    let path = directory.file("a.toml", text);
+    let set: Vec<String> = set.iter().map(|set| (*set).to_owned()).collect();
+    let prefix = format!("{}/", directory.0.display());
+    load_in(world, &path, &set).map_err(|errors| {
+        errors
+            .iter()
+            .map(|e| e.to_string().replace(&prefix, ""))
+            .collect()
+    })
+}
+
+fn loaded(text: &str) -> Config {
+    load_with(&Fake::default(), &Directory::new(), text, &[]).unwrap_or_else(|errors| panic!("{errors:#?}"))
+}
+
+fn errors(text: &str) -> Vec<String> {
+    load_with(&Fake::default(), &Directory::new(), text, &[]).expect_err("the configuration is wrong")
+}
+
+const SERVER: &str = "[[server]]\nlisten = 8080\nproxy_pass = \"127.0.0.1:80\"\n";
+
+#[test]
+fn the_least_configuration_has_every_default() {
+    let config = loaded(SERVER);
+    let address: SocketAddr = ([127, 0, 0, 1], 80).into();
+    let peers = vec![Peer {
+        address: Address::Tcp(address),
+        weight: 1,
+    }];
+    let stream = Stream {
+        ebpf_enable: true,
+        proxy_timeout: Duration::from_secs(600),
+        proxy_connect_timeout: Duration::from_secs(60),
+        proxy_buffer_size: 16_384,
+        proxy_half_close: true,
+        tcp_nodelay: true,
+        ebpf_timer_period: Duration::from_secs(2),
+    };
+    let expected = Config {
+        user: None,
+        worker_cpus: vec![vec![0], vec![1], vec![3]],
+        worker_connections: 1024,
+        worker_shutdown_timeout: Some(Duration::from_secs(3600)),
+        pid: PathBuf::from("/run/culvert/master.pid"),
+        error_log: ErrorLog {
+            target: LogTarget::Stderr,
+            level: log::LevelFilter::Info,
+        },
+        upstreams: vec![Upstream {
+            name: "127.0.0.1:80".to_owned(),
+            balance: Balance::RoundRobin,
+            peers,
+        }],
+        servers: vec![Server {
+            listen: vec![Listen {
+                address: ([0, 0, 0, 0], 8080).into(),
+                backlog: 511,
+            }],
+            action: Action::Proxy(Target::Upstream(0)),
+            stream,
+        }],
+    };
+    assert_eq!(config, expected);
+}
+
+#[test]
+fn the_forms_of_listen_are_those_of_nginx() {
+    let config = loaded(
+        r#"[[server]]
+        listen = ["8080", "*:81", 82, "127.0.0.1:8080", { address = "[::]:8080", backlog = 7 }, "db:1", "[fe80::1]:9"]
+        ebpf_status_return = true"#,
+    );
+    let listen: Vec<String> = config.servers[0]
+        .listen
+        .iter()
+        .map(|l| format!("{} {}", l.address, l.backlog))
+        .collect();
+    let expected = [
+        "0.0.0.0:8080 511",
+        "0.0.0.0:81 511",
+        "0.0.0.0:82 511",
+        "127.0.0.1:8080 511",
+        "[::]:8080 7",
+        "10.0.0.1:1 511",
+        "10.0.0.2:1 511",
+        "[fe80::1]:9 511",
+    ];
+    assert_eq!(listen, expected);
+}
+
+#[test]
+fn servers_inherit_from_stream_what_they_do_not_set() {
+    let config = loaded(&format!(
+        "[stream]\nebpf_enable = false\nproxy_timeout = 5\n{SERVER}[[server]]\nlisten = 81\nproxy_pass = \"127.0.0.1:80\"\n\
+         ebpf_enable = true\n"
+    ));
+    let [first, second] = config.servers.as_slice() else {
+        panic!("two servers")
+    };
+    assert!(!first.stream.ebpf_enable && second.stream.ebpf_enable);
+    assert_eq!(second.stream.proxy_timeout, Duration::from_secs(5));
+    assert_eq!(
+        config.upstreams.len(),
+        1,
+        "one unnamed upstream for the same address"
+    );
+}
+
+#[test]
+fn a_host_name_stands_for_all_its_addresses() {
+    let config = loaded(
+        "[[upstream]]\nname = \"u\"\nserver = [{ address = \"db:5432\", weight = 2 }, \"unix:/a b\"]\n[[server]]\nlisten = 1\nproxy_pass = \"u\"",
+    );
+    let peers: Vec<String> = config.upstreams[0]
+        .peers
+        .iter()
+        .map(|p| format!("{} {}", p.address, p.weight))
+        .collect();
+    assert_eq!(peers, ["10.0.0.1:5432 2", "10.0.0.2:5432 2", "unix:/a b 1"]);
+}
+
+#[test]
+fn variables_that_the_file_knows_are_substituted_and_those_of_a_session_stay() {
+    let config = loaded(
+        r#"[[upstream]]
+        name = "u80"
+        server = "127.0.0.1:1"
+        [[server]]
+        listen = 80
+        set = { a = "u$b", b = "80" }
+        proxy_pass = "$a"
+        [[server]]
+        listen = 81
+        set = { tail = "x" }
+        proxy_pass = "u$server_port$tail""#,
+    );
+    assert_eq!(config.servers[0].action, Action::Proxy(Target::Upstream(0)));
+    let parts = vec![
+        Part::Literal("u".into()),
+        Part::Variable(Variable::ServerPort),
+        Part::Literal("x".into()),
+    ];
+    assert_eq!(
+        config.servers[1].action,
+        Action::Proxy(Target::Variable(Template(parts)))
+    );
+}
+
+#[test]
+fn affinity_takes_auto_masks_and_lists_and_reuses_the_last() {
+    let cpus = |keys: &str| loaded(&format!("{keys}\n{SERVER}")).worker_cpus;
+    assert_eq!(cpus("worker_processes = 4"), [[0], [1], [3], [0]]);
+    assert_eq!(
+        cpus("worker_processes = 3\nworker_cpu_affinity = [\"0-1\", \"3\"]"),
+        [vec![0, 1], vec![3], vec![3]]
+    );
+    assert_eq!(
+        cpus("worker_processes = 2\nworker_cpu_affinity = \"0101 1000\""),
+        [vec![0, 2], vec![3]]
+    );
+    assert_eq!(
+        cpus("worker_processes = 1\nworker_cpu_affinity = [\"0\", \"1\"]"),
+        [[0]]
+    );
+    let wrong = errors(&format!("worker_cpu_affinity = [\"1\", \"10\"]\n{SERVER}"));
+    assert!(
+        wrong[0].starts_with("a.toml:1:23: worker_cpu_affinity: bit masks beside bare CPU numbers ("),
+        "{wrong:?}"
+    );
+}
+
+#[test]
+fn a_shutdown_timeout_of_zero_means_without_limit() {
+    assert_eq!(
+        loaded(&format!("worker_shutdown_timeout = 0\n{SERVER}")).worker_shutdown_timeout,
+        None
+    );
+}
+
+#[test]
+fn nginx_levels_have_their_nearest_here() {
+    let level = |name: &str| {
+        loaded(&format!("error_log = {{ level = \"{name}\" }}\n{SERVER}"))
+            .error_log
+            .level
+    };
+    assert_eq!(level("notice"), log::LevelFilter::Info);
+    assert_eq!(level("emerg"), log::LevelFilter::Error);
+    assert_eq!(level("debug"), log::LevelFilter::Debug);
+}
+
+#[test]
+fn all_errors_come_at_once_in_file_order() {
+    let found = errors(
+        "worker_processes = 0\nuser = \"who\"\n[stream]\nproxy_timeout = \"10min\"\nebpf_backlog_size = \"1m\"\n\
+         [[server]]\nlisten = \"0.0.0.0:80\"\nproxy_pass = \"nowhere\"\n\
+         [[server]]\nlisten = [80]\nebpf_status_return = true\nproxy_pass = \"127.0.0.1:1\"\n",
+    );
+    let starts = [
+        "a.toml:1:20: worker_processes: out of range (0), allowed: \"auto\", or a whole number from 1 to 4096",
+        "a.toml:2:8: user: unknown user (\"who\"), ",
+        "a.toml:4:17: stream.proxy_timeout: unknown unit \"min\" (\"10min\"), allowed: 1ms to 365d, ",
+        "a.toml:5:1: stream.ebpf_backlog_size: unknown key, known here: ",
+        "a.toml:8:14: server[0].proxy_pass: there is no upstream \"nowhere\" (\"nowhere\"), ",
+        "a.toml:10:11: server[1].listen[0]: 0.0.0.0:80 is already taken by server[0].listen at ",
+        "a.toml:12:14: server[1].proxy_pass: the server has ebpf_status_return = true (\"127.0.0.1:1\"), ",
+    ];
+    assert_eq!(found.len(), starts.len(), "{found:#?}");
+    for (line, start) in found.iter().zip(starts) {
+        assert!(line.starts_with(start), "{line}\nshould start with\n{start}");
+        assert!(!line.contains('\n'), "{line}");
+    }
+}
+
+#[test]
+fn one_wrong_value_gives_one_error() {
+    let server = |keys: &str| errors(&format!("[[server]]\n{keys}"));
+    assert_eq!(server("listen = 1\nproxy_pass = \"\"").len(), 1);
+    assert_eq!(server("listen = 1\nproxy_pass = 5").len(), 1);
+    assert_eq!(
+        server("listen = 1\nproxy_pass = \"$a\"\nset = { a = \"$b\" }").len(),
+        1
+    );
+    assert_eq!(
+        server("listen = 1\nproxy_pass = \"$a\"\nset = { a = \"$a\" }").len(),
+        1
+    );
+    assert_eq!(
+        server("listen = 1\nproxy_pass = \"$a\"\nset = { a = 1 }").len(),
+        1
+    );
+    assert_eq!(server("listen = 1\nebpf_status_return = 1").len(), 1);
+    assert_eq!(
+        server("listen = { backlog = 1 }\nebpf_status_return = true").len(),
+        1
+    );
+    assert_eq!(errors("server = 5").len(), 1);
+    assert_eq!(errors("[server]\nlisten = 1").len(), 1);
+    assert_eq!(
+        errors("stream = 5\n[[server]]\nlisten = 1\nebpf_status_return = true").len(),
+        1
+    );
+    assert_eq!(errors("").len(), 1);
+}
+
+#[test]
+fn environment_variables_stand_in_strings_for_any_type() {
+    let world = Fake {
+        environment: [("WORKERS", "2"), ("EBPF", "false"), ("CULVERT_PEER", "db:1")].into(),
+    };
+    let text = "worker_processes = \"${WORKERS}\"\n[stream]\nebpf_enable = \"${EBPF}\"\nproxy_timeout = \"${NONE:-7s}\"\n\
+                [[server]]\nlisten = \"${PORT:-80}\"\nproxy_pass = \"${CULVERT_PEER}\"";
+    let config = load_with(&world, &Directory::new(), text, &[]).expect("valid");
+    assert_eq!(config.worker_cpus.len(), 2);
+    assert_eq!(config.servers[0].stream.proxy_timeout, Duration::from_secs(7));
+    assert!(!config.servers[0].stream.ebpf_enable);
+    assert_eq!(config.upstreams[0].name, "db:1");
+
+    let world = Fake {
+        environment: [("WORKERS", "many")].into(),
+    };
+    let wrong = load_with(&world, &Directory::new(), text, &[]).expect_err("wrong");
+    assert!(wrong[0].starts_with(
+        "a.toml:1:20: worker_processes: neither \"auto\" nor a number (\"${WORKERS}\", which is \"many\"), "
+    ));
+    assert!(wrong[1].starts_with(
+        "a.toml:3:15: stream.ebpf_enable: environment variable EBPF is not set (\"${EBPF}\"), "
+    ));
+    assert_eq!(wrong.len(), 3, "{wrong:#?}");
+}
+
+#[test]
+fn environment_and_command_line_go_over_the_file_in_that_order() {
+    let environment = [
+        ("CULVERT_WORKER_PROCESSES", "2"),
+        ("CULVERT_STREAM__PROXY_TIMEOUT", "9s"),
+        ("CULVERT_STREAM__EBPF_ENABLE", "off"),
+        ("CULVERT_SERVICE_HOST", "10.0.0.1"),
+        ("CULVERT_PORT", "tcp://10.0.0.1:80"),
+        ("CULVERT_PORT_80_TCP", "tcp://10.0.0.1:80"),
+    ];
+    let world = Fake {
+        environment: environment.into(),
+    };
+    let set = [
+        "worker_processes=1",
+        "server[0].listen=[\"81\", \"82\"]",
+        "server[0].listen[1]=83",
+        "worker_cpu_affinity=0001",
+    ];
+    let config = load_with(
+        &world,
+        &Directory::new(),
+        &format!("worker_processes = 3\n{SERVER}"),
+        &set,
+    )
+    .expect("valid");
+    assert_eq!(config.worker_cpus, [[0]]);
+    assert_eq!(config.servers[0].stream.proxy_timeout, Duration::from_secs(9));
+    assert!(!config.servers[0].stream.ebpf_enable);
+    let ports: Vec<u16> = config.servers[0]
+        .listen
+        .iter()
+        .map(|listen| listen.address.port())
+        .collect();
+    assert_eq!(ports, [81, 83]);
+}
+
+#[test]
+fn a_wrong_override_names_its_place() {
+    let world = Fake {
+        environment: [("CULVERT_WORKER_PROCESES", "2"), ("CULVERT_PID", "")].into(),
+    };
+    let set = [
+        "worker_processes=0",
+        "server[1].listen=80",
+        "server.listen=80",
+        "stream=5",
+        "include=a",
+        "worker_connections.x=1",
+        "server[x]=1",
+        "server[-1].listen=80",
+        "server[4000000000].listen=80",
+        "nothing",
+        "server[0].set.a=$b",
+        "server[0].set.a.b=x",
+    ];
+    let found = load_with(&world, &Directory::new(), SERVER, &set).expect_err("wrong");
+    let starts = [
+        "CULVERT_PID: pid: empty (\"\"), ",
+        "CULVERT_WORKER_PROCESES: worker_proceses: unknown key, did you mean \"worker_processes\"?",
+        "--set: nothing: no value, write --set KEY=VALUE",
+        "--set: worker_processes: out of range (\"0\"), ",
+        "--set: server[1].listen: there are 1 entries, counted from 0",
+        "--set: server.listen: unknown key, say which one: server[0].listen",
+        "--set: stream: a table, override one of its keys",
+        "--set: include: cannot be overridden, it belongs to a file",
+        "--set: worker_connections.x: unknown key, worker_connections has no keys",
+        "--set: server[x]: unknown key, write for example server[0].listen",
+        "--set: server[-1].listen: unknown key, write for example server[0].listen",
+        "--set: server[4000000000].listen: there are 1 entries, counted from 0",
+        "--set: server[0].set.a: variable $b is not defined (\"$b\"), ",
+        "--set: server[0].set.a.b: unknown key, server[0].set.a has no keys",
+    ];
+    assert_eq!(found.len(), starts.len(), "{found:#?}");
+    for start in starts {
+        assert!(
+            found.iter().any(|line| line.starts_with(start)),
+            "{start}\nis missing in {found:#?}"
+        );
+    }
+}
+
+#[test]
+fn included_files_add_up_in_byte_order() {
+    let directory = Directory::new();
+    directory.file("conf.d/b.toml", "[[server]]\nlisten = 2\nproxy_pass = \"u\"");
+    directory.file(
+        "conf.d/Z.toml",
+        "[[server]]\nlisten = 1\nproxy_pass = \"u\"\n[stream]\nproxy_timeout = \"1s\"",
+    );
+    directory.file("conf.d/.hidden.toml", "broken");
+    directory.file(
+        "conf.d/u.inc",
+        "upstream = [{ name = \"u\", server = \"127.0.0.1:1\" }]",
+    );
+    let text = format!(
+        "include = [\"conf.d/*.toml\", \"conf.d/u.inc\", \"none.d/*\"]\nstream.tcp_nodelay = false\n{SERVER}"
+    );
+    let config = load_with(&Fake::default(), &directory, &text, &[]).expect("valid");
+    let ports: Vec<u16> = config
+        .servers
+        .iter()
+        .map(|server| server.listen[0].address.port())
+        .collect();
+    assert_eq!(ports, [8080, 1, 2]);
+    assert_eq!(config.servers[0].stream.proxy_timeout, Duration::from_secs(1));
+    assert!(!config.servers[2].stream.tcp_nodelay);
+}
+
+#[test]
+fn errors_of_included_files_name_the_file() {
+    let directory = Directory::new();
+    directory.file(
+        "b.toml",
+        "include = \"a.toml\"\nuser = \"web\"\n[[server]]\nlisten = 8080\nproxy_pass = \"nowhere\"",
+    );
+    let text = format!("include = [\"b.toml\", \"b.toml\", \"c.toml\"]\nuser = \"web\"\n{SERVER}");
+    let found = load_with(&Fake::default(), &directory, &text, &[]).expect_err("wrong");
+    let starts = [
+        "a.toml:1:22: include[1]: b.toml has been read already (\"b.toml\"), ",
+        "a.toml:1:32: include[2]: no such file: c.toml (\"c.toml\"), ",
+        "b.toml:1:11: include: a.toml has been read already (\"a.toml\"), ",
+        "b.toml:2:8: user: already set at a.toml:2:8 (\"web\"), ",
+        "b.toml:4:10: server[1].listen: 0.0.0.0:8080 is already taken by server[0].listen at a.toml:4:10 (8080), ",
+        "b.toml:5:14: server[1].proxy_pass: there is no upstream \"nowhere\" ",
+    ];
+    assert_eq!(found.len(), starts.len(), "{found:#?}");
+    for (line, start) in found.iter().zip(starts) {
+        assert!(line.starts_with(start), "{line}\nshould start with\n{start}");
+    }
+
+    directory.file("b.toml", "a = = 1");
+    let found = load_with(&Fake::default(), &directory, "include = \"b.toml\"", &[]).expect_err("wrong");
+    assert!(
+        found.iter().all(|line| line.starts_with("b.toml:1:")),
+        "{found:#?}"
+    );
+}
+
+#[test]
+fn a_file_that_is_not_there_or_not_text_is_one_error() {
+    let directory = Directory::new();
+    let path = directory.0.join("none.toml");
+    let found = load_in(&Fake::default(), &path, &[]).expect_err("no file");
+    assert_eq!(found.len(), 1);
+    assert!(
+        found[0]
+            .to_string()
+            .ends_with("none.toml: cannot be read: No such file or directory (os error 2)")
+    );
+    std::fs::write(&path, b"user = 1\npid = \"\xff\"").expect("written");
+    let found = load_in(&Fake::default(), &path, &[]).expect_err("not text");
+    assert!(
+        found[0]
+            .to_string()
+            .ends_with("none.toml:2:8: not valid UTF-8, write the file in that encoding"),
+        "{found:?}"
+    );
+}

@@ -1,0 +1,186 @@
+//! What must hold for every configuration: a dumped one loads as an equal one, and no text makes the loader panic.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn stream() -> impl Strategy<Value = Stream> {
+    let millis = |range: std::ops::RangeInclusive<u64>| range.prop_map(Duration::from_millis);
+    let year = 365 * 86_400_000;
+    let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
+    (any::<[bool; 3]>(), times, 1usize..=64 << 20).prop_map(|(flags, times, proxy_buffer_size)| Stream {
+        ebpf_enable: flags[0],
+        proxy_timeout: times.0,
+        proxy_connect_timeout: times.1,
+        proxy_buffer_size,
+        proxy_half_close: flags[1],
+        tcp_nodelay: flags[2],
+        ebpf_timer_period: times.2,
+    })
+}
+
+fn peer_address() -> impl Strategy<Value = Address> {
+    prop_oneof![
+        (any::<std::net::IpAddr>(), 1u16..).prop_map(|(ip, port)| Address::Tcp((ip, port).into())),
+        "/[ -~é]{0,40}".prop_map(|path| Address::Unix(path.into())),
+    ]
+}
+
+/// Where a server leads, before indexes are known.
+#[derive(Clone, Debug)]
+enum Way {
+    Status,
+    Named(prop::sample::Index),
+    Direct(SocketAddr),
+    Dynamic(Vec<(Variable, String)>),
+}
+
+fn way() -> impl Strategy<Value = Way> {
+    let names: Vec<Variable> = template::SESSION_VARIABLES
+        .iter()
+        .map(|(_, variable)| *variable)
+        .collect();
+    prop_oneof![
+        Just(Way::Status),
+        any::<prop::sample::Index>().prop_map(Way::Named),
+        (any::<std::net::IpAddr>(), 1u16..).prop_map(|address| Way::Direct(address.into())),
+        prop::collection::vec((prop::sample::select(names), "[a-z0-9:.-]{0,4}"), 1..4).prop_map(Way::Dynamic),
+    ]
+}
+
+prop_compose! {
+    fn configs()(
+        user in prop::option::of(prop::sample::select(vec![("web", 33), ("nobody", 65534)])),
+        worker_cpus in prop::collection::vec(prop::sample::subsequence(vec![0usize, 1, 2, 3], 1..=4), 1..6),
+        worker_connections in 1u32..=1 << 20,
+        shutdown in prop::option::of(1u64..=31_536_000_000),
+        paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
+        level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
+        groups in prop::collection::vec(prop::collection::vec((peer_address(), 1u32..=65_535), 1..4), 1..4),
+        servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
+    ) -> Config {
+        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, peers)| Upstream {
+            name: format!("group-{n}.é"),
+            balance: Balance::RoundRobin,
+            peers: peers.into_iter().map(|(address, weight)| Peer { address, weight }).collect(),
+        }).collect();
+        let named = upstreams.len();
+        let mut port = 1000;
+        let mut built = Vec::new();
+        for (way, stream, listeners, backlog) in servers {
+            let listen = (0..listeners).map(|n| {
+                port += 1;
+                let ip: std::net::IpAddr = if n == 0 { [127, 0, 0, 1].into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
+                Listen { address: (ip, port).into(), backlog }
+            }).collect();
+            let action = match way {
+                Way::Status => Action::Status,
+                Way::Named(index) => Action::Proxy(Target::Upstream(index.index(named))),
+                Way::Direct(address) => {
+                    let name = address.to_string();
+                    let index = upstreams.iter().position(|upstream| upstream.name == name).unwrap_or_else(|| {
+                        let peers = vec![Peer { address: Address::Tcp(address), weight: 1 }];
+                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers });
+                        upstreams.len() - 1
+                    });
+                    Action::Proxy(Target::Upstream(index))
+                }
+                Way::Dynamic(pieces) => {
+                    let mut parts = Vec::new();
+                    for (variable, literal) in pieces {
+                        parts.push(Part::Variable(variable));
+                        if !literal.is_empty() {
+                            parts.push(Part::Literal(literal));
+                        }
+                    }
+                    Action::Proxy(Target::Variable(Template(parts)))
+                }
+            };
+            built.push(Server { listen, action, stream });
+        }
+        Config {
+            user: user.map(|(name, id)| User { name: name.to_owned(), uid: id, gid: id }),
+            worker_cpus,
+            worker_connections,
+            worker_shutdown_timeout: shutdown.map(Duration::from_millis),
+            pid: paths.0.into(),
+            error_log: ErrorLog {
+                target: paths.1.map_or(LogTarget::Stderr, |path| LogTarget::File(path.into())),
+                level,
+            },
+            upstreams,
+            servers: built,
+        }
+    }
+}
+
+/// Words that a configuration is made of, so that arbitrary text gets past the first letter.
+fn almost_toml() -> impl Strategy<Value = String> {
+    let words = vec![
+        "[[server]]",
+        "[stream]",
+        "[[upstream]]",
+        "listen",
+        "proxy_pass",
+        "server",
+        "set",
+        "name",
+        "weight",
+        "\n",
+        "=",
+        "\"",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ".",
+        "0",
+        "-1",
+        "1e9",
+        "true",
+        "80",
+        "\"u\"",
+        "\"${A:-\"",
+        "\"$a\"",
+        "\"0101\"",
+        "\"1h\"",
+        "worker_cpu_affinity",
+        "include",
+        "user",
+        "1979-05-27",
+        "'''",
+        "#",
+        "\"[::]:1\"",
+        "\"*:1\"",
+        "\"unix:\"",
+        "é",
+        "\r",
+    ];
+    prop::collection::vec(prop::sample::select(words), 0..40).prop_map(|words| words.join(" "))
+}
+
+proptest! {
+    #[test]
+    fn a_dumped_configuration_loads_as_an_equal_one(config in configs()) {
+        let directory = Directory::new();
+        let text = dump(&config);
+        let again = load_with(&Fake::default(), &directory, &text, &[]);
+        prop_assert_eq!(again, Ok(config), "{}", text);
+    }
+
+    #[test]
+    fn arbitrary_text_is_loaded_or_refused_but_never_panics(
+        text in prop_oneof![almost_toml(), "\\PC{0,60}", "[\\x00-\\x7f]{0,60}"],
+        set in prop::collection::vec("[a-z_.\\[\\]0-9=]{0,20}|server\\[0\\]\\.[a-z]{0,8}=\\PC{0,10}|\\PC{0,10}", 0..3),
+    ) {
+        let directory = Directory::new();
+        let path = directory.file("a.toml", &text);
+        if let Err(found) = load_in(&Fake::default(), &path, &set) {
+            prop_assert!(!found.is_empty());
+            for diagnostic in found {
+                prop_assert!(!diagnostic.to_string().contains(['\n', '\r']), "{diagnostic}");
+            }
+        }
+    }
+}

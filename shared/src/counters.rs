@@ -1,0 +1,233 @@
+//! The board: every counter and gauge, in memory that the master creates before its first fork.
+//!
+//! Counters only rise, and outlive workers and reloads because they live here. Gauges stand in the row
+//! of the worker process that they describe: the master clears the row of a dead worker, so a killed
+//! worker leaves no session behind in the figures. All accesses are relaxed: the figures are
+//! independent of each other.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use crate::ids::Direction;
+use crate::sys::shm::Shareable;
+
+/// Worker processes that can exist at once, old generations included.
+pub const MAX_WORKERS: usize = 512;
+/// Listeners that the program can have had since its start.
+pub const MAX_LISTENERS: usize = 1024;
+/// Peers that the program can have had since its start.
+pub const MAX_PEERS: usize = 4096;
+
+macro_rules! reasons {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(usize)]
+        pub enum $name { $($(#[$vdoc])* $variant,)+ }
+
+        impl $name {
+            /// All of them, in index order.
+            pub const ALL: &[$name] = &[$($name::$variant,)+];
+            /// How many there are.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// The name that status documents and logs use.
+            pub fn name(self) -> &'static str {
+                match self { $($name::$variant => $text,)+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Why a session that should be forwarded in the kernel is copied in user space.
+    FallbackReason {
+        /// The BPF objects could not be loaded, or the kernel is not trusted; the log says why.
+        BpfUnavailable = "bpf_unavailable",
+        /// All pairs of the worker slot's sockmap are in use.
+        SlotsUsedUp = "slots_used_up",
+        /// One side is not a TCP socket.
+        NotTcp = "not_tcp",
+        /// One side had already ended its stream when the session was to be offloaded.
+        EarlyEnd = "early_end",
+        /// The kernel refused to take a socket into the sockmap.
+        KernelRefused = "kernel_refused",
+    }
+}
+
+reasons! {
+    /// Why a session ended: who, and in which phase.
+    CloseReason {
+        /// Both streams ended, and every byte was delivered.
+        Finished = "finished",
+        /// The downstream reset its connection.
+        DownstreamReset = "downstream_reset",
+        /// The upstream reset its connection.
+        UpstreamReset = "upstream_reset",
+        /// The downstream left before the upstream was connected.
+        DownstreamLeftConnecting = "downstream_left_connecting",
+        /// No peer could be connected to.
+        ConnectFailed = "connect_failed",
+        /// Connecting took longer than `proxy_connect_timeout`.
+        ConnectTimeout = "connect_timeout",
+        /// `proxy_pass` led to no upstream and no address.
+        NoRoute = "no_route",
+        /// No byte moved for `proxy_timeout`.
+        IdleTimeout = "idle_timeout",
+        /// One stream ended and `proxy_half_close` is off.
+        HalfClosed = "half_closed",
+        /// The proxy was stopped, or `worker_shutdown_timeout` ran out.
+        Shutdown = "shutdown",
+        /// A descriptor or memory limit was reached.
+        Resource = "resource",
+        /// The kernel's counters did not add up; the session was reset.
+        Integrity = "integrity",
+        /// The status document was written.
+        Status = "status",
+    }
+}
+
+/// Everything that is counted.
+#[repr(C)]
+pub struct Board {
+    /// The configuration's generation: 1 at start, one more at each successful reload.
+    pub generation: AtomicU64,
+    /// When the program started, in milliseconds since the Unix epoch.
+    pub started_unix_ms: AtomicU64,
+    /// Successful reloads.
+    pub reloads_succeeded: AtomicU64,
+    /// Reloads that were refused; the old configuration went on.
+    pub reloads_failed: AtomicU64,
+    /// Workers that died and were replaced.
+    pub worker_restarts: AtomicU64,
+    /// Sessions accepted.
+    pub sessions: AtomicU64,
+    /// Sessions that entered the kernel.
+    pub sessions_offloaded: AtomicU64,
+    /// Log lines dropped because the log could not keep up.
+    pub log_lines_dropped: AtomicU64,
+    /// Bytes copied in user space, by direction.
+    pub relay_bytes: [AtomicU64; 2],
+    /// Sessions that were to be offloaded and were not, by [`FallbackReason`].
+    pub fallbacks: [AtomicU64; FallbackReason::COUNT],
+    /// Ended sessions, by [`CloseReason`].
+    pub closes: [AtomicU64; CloseReason::COUNT],
+    /// One row for each worker process.
+    pub workers: [WorkerRow; MAX_WORKERS],
+    /// One row for each listener; the master gives the places.
+    pub listeners: [ListenerRow; MAX_LISTENERS],
+    /// One row for each peer of each upstream; the master gives the places.
+    pub peers: [PeerRow; MAX_PEERS],
+}
+
+// SAFETY: only atomics, in a `repr(C)` layout; all zeros is a valid value.
+unsafe impl Shareable for Board {}
+
+/// The gauges of one worker process.
+#[repr(C)]
+pub struct WorkerRow {
+    /// Its process id; 0: the row is free.
+    pub pid: AtomicU32,
+    /// Its worker slot.
+    pub slot: AtomicU32,
+    /// Its generation of the configuration.
+    pub generation: AtomicU64,
+    /// 1 while it takes no new sessions and finishes its old ones.
+    pub draining: AtomicU32,
+    /// Sessions that it holds.
+    pub sessions: AtomicU32,
+    /// Sessions of those that are forwarded in the kernel.
+    pub offloaded: AtomicU32,
+    /// Sockmap pairs that it holds.
+    pub slots_used: AtomicU32,
+    /// Sessions for each listener.
+    pub listener_active: [AtomicU32; MAX_LISTENERS],
+    /// Sessions for each peer.
+    pub peer_active: [AtomicU32; MAX_PEERS],
+}
+
+/// The counters of one listener.
+#[repr(C)]
+pub struct ListenerRow {
+    /// Connections accepted.
+    pub accepted: AtomicU64,
+    /// Bytes of ended sessions, by direction.
+    pub bytes: [AtomicU64; 2],
+}
+
+/// The counters of one peer.
+#[repr(C)]
+pub struct PeerRow {
+    /// Connections established.
+    pub connected: AtomicU64,
+    /// Attempts that failed.
+    pub connect_failures: AtomicU64,
+    /// Bytes of ended sessions, by direction.
+    pub bytes: [AtomicU64; 2],
+}
+
+impl Board {
+    /// Adds to a counter.
+    pub fn add(counter: &AtomicU64, n: u64) {
+        counter.fetch_add(n, Relaxed);
+    }
+
+    /// Counts bytes that user space copied.
+    pub fn add_relayed(&self, direction: Direction, bytes: u64) {
+        Self::add(&self.relay_bytes[direction.index()], bytes);
+    }
+
+    /// Counts a session that stays in user space although it should not.
+    pub fn count_fallback(&self, reason: FallbackReason) {
+        Self::add(&self.fallbacks[reason as usize], 1);
+    }
+
+    /// Counts the end of a session.
+    pub fn count_close(&self, reason: CloseReason) {
+        Self::add(&self.closes[reason as usize], 1);
+    }
+
+    /// The rows of living workers, with their places.
+    pub fn live_workers(&self) -> impl Iterator<Item = (usize, &WorkerRow)> {
+        self.workers.iter().enumerate().filter(|(_, row)| row.pid.load(Relaxed) != 0)
+    }
+
+    /// Sessions that living workers hold for a listener.
+    pub fn listener_active(&self, listener: usize) -> u64 {
+        self.live_workers().map(|(_, row)| u64::from(row.listener_active[listener].load(Relaxed))).sum()
+    }
+
+    /// Sessions that living workers hold for a peer.
+    pub fn peer_active(&self, peer: usize) -> u64 {
+        self.live_workers().map(|(_, row)| u64::from(row.peer_active[peer].load(Relaxed))).sum()
+    }
+}
+
+impl WorkerRow {
+    /// Raises a gauge.
+    pub fn up(gauge: &AtomicU32) {
+        gauge.fetch_add(1, Relaxed);
+    }
+
+    /// Lowers a gauge.
+    pub fn down(gauge: &AtomicU32) {
+        gauge.fetch_sub(1, Relaxed);
+    }
+
+    /// Takes the row for a worker that is about to start. The process id is stored when it is known.
+    pub fn claim(&self, slot: usize, generation: u64) {
+        self.clear();
+        self.slot.store(slot as u32, Relaxed);
+        self.generation.store(generation, Relaxed);
+    }
+
+    /// Frees the row of a worker that is gone; its gauges read zero afterwards.
+    pub fn clear(&self) {
+        let gauges = [&self.pid, &self.draining, &self.sessions, &self.offloaded, &self.slots_used];
+        for gauge in gauges.into_iter().chain(&self.listener_active).chain(&self.peer_active) {
+            // A load first: storing zero would touch, and so allocate, every page of an unused row.
+            if gauge.load(Relaxed) != 0 {
+                gauge.store(0, Relaxed);
+            }
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! What the master and its workers must agree on.
+//!
+//! Imports none of its siblings: `master` → `worker` → `bpf` → `shared`.
+
+pub mod config;
+pub mod counters;
+pub mod ids;
+pub mod logging;
+pub mod message;
+pub mod sys;

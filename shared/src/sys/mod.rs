@@ -1,0 +1,7 @@
+//! The unsafe fence: what the safe crates need and `nix` has no safe call for.
+
+pub mod fdpass;
+pub mod process;
+pub mod shm;
+pub mod signals;
+pub mod socket;

@@ -1,0 +1,117 @@
+//! Socket calls that `nix` has no safe wrapper for.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::libc;
+
+/// What the kernel tells of a TCP connection that user space may not compute itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpInfo {
+    /// Bytes that the peer has acknowledged (`tcpi_bytes_acked`, tcp_get_info under the socket lock).
+    pub bytes_acked: u64,
+    /// Bytes received in order (`tcpi_bytes_received`), an end of stream counting as one (tcp_fin).
+    pub bytes_received: u64,
+    /// Neither end has ended its stream.
+    pub established: bool,
+}
+
+/// `TCP_ESTABLISHED` of the kernel's tcp_states.h.
+const ESTABLISHED: u8 = 1;
+
+/// Reads `TCP_INFO`.
+pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
+    // SAFETY: `tcp_info` is plain numbers, for which all zeros is a valid value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `info`, which lives across the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            std::ptr::from_mut(&mut info).cast(),
+            &mut len,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(TcpInfo {
+        bytes_acked: info.tcpi_bytes_acked,
+        bytes_received: info.tcpi_bytes_received,
+        established: info.tcpi_state == ESTABLISHED,
+    })
+}
+
+/// Bytes written to the socket and not yet acknowledged (`SIOCOUTQ`, tcp(7)).
+pub fn unacknowledged_bytes(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: TIOCOUTQ writes one int to the address given, which lives across the call.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(bytes.max(0) as u64)
+}
+
+/// Every byte ever written to the TCP socket: acknowledged ones and those still queued. Exact, because
+/// the two readings are repeated until no acknowledgement came between them; `None` when they kept
+/// coming, which a caller takes as "ask again". `tcpi_bytes_sent` is no substitute: a segment whose
+/// transmission failed locally is counted twice (__tcp_transmit_skb, 6.12).
+pub fn written_bytes(fd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+    let mut before = tcp_info(fd)?.bytes_acked;
+    for _ in 0..4 {
+        let queued = unacknowledged_bytes(fd)?;
+        let after = tcp_info(fd)?.bytes_acked;
+        if before == after {
+            return Ok(Some(after + queued));
+        }
+        before = after;
+    }
+    Ok(None)
+}
+
+/// `SO_RCVLOWAT`: setting it makes the kernel look at the receive queue again (tcp_set_rcvlowat calls
+/// tcp_data_ready under the socket lock), which runs the verdict program on what is waiting there.
+pub fn set_receive_low_water(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
+    // SAFETY: the kernel reads one int from the address given, which lives across the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            std::ptr::from_ref(&bytes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Resets a TCP connection although other processes may hold the same socket: the peer sees RST, both
+/// queues are discarded (connect(2) with `AF_UNSPEC`, tcp_disconnect).
+pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `sockaddr` is plain numbers, for which all zeros (AF_UNSPEC) is a valid value.
+    let address: libc::sockaddr = unsafe { std::mem::zeroed() };
+    let len = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes from `address`, which lives across the call.
+    let result = unsafe { libc::connect(fd.as_raw_fd(), &address, len) };
+    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The socket's cookie: unique while the system runs (`SO_COOKIE`, sock_gen_cookie).
+pub fn cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `cookie`, which lives across the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &mut len,
+        )
+    };
+    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}

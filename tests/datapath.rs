@@ -1,0 +1,318 @@
+//! What a session may expect of the proxy, whichever way its bytes go: every byte and then FIN, or an
+//! exact prefix and then RST; and that the kernel, not user space, carries it where it can.
+
+mod harness;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
+use harness::sockets::{Deaf, rewind};
+use harness::{
+    Bytes, Plan, Proxy, Received, Upstream, connect, exchange, receive, receive_exactly, send, upstream,
+};
+
+const UP: u64 = 11;
+const DOWN: u64 = 22;
+const MIB: u64 = 1024 * 1024;
+
+/// A proxy before one upstream.
+fn proxy_for<T>(upstream: &Upstream<T>) -> (Proxy, SocketAddr) {
+    let mut plan = Plan::new();
+    let front = plan.server(upstream);
+    (plan.start(), front)
+}
+
+/// A client whose session the kernel has taken over.
+fn offloaded_client(proxy: &Proxy, front: SocketAddr) -> TcpStream {
+    let client = connect(front);
+    proxy.wait("the session is offloaded", |s| s.offloaded() == 1);
+    client
+}
+
+/// An upstream that answers `answer` bytes at the first byte it gets, and checks what it receives.
+fn answering(ip: &str, answer: u64) -> Upstream<Received> {
+    Upstream::serve(ip, move |stream| {
+        wait_for_a_byte(&stream);
+        exchange(stream, DOWN, answer, UP)
+    })
+}
+
+fn the_kernel_carries_exactly_the_bytes(client_ip: &str, upstream_ip: &str) {
+    const QUESTION: u64 = 3 * MIB + 17;
+    const ANSWER: u64 = 5 * MIB + 3;
+    let upstream = answering(upstream_ip, ANSWER);
+    let mut plan = Plan::new();
+    let front = plan.server_with(client_ip, &upstream, "");
+    let proxy = plan.start();
+
+    let client = offloaded_client(&proxy, front);
+    exchange(client, UP, QUESTION, DOWN).must_be_whole(ANSWER);
+    upstream.result().must_be_whole(QUESTION);
+
+    let status = proxy.settle();
+    assert_eq!(
+        status.sockmap(),
+        Bytes {
+            to_upstream: QUESTION,
+            to_downstream: ANSWER
+        }
+    );
+    assert_eq!(status.relay(), Bytes::default());
+    assert_eq!(status.number("/sessions/total"), 1);
+    assert_eq!(status.fallbacks(), 0);
+}
+
+#[test]
+fn the_kernel_carries_exactly_the_bytes_of_an_ipv4_session() {
+    the_kernel_carries_exactly_the_bytes("127.0.0.1", "127.0.0.1");
+}
+
+#[test]
+fn the_kernel_carries_exactly_the_bytes_of_an_ipv6_session() {
+    the_kernel_carries_exactly_the_bytes("::1", "::1");
+}
+
+#[test]
+fn the_kernel_carries_exactly_the_bytes_of_an_ipv6_client_of_an_ipv4_upstream() {
+    the_kernel_carries_exactly_the_bytes("::1", "127.0.0.1");
+}
+
+#[test]
+fn the_kernel_carries_exactly_the_bytes_of_an_ipv4_client_of_an_ipv6_upstream() {
+    the_kernel_carries_exactly_the_bytes("127.0.0.1", "::1");
+}
+
+#[test]
+fn what_a_client_sends_before_the_upstream_is_connected_arrives_first() {
+    const EARLY: u64 = 300_000;
+    let deaf = Deaf::new();
+    let mut plan = Plan::new();
+    let front = plan.server(deaf.address);
+    let proxy = plan.start();
+
+    let client = connect(front);
+    let mut early = client.try_clone().expect("a second handle");
+    let sender = std::thread::spawn(move || send(&mut early, UP, 0, EARLY));
+    pause(300);
+    // From now on the upstream answers; the proxy's SYN is repeated after a second.
+    let upstream = Upstream::on(deaf.hear(), |stream| exchange(stream, DOWN, 1000, UP));
+    sender.join().expect("the sender").expect("sending early");
+    send(&mut &client, UP, EARLY, EARLY + 50_000).expect("sending late");
+    client.shutdown(Shutdown::Write).expect("ending the question");
+
+    receive(&mut &client, DOWN).must_be_whole(1000);
+    upstream.result().must_be_whole(EARLY + 50_000);
+    let carried = proxy.settle().carried();
+    assert_eq!(
+        carried,
+        Bytes {
+            to_upstream: EARLY + 50_000,
+            to_downstream: 1000
+        }
+    );
+}
+
+#[test]
+fn a_server_that_talks_first_is_heard_by_a_silent_client() {
+    let upstream = Upstream::serve("127.0.0.1", |mut stream| {
+        send(&mut stream, DOWN, 0, 100).expect("sending the greeting");
+        receive_exactly(&mut stream, UP, 50);
+        send(&mut stream, DOWN, 100, 200).expect("sending the second line");
+        receive_from(&mut stream, UP, 50, u64::MAX)
+    });
+    let (proxy, front) = proxy_for(&upstream);
+    let client = connect(front);
+    receive_exactly(&mut &client, DOWN, 100);
+    send(&mut &client, UP, 0, 50).expect("answering");
+    assert_eq!(receive_from(&mut &client, DOWN, 100, 200).bytes, 100);
+    drop(client);
+    upstream.result().must_be_whole(0);
+    proxy.settle();
+}
+
+#[test]
+fn single_bytes_arrive_one_by_one_and_in_order() {
+    const BYTES: u64 = 20_000;
+    let upstream = Upstream::echo("127.0.0.1");
+    let (proxy, front) = proxy_for(&upstream);
+    let mut client = offloaded_client(&proxy, front);
+    let mut sending = client.try_clone().expect("a second handle");
+    let sender = std::thread::spawn(move || {
+        for offset in 0..BYTES {
+            let mut byte = [0u8];
+            fill(UP, offset, &mut byte);
+            sending.write_all(&byte).expect("sending a byte");
+        }
+        sending.shutdown(Shutdown::Write).expect("ending");
+    });
+    receive(&mut client, UP).must_be_whole(BYTES);
+    sender.join().expect("the sender");
+    let status = proxy.settle();
+    assert_eq!(
+        status.sockmap(),
+        Bytes {
+            to_upstream: BYTES,
+            to_downstream: BYTES
+        }
+    );
+}
+
+#[test]
+fn questions_and_answers_alternate_without_delay() {
+    let upstream = Upstream::echo("127.0.0.1");
+    let (proxy, front) = proxy_for(&upstream);
+    let mut client = offloaded_client(&proxy, front);
+    let start = std::time::Instant::now();
+    ping(&mut client, UP, 2000).expect("2000 rounds");
+    // A delayed acknowledgement or Nagle's algorithm would cost 40 ms a round.
+    assert!(
+        start.elapsed() < Duration::from_secs(8),
+        "2000 rounds took {:?}",
+        start.elapsed()
+    );
+    assert_eq!(proxy.status().relay(), Bytes::default());
+}
+
+#[test]
+fn two_hundred_mebibytes_each_way_arrive_byte_for_byte() {
+    const EACH: u64 = 200 * MIB;
+    let upstream = answering("127.0.0.1", EACH);
+    let (proxy, front) = proxy_for(&upstream);
+    let client = offloaded_client(&proxy, front);
+    exchange(client, UP, EACH, DOWN).must_be_whole(EACH);
+    upstream.result().must_be_whole(EACH);
+    let status = proxy.settle();
+    assert_eq!(
+        status.carried(),
+        Bytes {
+            to_upstream: EACH,
+            to_downstream: EACH
+        }
+    );
+    assert!(
+        status.sockmap().sum() * 1000 >= 2 * EACH * 999,
+        "by copying: {:?}",
+        status.relay()
+    );
+}
+
+#[test]
+fn bytes_sent_twice_in_an_overlapping_segment_are_delivered_once() {
+    let text = |proxied: bool| {
+        let upstream = Upstream::serve("127.0.0.1", |mut stream| {
+            let mut text = String::new();
+            stream.read_to_string(&mut text).expect("reading to the end");
+            text
+        });
+        let (proxy, front) = proxy_for(&upstream);
+        let client = if proxied {
+            offloaded_client(&proxy, front)
+        } else {
+            connect(upstream.address)
+        };
+        (&client)
+            .write_all(b"0123456789")
+            .expect("sending the first segment");
+        pause(200);
+        // Four old bytes and four new ones in one segment.
+        let client = rewind(client, 4);
+        (&client)
+            .write_all(b"6789ABCD")
+            .expect("sending the overlapping segment");
+        pause(200);
+        (&client).write_all(b"EFGH").expect("sending a later segment");
+        client.shutdown(Shutdown::Write).expect("ending");
+        upstream.result()
+    };
+    assert_eq!(text(false), "0123456789ABCDEFGH", "without a proxy");
+    assert_eq!(text(true), "0123456789ABCDEFGH", "through the proxy");
+}
+
+#[test]
+fn a_unix_socket_upstream_is_served_by_copying() {
+    let scratch = harness::Scratch::new();
+    let path = scratch.file("upstream.sock");
+    let results = upstream::unix(&path, |mut stream| {
+        let question = receive(&mut stream, UP);
+        send(&mut stream, DOWN, 0, 100_000).expect("answering");
+        question
+    });
+    let mut plan = Plan::new();
+    let front = plan.server(format!("unix:{}", path.display()).as_str());
+    let proxy = plan.start();
+    exchange(connect(front), UP, 50_000, DOWN).must_be_whole(100_000);
+    results
+        .recv_timeout(harness::PATIENCE)
+        .expect("a result")
+        .must_be_whole(50_000);
+    let status = proxy.settle();
+    assert_eq!(
+        status.relay(),
+        Bytes {
+            to_upstream: 50_000,
+            to_downstream: 100_000
+        }
+    );
+    assert_eq!(status.sockmap(), Bytes::default());
+}
+
+#[test]
+fn the_operator_decides_per_server_whether_the_kernel_forwards() {
+    let upstream = answering("127.0.0.1", 30_000);
+    let mut plan = Plan::new();
+    let kernel = plan.server(&upstream);
+    let copy = plan.server_with("127.0.0.1", &upstream, "ebpf_enable = false");
+    let proxy = plan.start();
+    let client = offloaded_client(&proxy, kernel);
+    exchange(client, UP, 20_000, DOWN).must_be_whole(30_000);
+    upstream.result().must_be_whole(20_000);
+    proxy.settle();
+    exchange(connect(copy), UP, 7000, DOWN).must_be_whole(30_000);
+    upstream.result().must_be_whole(7000);
+    let status = proxy.settle();
+    assert_eq!(
+        status.sockmap(),
+        Bytes {
+            to_upstream: 20_000,
+            to_downstream: 30_000
+        }
+    );
+    assert_eq!(
+        status.relay(),
+        Bytes {
+            to_upstream: 7000,
+            to_downstream: 30_000
+        }
+    );
+    assert_eq!(status.fallbacks(), 0, "a choice is not a fallback");
+}
+
+#[test]
+fn the_stream_defaults_decide_where_the_server_is_silent() {
+    let upstream = answering("127.0.0.1", 30_000);
+    let mut plan = Plan::new().stream("ebpf_enable = false");
+    let copy = plan.server(&upstream);
+    let kernel = plan.server_with("127.0.0.1", &upstream, "ebpf_enable = true");
+    let proxy = plan.start();
+    exchange(connect(copy), UP, 7000, DOWN).must_be_whole(30_000);
+    upstream.result().must_be_whole(7000);
+    let status = proxy.settle();
+    assert_eq!(
+        status.relay(),
+        Bytes {
+            to_upstream: 7000,
+            to_downstream: 30_000
+        }
+    );
+    exchange(offloaded_client(&proxy, kernel), UP, 9000, DOWN).must_be_whole(30_000);
+    upstream.result().must_be_whole(9000);
+    assert_eq!(
+        proxy.settle().sockmap(),
+        Bytes {
+            to_upstream: 9000,
+            to_downstream: 30_000
+        }
+    );
+}

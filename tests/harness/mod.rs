@@ -1,0 +1,83 @@
+//! What every black-box test uses: the real binary on a configuration of its own, upstreams and
+//! clients whose every byte is known from its offset, and deadlines on everything.
+//!
+//! Nothing in here knows the program's insides: it speaks to it through its command line, its
+//! signals, its sockets and its status document.
+//!
+//! | room | owns |
+//! |---|---|
+//! | `ports` | addresses that no other test, and no outgoing connection, takes |
+//! | `plan` | the configuration file of one proxy |
+//! | `proxy` | one running proxy: start, wait, signal, stop, clean up |
+//! | `watchdog` | the end of a test that hangs |
+//! | `status` | the status document |
+//! | `pattern` | the bytes of a stream, sent and checked |
+//! | `upstream` | servers for the proxy to connect to |
+//! | `sockets` | what std does not offer: resets, full accept queues, FIN glued to data, repaired sequence numbers |
+//! | `process` | `/proc` of a process |
+//! | `program` | other programs: run to the end, or kept running |
+
+// Each test binary uses its own part of the harness.
+#![allow(dead_code, unused_imports)]
+
+pub mod pattern;
+pub mod plan;
+pub mod ports;
+pub mod process;
+pub mod program;
+pub mod proxy;
+pub mod sockets;
+pub mod status;
+pub mod upstream;
+pub mod watchdog;
+
+pub use pattern::{Ending, Received, exchange, receive, receive_exactly, send};
+pub use plan::{Plan, Scratch, Target};
+pub use ports::Port;
+pub use proxy::Proxy;
+pub use sockets::connect;
+pub use status::{Bytes, Status};
+pub use upstream::Upstream;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long one blocking call of a test may take. Longer than any pause that a test makes on purpose.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Asks `question` again and again until it answers true; false when `limit` has passed first.
+pub fn within(limit: Duration, mut question: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        if question() {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A flag that a test raises for its threads; raised for certain when the test leaves its scope, by a panic too,
+/// so that no thread waits for ever.
+#[derive(Debug, Default)]
+pub struct Flag(AtomicBool);
+
+impl Flag {
+    /// Raises it when the returned value goes.
+    pub fn raise_at_the_end(&self) -> impl Drop + '_ {
+        struct AtTheEnd<'a>(&'a Flag);
+        impl Drop for AtTheEnd<'_> {
+            fn drop(&mut self) {
+                self.0.0.store(true, Ordering::SeqCst);
+            }
+        }
+        AtTheEnd(self)
+    }
+
+    /// Whether it is up.
+    pub fn is_up(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}

@@ -1,0 +1,71 @@
+//! Other processes as `/proc` shows them. Reads only.
+
+use std::path::PathBuf;
+
+/// A line of `/proc/<pid>/status`, without its key.
+#[track_caller]
+pub fn field(pid: i32, key: &str) -> String {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("failed to read {path}: {e}"));
+    text.lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
+        .unwrap_or_else(|| panic!("{path} has no {key}"))
+        .trim()
+        .to_owned()
+}
+
+/// How often the threads of the process have gone to sleep by themselves.
+pub fn voluntary_switches(pid: i32) -> u64 {
+    let path = format!("/proc/{pid}/task");
+    let tasks = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("failed to read {path}: {e}"));
+    let threads = tasks
+        .flatten()
+        .filter_map(|task| task.file_name().to_str()?.parse().ok());
+    threads
+        .map(|thread: i32| {
+            field(thread, "voluntary_ctxt_switches")
+                .parse::<u64>()
+                .expect("a number")
+        })
+        .sum()
+}
+
+/// Open descriptors, what each refers to.
+#[track_caller]
+pub fn descriptors(pid: i32) -> Vec<PathBuf> {
+    let path = format!("/proc/{pid}/fd");
+    let entries = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("failed to read {path}: {e}"));
+    let mut list: Vec<_> = entries
+        .flatten()
+        .filter_map(|e| std::fs::read_link(e.path()).ok())
+        .collect();
+    list.sort();
+    list
+}
+
+/// The children of every thread of the process.
+pub fn children(pid: i32) -> Vec<i32> {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    tasks
+        .flatten()
+        .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|text| {
+            text.split_whitespace()
+                .filter_map(|n| n.parse().ok())
+                .collect::<Vec<i32>>()
+        })
+        .collect()
+}
+
+/// Whether the process exists and is more than a zombie.
+pub fn is_alive(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    // The state follows the command in parentheses, which may contain anything.
+    stat.rsplit(") ")
+        .next()
+        .is_some_and(|rest| !rest.starts_with(['Z', 'X']))
+}

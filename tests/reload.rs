@@ -1,0 +1,197 @@
+//! HUP: a new generation takes over, and nobody notices; a bad file changes nothing.
+
+mod harness;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use harness::pattern::{pause, ping};
+use harness::sockets::try_connect;
+use harness::{Bytes, Plan, Proxy, Status, Upstream, connect, exchange, process, within};
+use nix::sys::signal::Signal;
+
+/// Sends HUP and waits until the new generation serves.
+#[track_caller]
+fn reload(proxy: &Proxy) -> Status {
+    let before = proxy.status().generation();
+    proxy.signal(Signal::SIGHUP);
+    proxy.wait("the generation has changed", |s| s.generation() > before)
+}
+
+#[test]
+fn reloads_under_load_refuse_and_reset_nobody() {
+    const RELOADS: u64 = 8;
+    const STREAM: u64 = 40 << 20;
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().workers(2);
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut long: Vec<_> = (0..20).map(|_| connect(front)).collect();
+    for client in &mut long {
+        ping(client, 1, 1).expect("a long session before the reloads");
+    }
+
+    let stop = AtomicBool::new(false);
+    let served = AtomicU64::new(0);
+    let failures = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for thread in 0..3u64 {
+            let (stop, served, failures) = (&stop, &served, &failures);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let result = try_connect(front).and_then(|mut client| ping(&mut client, thread, 2));
+                    match result {
+                        Ok(()) => _ = served.fetch_add(1, Ordering::Relaxed),
+                        Err(e) => failures.lock().expect("the list").push(e.to_string()),
+                    }
+                    pause(2);
+                }
+            });
+        }
+        let stream = scope.spawn(|| exchange(connect(front), 9, STREAM, 9));
+        let mut before = proxy.status();
+        let generation = before.generation();
+        for _ in 0..RELOADS {
+            let now = reload(&proxy);
+            assert!(
+                now.carried().to_upstream >= before.carried().to_upstream,
+                "a counter fell at a reload"
+            );
+            assert!(
+                now.number("/sessions/total") >= before.number("/sessions/total"),
+                "a counter fell"
+            );
+            before = now;
+            pause(150);
+        }
+        assert_eq!(before.generation(), generation + RELOADS);
+        stop.store(true, Ordering::Relaxed);
+        stream.join().expect("the stream").must_be_whole(STREAM);
+    });
+    let failures = failures.into_inner().expect("the list");
+    assert!(
+        failures.is_empty(),
+        "{} of {served:?} sessions failed: {failures:?}",
+        failures.len()
+    );
+    assert!(served.into_inner() > 100, "too little load to show anything");
+
+    for client in &mut long {
+        ping(client, 2, 5).expect("a long session after the reloads");
+    }
+    drop(long);
+    proxy.settle();
+    let gone = within(Duration::from_secs(5), || {
+        process::children(proxy.pid()).len() == 2
+    });
+    assert!(
+        gone,
+        "old workers without a session stay: {:?}",
+        process::children(proxy.pid())
+    );
+}
+
+#[test]
+fn new_sessions_follow_the_new_file_and_old_ones_stay_where_they_are() {
+    const STREAM: u64 = 5 << 20;
+    let (old, new) = (
+        Upstream::echo("127.0.0.1"),
+        Upstream::serve("127.0.0.1", |s| exchange(s, 5, 1000, 6)),
+    );
+    let mut plan = Plan::new();
+    let front = plan.server(&old);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    ping(&mut client, 1, 3).expect("the old session before");
+
+    let text = std::fs::read_to_string(proxy.file()).expect("the configuration");
+    let text = text.replace(&old.address.to_string(), &new.address.to_string());
+    std::fs::write(proxy.file(), text).expect("writing the configuration");
+    reload(&proxy);
+    exchange(connect(front), 6, 2000, 5).must_be_whole(1000);
+    new.result().must_be_whole(2000);
+    ping(&mut client, 2, 3).expect("the old session after");
+    exchange(client, 7, STREAM, 7).must_be_whole(STREAM);
+    let carried = proxy.settle().carried();
+    let echoed = 6 * 24 + STREAM;
+    assert_eq!(
+        carried,
+        Bytes {
+            to_upstream: echoed + 2000,
+            to_downstream: echoed + 1000
+        }
+    );
+}
+
+#[test]
+fn a_server_that_the_new_file_adds_listens_and_one_that_it_drops_does_not() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let kept = plan.server(&echo);
+    let added = plan.server(&echo);
+    let with_both = plan.text();
+    let tables: Vec<&str> = with_both.split("[[server]]").collect();
+    let listens = |table: &&&str| !table.contains(&added.to_string());
+    let without: Vec<&str> = tables.iter().filter(listens).copied().collect();
+    let file = plan.file("proxy.toml");
+    std::fs::write(&file, without.join("[[server]]")).expect("writing the configuration");
+    let proxy = Proxy::start_file(plan, &file);
+    assert!(try_connect(added).is_err(), "nothing listens on {added} yet");
+
+    std::fs::write(&file, &with_both).expect("writing the configuration");
+    reload(&proxy);
+    ping(&mut connect(added), 1, 2).expect("the added server");
+    ping(&mut connect(kept), 2, 2).expect("the kept server");
+
+    std::fs::write(&file, without.join("[[server]]")).expect("writing the configuration");
+    reload(&proxy);
+    assert!(
+        within(Duration::from_secs(3), || try_connect(added).is_err()),
+        "{added} still listens"
+    );
+    ping(&mut connect(kept), 3, 2).expect("the kept server");
+}
+
+#[test]
+fn a_bad_file_changes_nothing_and_is_reported() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().workers(2);
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    ping(&mut client, 1, 3).expect("a session before");
+    let before = proxy.status();
+    let pids = |status: &Status| status.workers().iter().map(|w| w.pid).collect::<Vec<_>>();
+    let good = std::fs::read_to_string(proxy.file()).expect("the configuration");
+
+    for (number, bad) in [
+        "worker_processes = \"many\"\n",
+        "this is not TOML",
+        "no_such_key = 1\n",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let lines = proxy.log().lines().count();
+        std::fs::write(proxy.file(), format!("{bad}\n{good}")).expect("writing a bad configuration");
+        proxy.signal(Signal::SIGHUP);
+        let file = proxy.file().display().to_string();
+        let reported = || proxy.log().lines().skip(lines).any(|line| line.contains(&file));
+        assert!(
+            within(Duration::from_secs(3), reported),
+            "the log does not name the bad file ({number})"
+        );
+        pause(200);
+        let now = proxy.status();
+        assert_eq!(now.generation(), before.generation(), "{bad}");
+        assert_eq!(pids(&now), pids(&before), "{bad}");
+        ping(&mut client, 2, 3).expect("the old session");
+        ping(&mut connect(front), 3, 3).expect("a new session");
+    }
+
+    std::fs::write(proxy.file(), good).expect("writing the good configuration");
+    let after = reload(&proxy);
+    assert_eq!(after.generation(), before.generation() + 1);
+    ping(&mut client, 4, 3).expect("the old session after the good file");
+}

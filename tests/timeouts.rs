@@ -1,0 +1,184 @@
+//! When the proxy ends a session by itself: idleness, an upstream that does not answer, an upstream
+//! that refuses; and when it must not.
+
+mod harness;
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use harness::pattern::{pause, ping};
+use harness::sockets::Deaf;
+use harness::{Bytes, Ending, Plan, Port, Upstream, connect, receive, send};
+
+const UP: u64 = 11;
+const DOWN: u64 = 22;
+const SHORT: &str = "proxy_timeout = \"1s\"\nebpf_timer_period = \"200ms\"";
+
+#[test]
+fn an_idle_session_is_reset_on_both_sides_at_proxy_timeout() {
+    for server in ["", "ebpf_enable = false"] {
+        let upstream = Upstream::sink("127.0.0.1", UP);
+        let mut plan = Plan::new().stream(SHORT);
+        let front = plan.server_with("127.0.0.1", &upstream, server);
+        let proxy = plan.start();
+        let mut client = connect(front);
+        send(&mut client, UP, 0, 100).expect("sending");
+        let start = Instant::now();
+        let got = receive(&mut client, DOWN);
+        let took = start.elapsed();
+        assert!(
+            (Duration::from_millis(800)..Duration::from_millis(3000)).contains(&took),
+            "closed after {took:?}"
+        );
+        assert_eq!((got.bytes, got.ending), (0, Ending::Reset));
+        upstream.result().must_be_a_prefix_and_a_reset(100);
+        proxy.settle();
+    }
+}
+
+#[test]
+fn a_session_that_never_says_anything_is_closed_at_proxy_timeout() {
+    let upstream = Upstream::sink("127.0.0.1", UP);
+    let mut plan = Plan::new().stream(SHORT);
+    let front = plan.server(&upstream);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    let start = Instant::now();
+    assert_eq!(receive(&mut client, DOWN).bytes, 0);
+    let took = start.elapsed();
+    assert!(
+        (Duration::from_millis(800)..Duration::from_millis(3000)).contains(&took),
+        "closed after {took:?}"
+    );
+    assert_eq!(upstream.result().bytes, 0);
+    proxy.settle();
+}
+
+#[test]
+fn bytes_that_only_the_kernel_sees_keep_a_session_alive() {
+    let upstream = Upstream::sink("127.0.0.1", UP);
+    let mut plan = Plan::new().stream(SHORT);
+    let front = plan.server(&upstream);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    proxy.wait("the session is offloaded", |s| s.offloaded() == 1);
+    for offset in 0..12 {
+        pause(300);
+        send(&mut client, UP, offset, offset + 1).expect("a byte within the timeout");
+    }
+    drop(client);
+    upstream.result().must_be_whole(12);
+    assert_eq!(
+        proxy.settle().sockmap(),
+        Bytes {
+            to_upstream: 12,
+            to_downstream: 0
+        }
+    );
+}
+
+#[test]
+fn bytes_towards_the_client_alone_keep_a_session_alive() {
+    let upstream = Upstream::serve("127.0.0.1", |mut stream| {
+        for offset in 0..12 {
+            pause(300);
+            send(&mut stream, DOWN, offset, offset + 1).expect("a byte within the timeout");
+        }
+    });
+    let mut plan = Plan::new().stream(SHORT);
+    let front = plan.server(&upstream);
+    let proxy = plan.start();
+    receive(&mut connect(front), DOWN).must_be_whole(12);
+    upstream.result();
+    proxy.settle();
+}
+
+#[test]
+fn a_half_closed_session_that_still_carries_bytes_stays_alive() {
+    let upstream = Upstream::serve("127.0.0.1", |mut stream| {
+        let question = receive(&mut stream, UP);
+        for offset in 0..8 {
+            pause(400);
+            send(&mut stream, DOWN, offset, offset + 1).expect("a byte within the timeout");
+        }
+        question
+    });
+    let mut plan = Plan::new().stream(SHORT);
+    let front = plan.server(&upstream);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    send(&mut client, UP, 0, 10).expect("sending");
+    client
+        .shutdown(std::net::Shutdown::Write)
+        .expect("ending the question");
+    receive(&mut client, DOWN).must_be_whole(8);
+    upstream.result().must_be_whole(10);
+    proxy.settle();
+}
+
+#[test]
+fn an_upstream_that_does_not_answer_is_given_up_at_proxy_connect_timeout() {
+    let deaf = Deaf::new();
+    let mut plan = Plan::new().stream("proxy_connect_timeout = \"500ms\"");
+    let front = plan.server(deaf.address);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    client.write_all(b"anyone there?").expect("sending");
+    let start = Instant::now();
+    let got = receive(&mut client, DOWN);
+    let took = start.elapsed();
+    assert_eq!(got.bytes, 0);
+    assert!(
+        matches!(got.ending, Ending::Fin | Ending::Reset),
+        "the client must be told: {got:?}"
+    );
+    assert!(
+        (Duration::from_millis(400)..Duration::from_millis(3000)).contains(&took),
+        "given up after {took:?}"
+    );
+    proxy.settle();
+}
+
+#[test]
+fn an_upstream_that_refuses_ends_the_session_at_once_and_nothing_else() {
+    let nobody = Port::claim();
+    let upstream = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let refused = plan.server(nobody.on("127.0.0.1"));
+    let served = plan.server(&upstream);
+    let proxy = plan.start();
+    let mut other = connect(served);
+    ping(&mut other, UP, 3).expect("the other session before");
+    for _ in 0..50 {
+        let mut client = connect(refused);
+        let start = Instant::now();
+        let got = receive(&mut client, DOWN);
+        assert_eq!(got.bytes, 0);
+        assert!(
+            matches!(got.ending, Ending::Fin | Ending::Reset),
+            "the client must be told: {got:?}"
+        );
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "told after {:?}",
+            start.elapsed()
+        );
+    }
+    ping(&mut other, UP, 3).expect("the other session after");
+    drop(other);
+    proxy.settle();
+}
+
+#[test]
+fn a_client_that_leaves_while_the_upstream_is_being_connected_leaves_nothing_behind() {
+    let deaf = Deaf::new();
+    let mut plan = Plan::new().stream("proxy_connect_timeout = \"2s\"");
+    let front = plan.server(deaf.address);
+    let proxy = plan.start();
+    for _ in 0..10 {
+        let client = connect(front);
+        pause(20);
+        harness::sockets::reset(client);
+    }
+    proxy.settle();
+}

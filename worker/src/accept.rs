@@ -1,0 +1,153 @@
+//! New downstream connections: how many at a turn, when not at all, and what the board is told.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context, Result};
+use culvert_shared::config::Action;
+use culvert_shared::counters::{Board, WorkerRow};
+use mio::Interest;
+use mio::net::TcpListener;
+
+use crate::clock;
+use crate::event_loop::{Timer, Worker};
+use crate::route::Ends;
+use crate::session::Session;
+use crate::start::Listener;
+
+/// Connections that one listener may bring in one turn, so that no listener starves the sessions.
+const TURN_BUDGET: usize = 64;
+/// How long a listener rests after the process ran out of descriptors or memory (nginx: 500 ms).
+const REST_MS: u64 = 500;
+
+/// A listening socket in use.
+pub struct Listening {
+    socket: TcpListener,
+    pub(crate) address: SocketAddr,
+    pub(crate) server: usize,
+    pub(crate) row: usize,
+    /// The accept queue may hold more: readiness is edge-triggered and was not used up.
+    more: bool,
+    /// It rests: the process ran out of descriptors or memory.
+    resting: bool,
+    /// It rests: the worker holds `worker_connections` sessions.
+    full: bool,
+}
+
+impl Listening {
+    pub(crate) fn open_all(listeners: Vec<Listener>) -> Result<Vec<Listening>> {
+        let open = |listener: Listener| Listening {
+            socket: TcpListener::from_std(std::net::TcpListener::from(listener.socket)),
+            address: listener.address,
+            server: listener.server,
+            row: listener.row,
+            more: false,
+            resting: false,
+            full: false,
+        };
+        Ok(listeners.into_iter().map(open).collect())
+    }
+
+    /// Whether it has to be asked again without waiting.
+    pub(crate) fn has_more(&self) -> bool {
+        self.more && !self.resting && !self.full
+    }
+}
+
+impl Worker {
+    pub(crate) fn listen(&mut self) -> Result<()> {
+        for (token, listener) in self.listeners.iter_mut().enumerate() {
+            self.poll
+                .registry()
+                .register(&mut listener.socket, mio::Token(token), Interest::READABLE)
+                .with_context(|| format!("failed to watch the listener {}", listener.address))?;
+        }
+        Ok(())
+    }
+
+    /// Empties the accept queues once more, as far as there is room, and closes the listeners: what is
+    /// queued on a socket that no other process holds would be reset.
+    pub(crate) fn stop_listening(&mut self) {
+        for listener in 0..self.listeners.len() {
+            self.accept(listener);
+            while self.listeners[listener].has_more() {
+                self.accept(listener);
+            }
+        }
+        for listener in &mut self.listeners {
+            let _ = self.poll.registry().deregister(&mut listener.socket);
+        }
+        self.listeners.clear();
+    }
+
+    /// Accepts from a listener until its queue is empty or the turn's budget is used up.
+    pub(crate) fn accept(&mut self, listener: usize) {
+        for _ in 0..TURN_BUDGET {
+            let full = self.table.len() >= self.config.worker_connections as usize;
+            let Some(listening) = self.listeners.get_mut(listener) else { return };
+            listening.more = true;
+            listening.resting = false;
+            listening.full = full;
+            if full {
+                return;
+            }
+            match listening.socket.accept() {
+                Ok((stream, remote)) => self.begin(listener, OwnedFd::from(stream), remote),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    listening.more = false;
+                    return;
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(nix::libc::EMFILE | nix::libc::ENFILE | nix::libc::ENOBUFS | nix::libc::ENOMEM) => {
+                        log::warn!("failed to accept on {}: {error}; resting for {REST_MS} ms", listening.address);
+                        listening.resting = true;
+                        self.wheel.insert(clock::now_ms() + REST_MS, Timer::Accept);
+                        return;
+                    }
+                    // The connection was gone before it was accepted (accept(2)): the next one may be fine.
+                    _ => log::debug!("a connection on {} was lost before it was accepted: {error}", listening.address),
+                },
+            }
+        }
+    }
+
+    /// Asks all listeners that had more when their turn ended.
+    pub(crate) fn accept_more(&mut self) {
+        for listener in 0..self.listeners.len() {
+            if self.listeners[listener].has_more() {
+                self.accept(listener);
+            }
+        }
+    }
+
+    /// A session has ended: listeners that rest for want of room may go on.
+    pub(crate) fn make_room(&mut self) {
+        self.listeners.iter_mut().for_each(|listener| listener.full = false);
+    }
+
+    /// Listeners that rest for want of descriptors may try again.
+    pub(crate) fn end_rest(&mut self) {
+        self.listeners.iter_mut().for_each(|listener| listener.resting = false);
+    }
+
+    fn begin(&mut self, listener: usize, downstream: OwnedFd, remote: SocketAddr) {
+        let listening = &self.listeners[listener];
+        let (server, row, local) = (listening.server, listening.row, listening.address);
+        let now_ms = clock::now_ms();
+        let ends = Ends { remote, local };
+        self.sessions_started += 1;
+        let session = Session::new(self.sessions_started, downstream, ends, row, server, now_ms);
+        Board::add(&self.board[0].listeners[row].accepted, 1);
+        let token = self.table.reserve();
+        self.table.put(token, Box::new(session));
+        let proxied = self.config.servers[server].action != Action::Status;
+        if proxied {
+            Board::add(&self.board[0].sessions, 1);
+            WorkerRow::up(&self.gauges().sessions);
+            WorkerRow::up(&self.gauges().listener_active[row]);
+        }
+        self.with_session(token, |worker, session| {
+            if proxied { worker.connect(token, session) } else { worker.answer_status(token, session) }
+        });
+    }
+}

@@ -1,0 +1,80 @@
+//! The way out of a session: its sockets end or reset, its slot and pair are freed, the board and the log
+//! are told who ended it and why.
+
+use std::os::fd::AsFd;
+
+use culvert_shared::config::Action;
+use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use culvert_shared::ids::Direction;
+
+use crate::clock;
+use crate::event_loop::Worker;
+use crate::session::{Session, Way, target};
+use crate::sockets;
+use crate::table::{Side, Token};
+
+impl Worker {
+    /// Ends a session that was taken out of the table.
+    pub(crate) fn close(&mut self, token: Token, mut session: Session, reason: CloseReason) {
+        for side in [Side::Downstream, Side::Upstream] {
+            if ends_in_order(&session, side, reason)
+                && let Some(socket) = session.socket(side)
+            {
+                // A failure leaves the reset in place, which errs on the safe side.
+                let _ = sockets::reset_on_close(socket.as_fd(), false);
+            }
+        }
+        if self.config.servers[session.server].action != Action::Status {
+            self.account(&session, reason);
+        }
+        let pair = session.pair.take();
+        drop(session);
+        self.free_pair(pair);
+        self.table.release(token);
+        self.make_room();
+    }
+
+    fn account(&self, session: &Session, reason: CloseReason) {
+        let board = &self.board[0];
+        let carried = Direction::BOTH.map(|direction| {
+            let kernel = self.flow(session, direction).forwarded_bytes;
+            (kernel, session.streams[direction.index()].written_bytes)
+        });
+        let bytes = carried.map(|(kernel, relayed)| kernel + relayed);
+        let listener = &board.listeners[session.listener];
+        listener.bytes.iter().zip(bytes).for_each(|(counter, bytes)| Board::add(counter, bytes));
+        WorkerRow::down(&self.gauges().sessions);
+        WorkerRow::down(&self.gauges().listener_active[session.listener]);
+        if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
+            board.peers[row].bytes.iter().zip(bytes).for_each(|(counter, bytes)| Board::add(counter, bytes));
+            WorkerRow::down(&self.gauges().peer_active[row]);
+        }
+        board.count_close(reason);
+        if log::log_enabled!(log::Level::Info) {
+            let [to_upstream, to_downstream] = carried;
+            log::info!(
+                "session {}: client {} listener {} upstream {} closed: {}; datapath {}, \
+                 to_upstream {} sockmap {} relay, to_downstream {} sockmap {} relay bytes, {} ms",
+                session.number,
+                session.client(),
+                session.ends.local,
+                session.upstream.as_ref().map_or("-", |upstream| upstream.name.as_str()),
+                reason.name(),
+                session.datapath.name(),
+                to_upstream.0,
+                to_upstream.1,
+                to_downstream.0,
+                to_downstream.1,
+                clock::now_ms().saturating_sub(session.started_ms),
+            );
+        }
+    }
+}
+
+/// Whether a socket may end with FIN: only when the stream that it carries to its reader is complete.
+fn ends_in_order(session: &Session, side: Side, reason: CloseReason) -> bool {
+    let complete = Direction::BOTH
+        .into_iter()
+        .any(|direction| target(direction) == side && session.streams[direction.index()].way == Way::Ended);
+    complete && matches!(reason, CloseReason::Finished | CloseReason::Status | CloseReason::HalfClosed)
+}

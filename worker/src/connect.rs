@@ -1,0 +1,165 @@
+//! From an accepted connection to a connected peer: route, balance, a non-blocking connect, and the next
+//! peer of the group when one refuses.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use culvert_shared::config::{Action, Address, Target};
+use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, connect, socket};
+
+use crate::clock;
+use crate::drive::Next;
+use crate::event_loop::Worker;
+use crate::route::Route;
+use crate::session::{Phase, Session, Upstream};
+use crate::sockets::{self, Interest};
+use crate::table::{Side, Token};
+
+impl Worker {
+    /// Starts a session: finds where it goes and begins to connect.
+    pub(crate) fn connect(&mut self, token: Token, session: &mut Session) -> Next {
+        if self.sockets.watch(&session.downstream, token, Side::Downstream, Interest::End).is_err() {
+            return Next::Close(CloseReason::Resource);
+        }
+        let config = std::sync::Arc::clone(&self.config);
+        let Action::Proxy(target) = &config.servers[session.server].action else {
+            return Next::Close(CloseReason::NoRoute);
+        };
+        if matches!(target, Target::Variable(_))
+            && let Some(local) = sockets::local_address(session.downstream.as_fd())
+        {
+            session.ends.local = local;
+        }
+        match self.router.route(target, &session.ends) {
+            Ok(Route::Group(group)) => {
+                session.tried = Some((group, Vec::new()));
+                self.connect_next(token, session)
+            }
+            Ok(Route::Address(address)) => match self.open(token, session, &address, None) {
+                Ok(next) => next,
+                Err(errno) => self.peer_failed(token, session, errno),
+            },
+            Err(value) => {
+                log::error!(
+                    "session {}: proxy_pass leads to \"{value}\", which is no upstream and no address",
+                    session.number
+                );
+                Next::Close(CloseReason::NoRoute)
+            }
+        }
+    }
+
+    /// Connects to the next peer of the session's group, if there is one.
+    fn connect_next(&mut self, token: Token, session: &mut Session) -> Next {
+        loop {
+            let Some((group, tried)) = &mut session.tried else { return Next::Close(CloseReason::ConnectFailed) };
+            let Some(peer) = self.groups[*group].pick(tried) else {
+                return Next::Close(CloseReason::ConnectFailed);
+            };
+            tried.push(peer);
+            let row = self.peer_rows[*group][peer];
+            let address = self.config.upstreams[*group].peers[peer].address.clone();
+            match self.open(token, session, &address, Some(row)) {
+                Ok(next) => return next,
+                Err(errno) => self.note_failure(session, &address.to_string(), Some(row), errno),
+            }
+        }
+    }
+
+    fn open(&mut self, token: Token, session: &mut Session, address: &Address, row: Option<usize>) -> Result<Next, Errno> {
+        let (socket, under_way) = start_connecting(address)?;
+        let tcp = matches!(address, Address::Tcp(_));
+        let settings = &self.config.servers[session.server].stream;
+        if tcp {
+            sockets::reset_on_close(socket.as_fd(), true)?;
+            if settings.tcp_nodelay {
+                sockets::no_delay(socket.as_fd())?;
+            }
+        }
+        let deadline_ms = clock::now_ms() + settings.proxy_connect_timeout.as_millis() as u64;
+        let interest = if under_way { Interest::Connected } else { Interest::End };
+        self.sockets.watch(&socket, token, Side::Upstream, interest)?;
+        session.ready[Side::Upstream.index()] = Default::default();
+        session.upstream = Some(Upstream { socket, tcp, name: address.to_string(), row });
+        if let Some(row) = row {
+            WorkerRow::up(&self.gauges().peer_active[row]);
+        }
+        session.phase = Phase::Connecting { deadline_ms };
+        Ok(if under_way { Next::Wait(deadline_ms) } else { self.connected(token, session) })
+    }
+
+    /// An attempt has ended, one way or the other.
+    pub(crate) fn connect_ended(&mut self, token: Token, session: &mut Session) -> Next {
+        let Some(upstream) = &session.upstream else { return Next::Close(CloseReason::ConnectFailed) };
+        match sockets::pending_error(upstream.socket.as_fd()) {
+            None => self.connected(token, session),
+            Some(errno) => self.peer_failed(token, session, errno),
+        }
+    }
+
+    /// The peer did not take the connection: the next one is tried.
+    pub(crate) fn peer_failed(&mut self, token: Token, session: &mut Session, errno: Errno) -> Next {
+        let (name, row) = match session.upstream.take() {
+            Some(upstream) => {
+                if let Some(row) = upstream.row {
+                    WorkerRow::down(&self.gauges().peer_active[row]);
+                }
+                (upstream.name, upstream.row)
+            }
+            None => (String::from("the upstream"), None),
+        };
+        self.note_failure(session, &name, row, errno);
+        match errno {
+            Errno::ETIMEDOUT if session.tried.as_ref().is_none_or(|(group, tried)| self.groups[*group].is_last(tried)) => {
+                Next::Close(CloseReason::ConnectTimeout)
+            }
+            _ => self.connect_next(token, session),
+        }
+    }
+
+    fn note_failure(&self, session: &Session, name: &str, row: Option<usize>, errno: Errno) {
+        if let Some(row) = row {
+            Board::add(&self.board[0].peers[row].connect_failures, 1);
+        }
+        log::warn!(
+            "session {}: failed to connect to {name} for client {}: {}",
+            session.number,
+            session.client(),
+            errno.desc()
+        );
+    }
+
+    fn connected(&mut self, token: Token, session: &mut Session) -> Next {
+        if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
+            Board::add(&self.board[0].peers[row].connected, 1);
+        }
+        session.phase = Phase::Streaming;
+        session.last_active_ms = clock::now_ms();
+        session.tried = None;
+        self.begin_streaming(token, session)
+    }
+}
+
+/// A connecting socket, and whether the connection is still under way.
+fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let open = |family| socket(family, SockType::Stream, flags, None);
+    let (socket, result) = match address {
+        Address::Tcp(address) => {
+            let socket = open(if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 })?;
+            let result = connect(socket.as_raw_fd(), &SockaddrStorage::from(*address));
+            (socket, result)
+        }
+        Address::Unix(path) => {
+            let socket = open(AddressFamily::Unix)?;
+            let result = connect(socket.as_raw_fd(), &UnixAddr::new(path)?);
+            (socket, result)
+        }
+    };
+    match result {
+        Ok(()) => Ok((socket, false)),
+        Err(Errno::EINPROGRESS) => Ok((socket, true)),
+        Err(errno) => Err(errno),
+    }
+}

@@ -1,0 +1,196 @@
+//! What is done next with a session: looks at what its sockets reported, moves its directions on as far
+//! as they go, and says what to wait for.
+
+use std::os::fd::AsFd;
+
+use culvert_shared::config::Action;
+use culvert_shared::counters::CloseReason;
+use culvert_shared::ids::Direction;
+use culvert_shared::sys::socket;
+use nix::errno::Errno;
+
+use crate::clock;
+use crate::event_loop::Worker;
+use crate::relay::Pumped;
+use crate::session::{Failed, Phase, Session, Way, source, target};
+use crate::sockets;
+use crate::table::{Side, Token};
+
+/// What comes next for a session.
+pub enum Next {
+    /// It waits for its sockets, and is looked at by this time in any case.
+    Wait(u64),
+    /// It has more to do, but other sessions come first.
+    Again,
+    /// It is over.
+    Close(CloseReason),
+}
+
+/// Why a direction cannot go on.
+#[derive(Debug)]
+pub enum Trouble {
+    /// A socket failed.
+    Socket(Failed),
+    /// The kernel's counters do not add up.
+    Integrity(String),
+}
+
+/// The longest wait between two looks at a settling direction.
+const LONGEST_PATIENCE_MS: u64 = 64;
+/// How long a client may take to read a status document and close.
+const STATUS_PATIENCE_MS: u64 = 5_000;
+
+impl Worker {
+    /// Moves a session on after one of its sockets has reported something.
+    pub(crate) fn drive(&mut self, token: Token, session: &mut Session) -> Next {
+        match session.phase {
+            Phase::Streaming => self.stream(token, session),
+            Phase::Connecting { deadline_ms } => {
+                if session.ready[Side::Downstream.index()].failed {
+                    return Next::Close(CloseReason::DownstreamLeftConnecting);
+                }
+                let upstream = session.ready[Side::Upstream.index()];
+                if upstream.writable || upstream.failed || upstream.ended {
+                    return self.connect_ended(token, session);
+                }
+                Next::Wait(deadline_ms)
+            }
+        }
+    }
+
+    /// Looks at a session whose timer has come out.
+    pub(crate) fn look_after(&mut self, token: Token, session: &mut Session) -> Next {
+        let now_ms = clock::now_ms();
+        match session.phase {
+            Phase::Connecting { deadline_ms } if now_ms < deadline_ms => Next::Wait(deadline_ms),
+            Phase::Connecting { .. } => self.peer_failed(token, session, Errno::ETIMEDOUT),
+            Phase::Streaming if now_ms >= self.idle_deadline_ms(session) => Next::Close(CloseReason::IdleTimeout),
+            Phase::Streaming => self.stream(token, session),
+        }
+    }
+
+    /// Moves both directions on as far as they go.
+    pub(crate) fn stream(&mut self, token: Token, session: &mut Session) -> Next {
+        for side in [Side::Downstream, Side::Upstream] {
+            if !std::mem::take(&mut session.ready[side.index()].failed) {
+                continue;
+            }
+            let errno = session.socket(side).and_then(|socket| sockets::pending_error(socket.as_fd()));
+            if let Some(errno) = errno {
+                return Next::Close(self.explain(session, Trouble::Socket(Failed { side, errno })));
+            }
+        }
+        let mut again = false;
+        for direction in Direction::BOTH {
+            match self.step(token, session, direction) {
+                Ok(more) => again |= more,
+                Err(trouble) => return Next::Close(self.explain(session, trouble)),
+            }
+        }
+        if session.is_finished() {
+            let served = self.config.servers[session.server].action == Action::Status;
+            return Next::Close(if served { CloseReason::Status } else { CloseReason::Finished });
+        }
+        if again { Next::Again } else { self.wait(session) }
+    }
+
+    /// Moves one direction on; true: it stopped only because its turn is over.
+    fn step(&mut self, token: Token, session: &mut Session, direction: Direction) -> Result<bool, Trouble> {
+        loop {
+            match session.stream(direction).way {
+                Way::Ended => return Ok(false),
+                Way::Relay => match self.pump(session, direction).map_err(Trouble::Socket)? {
+                    Pumped::Blocked => return Ok(false),
+                    Pumped::TurnOver => return Ok(true),
+                    Pumped::SourceEnded => session.stream(direction).settle(),
+                },
+                Way::Kernel => {
+                    if !session.ready[source(direction).index()].ended {
+                        return Ok(false);
+                    }
+                    self.leave_kernel(session, direction)?;
+                }
+                Way::Settling => {
+                    if !self.is_settled(session, direction)? {
+                        return Ok(false);
+                    }
+                    if session.stream(direction).settled() {
+                        self.pass_end_on(session, direction)?;
+                    } else {
+                        self.watch_data(token, session);
+                    }
+                }
+            }
+        }
+    }
+
+    fn pass_end_on(&mut self, session: &mut Session, direction: Direction) -> Result<(), Trouble> {
+        session.last_active_ms = clock::now_ms();
+        let side = target(direction);
+        match session.socket(side).map(|socket| sockets::shut_down_write(socket.as_fd())) {
+            None | Some(Ok(())) => Ok(()),
+            Some(Err(errno)) => Err(Trouble::Socket(Failed { side, errno })),
+        }
+    }
+
+    /// What a session that has nothing to do now waits for.
+    fn wait(&mut self, session: &mut Session) -> Next {
+        let now_ms = clock::now_ms();
+        let mut wake_ms = self.idle_deadline_ms(session);
+        if let Some(next) = self.end_half_closed(session) {
+            return next;
+        }
+        for stream in &mut session.streams {
+            if stream.way == Way::Settling {
+                wake_ms = wake_ms.min(now_ms + stream.patience_ms);
+                stream.patience_ms = (2 * stream.patience_ms).min(LONGEST_PATIENCE_MS);
+            }
+        }
+        Next::Wait(wake_ms.max(now_ms + 1))
+    }
+
+    /// With `proxy_half_close` off, the end of one stream is the end of the session, as soon as its
+    /// reader has acknowledged all of it.
+    fn end_half_closed(&self, session: &Session) -> Option<Next> {
+        let settings = &self.config.servers[session.server].stream;
+        if settings.proxy_half_close || session.upstream.is_none() {
+            return None;
+        }
+        let ended = Direction::BOTH.into_iter().find(|way| session.streams[way.index()].way == Way::Ended)?;
+        let reader = session.socket(target(ended))?;
+        match socket::unacknowledged_bytes(reader.as_fd()) {
+            Ok(bytes) if bytes > 0 => Some(Next::Wait(clock::now_ms() + LONGEST_PATIENCE_MS)),
+            _ => Some(Next::Close(CloseReason::HalfClosed)),
+        }
+    }
+
+    /// When the session has been idle for too long: rounded up to a multiple of `ebpf_timer_period`, so
+    /// that any number of idle sessions wakes the worker once a period at most.
+    fn idle_deadline_ms(&self, session: &Session) -> u64 {
+        if session.upstream.is_none() {
+            return session.started_ms + STATUS_PATIENCE_MS;
+        }
+        let settings = &self.config.servers[session.server].stream;
+        let kernel_ms = self.kernel_active_ms(session);
+        let deadline = session.last_active_ms.max(kernel_ms) + settings.proxy_timeout.as_millis() as u64;
+        deadline.next_multiple_of((settings.ebpf_timer_period.as_millis() as u64).max(1))
+    }
+
+    /// Turns trouble into a close reason, and says it if nobody else will.
+    fn explain(&self, session: &Session, trouble: Trouble) -> CloseReason {
+        match trouble {
+            Trouble::Socket(Failed { side, errno }) => {
+                log::debug!("session {}: {side:?} socket failed: {}", session.number, errno.desc());
+                match (side, errno) {
+                    (_, Errno::ENOMEM | Errno::ENOBUFS) => CloseReason::Resource,
+                    (Side::Downstream, _) => CloseReason::DownstreamReset,
+                    (Side::Upstream, _) => CloseReason::UpstreamReset,
+                }
+            }
+            Trouble::Integrity(what) => {
+                log::error!("session {}: resetting both ends, the kernel's counters do not add up: {what}", session.number);
+                CloseReason::Integrity
+            }
+        }
+    }
+}

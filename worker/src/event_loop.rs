@@ -1,0 +1,227 @@
+//! The only poll: listeners, the master's messages and the sessions' epoll through one mio instance,
+//! timers between. Hands each event to the file that knows what it means.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use culvert_bpf::{PairPool, SlotMaps, Totals};
+use culvert_shared::config::Config;
+use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use culvert_shared::message::ToMaster;
+use culvert_shared::sys::{fdpass, shm::Shared};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll};
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use crate::accept::Listening;
+use crate::balance::RoundRobin;
+use crate::clock;
+use crate::drive::Next;
+use crate::relay::Scratch;
+use crate::route::Router;
+use crate::session::Session;
+use crate::sockets::Sockets;
+use crate::start::WorkerStart;
+use crate::table::{Side, Table, Token};
+use crate::timer::Wheel;
+
+const CONTROL: mio::Token = mio::Token(usize::MAX);
+const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
+
+/// What a timer is for.
+pub enum Timer {
+    /// A session wants to be looked at.
+    Session(Token),
+    /// Listeners that ran out of descriptors may be tried again.
+    Accept,
+    /// A drain has lasted as long as it may.
+    Drain,
+}
+
+/// One worker process.
+pub struct Worker {
+    pub(crate) config: Arc<Config>,
+    pub(crate) board: Arc<Shared<Board>>,
+    pub(crate) row: usize,
+    pub(crate) maps: Option<Arc<SlotMaps>>,
+    pub(crate) totals: Option<Arc<Totals>>,
+    pub(crate) pairs: Option<PairPool>,
+    pub(crate) peer_rows: Vec<Vec<usize>>,
+    pub(crate) poll: Poll,
+    pub(crate) sockets: Sockets,
+    pub(crate) control: OwnedFd,
+    pub(crate) listeners: Vec<Listening>,
+    pub(crate) router: Router,
+    pub(crate) groups: Vec<RoundRobin>,
+    pub(crate) table: Table<Session>,
+    pub(crate) wheel: Wheel<Timer>,
+    /// Sessions whose turn's budget ran out before their sockets did.
+    pub(crate) again: VecDeque<Token>,
+    pub(crate) scratch: Scratch,
+    pub(crate) sessions_started: u64,
+    pub(crate) draining: bool,
+    pub(crate) stopping: bool,
+}
+
+impl Worker {
+    /// Sets the worker up; nothing is accepted before [`Worker::serve`].
+    pub fn new(start: WorkerStart) -> Result<Worker> {
+        let poll = Poll::new().context("failed to create the worker's poll")?;
+        let sockets = Sockets::new()?;
+        let registry = poll.registry();
+        registry
+            .register(&mut SourceFd(&sockets.raw_fd()), SESSIONS, Interest::READABLE)
+            .context("failed to watch the sessions' epoll")?;
+        registry
+            .register(&mut SourceFd(&start.control.as_raw_fd()), CONTROL, Interest::READABLE)
+            .context("failed to watch the master's socket")?;
+        let listeners = Listening::open_all(start.listeners)?;
+        let hostname = nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+        let weights = |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
+        Ok(Worker {
+            router: Router::new(&start.config.upstreams, hostname),
+            groups: start.config.upstreams.iter().map(|group| weights(&group.peers)).collect(),
+            pairs: start.maps.as_ref().map(|maps| PairPool::new(maps, start.owner)),
+            scratch: Scratch::new(&start.config),
+            config: start.config,
+            board: start.board,
+            row: start.row,
+            maps: start.maps,
+            totals: start.totals,
+            peer_rows: start.peer_rows,
+            poll,
+            sockets,
+            control: start.control,
+            listeners,
+            table: Table::new(),
+            wheel: Wheel::new(clock::now_ms()),
+            again: VecDeque::new(),
+            sessions_started: 0,
+            draining: false,
+            stopping: false,
+        })
+    }
+
+    /// Serves until the master says stop, or a drain is over.
+    pub fn serve(&mut self) -> Result<()> {
+        let mut events = Events::with_capacity(256);
+        let mut due = Vec::new();
+        self.listen()?;
+        fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), None)
+            .context("failed to tell the master that the worker is ready")?;
+        while !self.stopping && !(self.draining && self.table.len() == 0) {
+            if let Err(error) = self.poll.poll(&mut events, self.patience())
+                && error.kind() != std::io::ErrorKind::Interrupted
+            {
+                return Err(error).context("failed to wait for events");
+            }
+            for event in &events {
+                match event.token() {
+                    CONTROL => self.hear_master(),
+                    SESSIONS => self.take_session_events(),
+                    mio::Token(listener) => self.accept(listener),
+                }
+            }
+            self.accept_more();
+            for _ in 0..self.again.len() {
+                let Some(token) = self.again.pop_front() else { break };
+                self.with_session(token, |worker, session| worker.drive(token, session));
+            }
+            self.wheel.turn(clock::now_ms(), &mut due);
+            for (due_ms, timer) in due.drain(..) {
+                self.fire(due_ms, timer);
+            }
+        }
+        for token in self.table.tokens() {
+            self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));
+        }
+        Ok(())
+    }
+
+    /// How long the poll may sleep.
+    fn patience(&self) -> Option<Duration> {
+        if !self.again.is_empty() || self.listeners.iter().any(Listening::has_more) {
+            return Some(Duration::ZERO);
+        }
+        self.wheel.next_ms().map(|next| Duration::from_millis(next.saturating_sub(clock::now_ms())))
+    }
+
+    fn take_session_events(&mut self) {
+        let mut events = [EpollEvent::empty(); 256];
+        loop {
+            let taken = self.sockets.take(&mut events).unwrap_or(0);
+            for event in &events[..taken] {
+                let (token, side) = Token::decode(event.data());
+                self.note(token, side, event.events());
+            }
+            if taken < events.len() {
+                break;
+            }
+        }
+    }
+
+    fn note(&mut self, token: Token, side: Side, flags: EpollFlags) {
+        self.with_session(token, |worker, session| {
+            let ready = &mut session.ready[side.index()];
+            let ended = flags.contains(EpollFlags::EPOLLRDHUP);
+            ready.readable |= ended || flags.contains(EpollFlags::EPOLLIN);
+            ready.writable |= flags.contains(EpollFlags::EPOLLOUT);
+            ready.ended |= ended;
+            ready.failed |= flags.contains(EpollFlags::EPOLLERR);
+            worker.drive(token, session)
+        });
+    }
+
+    /// Works on a session outside the table, then puts it back, or ends it.
+    pub(crate) fn with_session(&mut self, token: Token, work: impl FnOnce(&mut Self, &mut Session) -> Next) {
+        let Some(mut session) = self.table.take(token) else { return };
+        match work(self, &mut session) {
+            Next::Wait(wake_ms) => {
+                self.wake_at(token, &mut session, wake_ms);
+                self.table.put(token, session);
+            }
+            Next::Again => {
+                self.again.push_back(token);
+                self.table.put(token, session);
+            }
+            Next::Close(reason) => self.close(token, *session, reason),
+        }
+    }
+
+    /// Sees to it that the session is looked at by then. An entry that is due earlier stays: when it
+    /// comes out it is worth a look, no more.
+    fn wake_at(&mut self, token: Token, session: &mut Session, wake_ms: u64) {
+        if session.wake_ms.is_none_or(|earlier| wake_ms < earlier) {
+            session.wake_ms = Some(wake_ms);
+            self.wheel.insert(wake_ms, Timer::Session(token));
+        }
+    }
+
+    fn fire(&mut self, due_ms: u64, timer: Timer) {
+        match timer {
+            Timer::Session(token) => {
+                let Some(mut session) = self.table.take(token) else { return };
+                let counts = session.wake_ms == Some(due_ms);
+                if counts {
+                    session.wake_ms = None;
+                }
+                self.table.put(token, session);
+                if counts {
+                    self.with_session(token, |worker, session| worker.look_after(token, session));
+                }
+            }
+            Timer::Accept => self.end_rest(),
+            Timer::Drain => {
+                log::warn!("worker_shutdown_timeout ran out, resetting {} sessions", self.table.len());
+                self.stopping = true;
+            }
+        }
+    }
+
+    pub(crate) fn gauges(&self) -> &WorkerRow {
+        &self.board[0].workers[self.row]
+    }
+}

@@ -1,0 +1,27 @@
+//! A worker process: accepts, connects, hands sessions to the kernel, watches them end.
+//!
+//! A session's way, file by file: `accept` → `table` (its slot) → `route` → `balance` → `connect` →
+//! `offload` (the kernel takes the pair) or `relay` (user space copies) → `close` (totals, reason, log line).
+//! `drive` decides what is done next, `session` holds the states, `event_loop` the only poll.
+
+#![forbid(unsafe_code)]
+
+mod accept;
+mod balance;
+mod clock;
+mod close;
+mod connect;
+mod control;
+mod drive;
+mod event_loop;
+mod offload;
+mod relay;
+mod route;
+mod session;
+mod sockets;
+mod start;
+mod status;
+mod table;
+mod timer;
+
+pub use start::{Listener, WorkerStart, run};

@@ -1,0 +1,195 @@
+//! When and how a pair enters the kernel, how it is seen that everything has come out at the other end,
+//! and how it leaves. The data itself is never touched here.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use culvert_bpf::{Joined, flow_flag};
+use culvert_shared::counters::{Board, FallbackReason, WorkerRow};
+use culvert_shared::ids::Direction;
+use culvert_shared::sys::socket;
+use nix::errno::Errno;
+use nix::sys::socket::MsgFlags;
+
+use crate::clock;
+use crate::drive::{Next, Trouble};
+use crate::event_loop::Worker;
+use crate::session::{Datapath, Failed, Session, source, target};
+use crate::sockets::Interest;
+use crate::table::{Side, Token};
+
+/// What the program must never have met on a flow that is to end cleanly.
+const FATAL_FLAGS: u32 = flow_flag::GAP | flow_flag::TRIM_FAILED | flow_flag::NO_TARGET;
+
+impl Worker {
+    /// Both ends are there: the kernel takes the session, or user space copies it.
+    pub(crate) fn begin_streaming(&mut self, token: Token, session: &mut Session) -> Next {
+        session.datapath = match self.offload(session) {
+            Ok(Joined::Both) => {
+                session.streams.iter_mut().for_each(|stream| stream.offload());
+                if let Some(upstream) = &session.upstream {
+                    // It can only fail for want of memory; then the session ends by its idle timeout.
+                    let _ = self.sockets.change(&upstream.socket, token, Side::Upstream, Interest::End);
+                }
+                Datapath::Sockmap
+            }
+            Ok(Joined::ToUpstreamOnly) => {
+                session.stream(Direction::ToUpstream).offload();
+                self.watch_data(token, session);
+                Datapath::Sockmap
+            }
+            Err(datapath) => {
+                if let Datapath::Fallback(reason) = datapath {
+                    self.board[0].count_fallback(reason);
+                }
+                self.watch_data(token, session);
+                datapath
+            }
+        };
+        if session.datapath == Datapath::Sockmap {
+            Board::add(&self.board[0].sessions_offloaded, 1);
+            WorkerRow::up(&self.gauges().offloaded);
+        }
+        self.stream(token, session)
+    }
+
+    fn offload(&mut self, session: &mut Session) -> Result<Joined, Datapath> {
+        let refuse = |reason| Err(Datapath::Fallback(reason));
+        if !self.config.servers[session.server].stream.ebpf_enable {
+            return Err(Datapath::Relay);
+        }
+        let (Some(maps), Some(pairs)) = (&self.maps, &mut self.pairs) else {
+            return refuse(FallbackReason::BpfUnavailable);
+        };
+        let Some(upstream) = session.upstream.as_ref().filter(|upstream| upstream.tcp) else {
+            return refuse(FallbackReason::NotTcp);
+        };
+        let Some(pair) = pairs.take(maps) else { return refuse(FallbackReason::SlotsUsedUp) };
+        let ends = [session.downstream.as_fd(), upstream.socket.as_fd()];
+        match maps.join(&pair, ends, clock::now_ns()) {
+            Ok(joined) => {
+                session.pair = Some(pair);
+                WorkerRow::up(&self.gauges().slots_used);
+                Ok(joined)
+            }
+            Err(error) => {
+                pairs.give_back(maps, pair);
+                // sock_map_sk_state_allowed takes established sockets only.
+                if ends.iter().any(|end| socket::tcp_info(*end).is_ok_and(|info| !info.established)) {
+                    return refuse(FallbackReason::EarlyEnd);
+                }
+                log::warn!("session {}: the kernel refused to take it into the sockmap: {error}", session.number);
+                refuse(FallbackReason::KernelRefused)
+            }
+        }
+    }
+
+    /// From now on user space reads and writes the session's sockets.
+    pub(crate) fn watch_data(&mut self, token: Token, session: &mut Session) {
+        for side in [Side::Downstream, Side::Upstream] {
+            if let Some(fd) = session.socket(side) {
+                // It can only fail for want of memory; then the session ends by its idle timeout.
+                let _ = self.sockets.change(fd, token, side, Interest::Data);
+            }
+            session.ready[side.index()].readable = true;
+            session.ready[side.index()].writable = true;
+        }
+    }
+
+    /// The source has ended. Whatever arrived before is with the program or waits for user space: which
+    /// of the two, a look at the socket tells, and that look takes the socket lock, so it comes after
+    /// the segment that carried the end.
+    pub(crate) fn leave_kernel(&mut self, session: &mut Session, direction: Direction) -> Result<(), Trouble> {
+        let side = source(direction);
+        let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else { return Ok(()) };
+        let failed = |errno| Trouble::Socket(Failed { side, errno });
+        // It can only fail on a socket that is no longer one; the look below then says so.
+        let _ = socket::set_receive_low_water(fd, 1);
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let peeked = nix::sys::socket::recv(fd.as_raw_fd(), &mut [0], flags);
+        let received = socket::tcp_info(fd).map_err(|error| failed(errno_of(&error)))?.bytes_received;
+        match peeked {
+            Ok(0) => session.stream(direction).settle(),
+            Ok(_) => {
+                session.stream(direction).settle();
+                return Ok(());
+            }
+            Err(Errno::EAGAIN) => {
+                session.ready[side.index()].ended = false;
+                return Ok(());
+            }
+            Err(errno) => return Err(failed(errno)),
+        }
+        let flow = self.flow(session, direction);
+        let stream = session.stream(direction);
+        stream.source_ended = true;
+        let accounted = stream.read_bytes + flow.forwarded_bytes;
+        if flow.flags & FATAL_FLAGS != 0 || received != accounted + 1 {
+            return Err(Trouble::Integrity(format!(
+                "{}: {received} bytes received with the end of stream, {} read, {} forwarded, flags {:#x}",
+                direction.name(),
+                stream.read_bytes,
+                flow.forwarded_bytes,
+                flow.flags
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whether the target's TCP has taken everything that was sent to it, by the kernel or by us. Only
+    /// then may its stream be ended: until then a shutdown or close would discard the backlog.
+    pub(crate) fn is_settled(&mut self, session: &mut Session, direction: Direction) -> Result<bool, Trouble> {
+        if session.pair.is_none() {
+            return Ok(true);
+        }
+        let side = target(direction);
+        let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else { return Ok(true) };
+        let taken = socket::written_bytes(fd)
+            .map_err(|error| Trouble::Socket(Failed { side, errno: errno_of(&error) }))?
+            // The SYN that opens a connection is acknowledged like a byte; that of an accepted one is not
+            // counted (tcp_create_openreq_child starts behind it).
+            .map(|bytes| if side == Side::Upstream { bytes.saturating_sub(1) } else { bytes });
+        let Some(taken) = taken else { return Ok(false) };
+        let forwarded = self.flow(session, direction).forwarded_bytes;
+        let stream = session.stream(direction);
+        let sent = stream.written_bytes + forwarded;
+        if taken > sent {
+            return Err(Trouble::Integrity(format!(
+                "{}: {taken} bytes in the target's TCP, {sent} sent to it",
+                direction.name()
+            )));
+        }
+        if taken != stream.settled_bytes {
+            stream.settled_bytes = taken;
+            session.last_active_ms = clock::now_ms();
+        }
+        Ok(taken == sent)
+    }
+
+    /// When the kernel last forwarded a byte of the session, on the worker's clock; 0: never.
+    pub(crate) fn kernel_active_ms(&self, session: &Session) -> u64 {
+        let last = |direction| self.flow(session, direction).last_active_ns / 1_000_000;
+        Direction::BOTH.into_iter().map(last).max().unwrap_or(0)
+    }
+
+    /// What the kernel counted for one direction; zeros for a session that it never had.
+    pub(crate) fn flow(&self, session: &Session, direction: Direction) -> culvert_bpf::FlowState {
+        match (&self.maps, &session.pair) {
+            (Some(maps), Some(pair)) => maps.flow(pair, direction),
+            _ => Default::default(),
+        }
+    }
+
+    /// Gives the pair of a session back. Its sockets must be closed: only then can no verdict on them be
+    /// running, and the pair's counters be another's.
+    pub(crate) fn free_pair(&mut self, pair: Option<culvert_bpf::Pair>) {
+        if let (Some(maps), Some(pairs), Some(pair)) = (&self.maps, &mut self.pairs, pair) {
+            pairs.give_back(maps, pair);
+            WorkerRow::down(&self.gauges().slots_used);
+            WorkerRow::down(&self.gauges().offloaded);
+        }
+    }
+}
+
+fn errno_of(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}

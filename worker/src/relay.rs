@@ -1,0 +1,119 @@
+//! The user-space copy: what cannot, or must not, be forwarded in the kernel.
+
+use std::os::fd::AsFd;
+
+use culvert_shared::config::Config;
+use culvert_shared::ids::Direction;
+use nix::errno::Errno;
+
+use crate::clock;
+use crate::event_loop::Worker;
+use crate::session::{Failed, Session, source, target};
+use crate::sockets;
+
+/// Reads that one direction may make in one turn, so that no session starves the others.
+const TURN_BUDGET: usize = 16;
+
+/// The buffer that all sessions of the worker read into. A session gets bytes of its own only when its
+/// target does not take them at once.
+pub struct Scratch(Vec<u8>);
+
+impl Scratch {
+    /// Large enough for the largest `proxy_buffer_size`.
+    pub fn new(config: &Config) -> Scratch {
+        let largest = config.servers.iter().map(|server| server.stream.proxy_buffer_size).max().unwrap_or(0);
+        Scratch(vec![0; largest.max(1)])
+    }
+}
+
+/// How far a copy came.
+pub enum Pumped {
+    /// It waits for a socket.
+    Blocked,
+    /// It could go on.
+    TurnOver,
+    /// The source has ended and everything before its end is written.
+    SourceEnded,
+}
+
+impl Worker {
+    /// Copies one direction until a socket has to be waited for, or the turn is over.
+    pub(crate) fn pump(&mut self, session: &mut Session, direction: Direction) -> Result<Pumped, Failed> {
+        let limit = self.config.servers[session.server].stream.proxy_buffer_size;
+        let (from, to) = (source(direction), target(direction));
+        for _ in 0..TURN_BUDGET {
+            if !self.flush(session, direction)? {
+                return Ok(Pumped::Blocked);
+            }
+            if session.stream(direction).source_ended {
+                return Ok(Pumped::SourceEnded);
+            }
+            if !session.ready[from.index()].readable {
+                return Ok(Pumped::Blocked);
+            }
+            let Some(socket) = session.socket(from) else { return Ok(Pumped::Blocked) };
+            let buffer = &mut self.scratch.0[..limit];
+            let read = match sockets::receive(socket.as_fd(), buffer) {
+                Ok(0) => {
+                    session.stream(direction).source_ended = true;
+                    return Ok(Pumped::SourceEnded);
+                }
+                Ok(read) => read,
+                Err(Errno::EAGAIN) => {
+                    session.ready[from.index()].readable = false;
+                    return Ok(Pumped::Blocked);
+                }
+                Err(errno) => return Err(Failed { side: from, errno }),
+            };
+            session.last_active_ms = clock::now_ms();
+            session.stream(direction).read_bytes += read as u64;
+            let written = match session.socket(to).map(|socket| sockets::send(socket.as_fd(), &buffer[..read])) {
+                // A status document's client may send what it likes; nobody reads it.
+                None => read,
+                Some(Ok(written)) => written,
+                Some(Err(Errno::EAGAIN)) => 0,
+                Some(Err(errno)) => return Err(Failed { side: to, errno }),
+            };
+            if written < read {
+                session.ready[to.index()].writable = false;
+                session.stream(direction).pending.extend(&buffer[written..read]);
+            }
+            if session.upstream.is_some() {
+                session.stream(direction).written_bytes += written as u64;
+                self.board[0].add_relayed(direction, written as u64);
+            }
+        }
+        Ok(Pumped::TurnOver)
+    }
+
+    /// Writes what an earlier turn could not; true when nothing is left of it.
+    fn flush(&mut self, session: &mut Session, direction: Direction) -> Result<bool, Failed> {
+        let to = target(direction);
+        while !session.streams[direction.index()].pending.is_empty() {
+            if !session.ready[to.index()].writable {
+                return Ok(false);
+            }
+            let Some(socket) = session.socket(to) else { return Ok(true) };
+            let written = match sockets::send(socket.as_fd(), session.streams[direction.index()].pending.as_slices().0) {
+                Ok(written) => written,
+                Err(Errno::EAGAIN) => {
+                    session.ready[to.index()].writable = false;
+                    return Ok(false);
+                }
+                Err(errno) => return Err(Failed { side: to, errno }),
+            };
+            session.last_active_ms = clock::now_ms();
+            let stream = session.stream(direction);
+            stream.pending.drain(..written);
+            stream.written_bytes += written as u64;
+            if stream.pending.is_empty() {
+                // An idle session holds no buffer.
+                stream.pending = Default::default();
+            }
+            if session.upstream.is_some() {
+                self.board[0].add_relayed(direction, written as u64);
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,112 @@
+//! Where a session goes: `proxy_pass` with its variables. Pure, except that the host's name is read once.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable};
+
+/// Upstream groups by name, and what variables need.
+pub struct Router {
+    groups: HashMap<String, usize>,
+    hostname: String,
+}
+
+/// Where a session is to be connected to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Route {
+    /// An upstream group, by its index in the configuration.
+    Group(usize),
+    /// One address.
+    Address(Address),
+}
+
+/// What is known of a session before its peer is chosen.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends {
+    /// The client's address.
+    pub remote: SocketAddr,
+    /// The address that it connected to.
+    pub local: SocketAddr,
+}
+
+impl Router {
+    /// A router for the groups of a configuration.
+    pub fn new(upstreams: &[Upstream], hostname: String) -> Router {
+        let groups = upstreams.iter().enumerate().map(|(index, group)| (group.name.clone(), index)).collect();
+        Router { groups, hostname }
+    }
+
+    /// The session's route; an error is the value that leads nowhere.
+    pub fn route(&self, target: &Target, ends: &Ends) -> Result<Route, String> {
+        match target {
+            Target::Upstream(group) => Ok(Route::Group(*group)),
+            Target::Variable(template) => {
+                let value = self.expand(template, ends);
+                self.look_up(&value).ok_or(value)
+            }
+        }
+    }
+
+    fn look_up(&self, value: &str) -> Option<Route> {
+        if let Some(group) = self.groups.get(value) {
+            return Some(Route::Group(*group));
+        }
+        if let Some(path) = value.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+            return Some(Route::Address(Address::Unix(PathBuf::from(path))));
+        }
+        value.parse().ok().map(|address| Route::Address(Address::Tcp(address)))
+    }
+
+    fn expand(&self, template: &Template, ends: &Ends) -> String {
+        let mut value = String::new();
+        for part in &template.0 {
+            match part {
+                Part::Literal(text) => value.push_str(text),
+                Part::Variable(variable) => value.push_str(&self.value_of(*variable, ends)),
+            }
+        }
+        value
+    }
+
+    fn value_of(&self, variable: Variable, ends: &Ends) -> String {
+        match variable {
+            Variable::RemoteAddr => ends.remote.ip().to_string(),
+            Variable::RemotePort => ends.remote.port().to_string(),
+            Variable::ServerAddr => ends.local.ip().to_string(),
+            Variable::ServerPort => ends.local.port().to_string(),
+            Variable::Hostname => self.hostname.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use culvert_shared::config::Balance;
+
+    fn router() -> Router {
+        let group = Upstream { name: "port-81".into(), balance: Balance::RoundRobin, peers: Vec::new() };
+        Router::new(&[group], "box".into())
+    }
+
+    fn ends() -> Ends {
+        Ends { remote: "192.0.2.1:5000".parse().unwrap(), local: "[::1]:81".parse().unwrap() }
+    }
+
+    fn route(parts: Vec<Part>) -> Result<Route, String> {
+        router().route(&Target::Variable(Template(parts)), &ends())
+    }
+
+    #[test]
+    fn a_variable_may_name_a_group_an_address_or_a_unix_socket() {
+        let literal = |text: &str| Part::Literal(text.into());
+        let group = route(vec![literal("port-"), Part::Variable(Variable::ServerPort)]);
+        assert_eq!(group, Ok(Route::Group(0)));
+        let address = route(vec![Part::Variable(Variable::RemoteAddr), literal(":9")]);
+        assert_eq!(address, Ok(Route::Address(Address::Tcp("192.0.2.1:9".parse().unwrap()))));
+        let unix = route(vec![literal("unix:/run/"), Part::Variable(Variable::Hostname)]);
+        assert_eq!(unix, Ok(Route::Address(Address::Unix("/run/box".into()))));
+        assert_eq!(route(vec![literal("nobody")]), Err("nobody".into()));
+    }
+}

@@ -1,0 +1,322 @@
+//! A session and the states of its two directions. Transitions only: no I/O, time passed in.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use culvert_bpf::Pair;
+use culvert_shared::counters::FallbackReason;
+use culvert_shared::ids::Direction;
+use nix::errno::Errno;
+
+use crate::route::Ends;
+use crate::table::Side;
+
+/// Where one direction stands. Its source is the socket that the bytes come from, its target the other.
+///
+/// ```text
+///            the kernel takes the pair              the source has ended, or left bytes
+///   Relay ───────────────────────────────► Kernel ──────────────────────────┐
+///     │ ▲                                                                    ▼
+///     │ └──── target has all, bytes are left to copy ─────────────────── Settling
+///     │                                                                    ▲ │ target has all,
+///     └──────────── the source has ended, all is copied ───────────────────┘ ▼ nothing is left
+///                                                                          Ended
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// User space reads the source and writes the target.
+    Relay,
+    /// The kernel forwards; user space touches neither socket's data.
+    Kernel,
+    /// The kernel forwards no more; what it took is on its way into the target's TCP.
+    Settling,
+    /// The target has every byte and then the end of the stream.
+    Ended,
+}
+
+/// One direction of a session.
+pub struct Stream {
+    /// Where it stands.
+    pub way: Way,
+    /// Whether the source's end of stream has been read.
+    pub source_ended: bool,
+    /// Read by user space and not yet written; empty most of the time.
+    pub pending: VecDeque<u8>,
+    /// Bytes that user space read from the source.
+    pub read_bytes: u64,
+    /// Bytes that user space wrote to the target.
+    pub written_bytes: u64,
+    /// What the target's TCP had taken when it was last asked while settling.
+    pub settled_bytes: u64,
+    /// Milliseconds until a settling direction is looked at again; doubles each time.
+    pub patience_ms: u64,
+}
+
+impl Stream {
+    fn new() -> Stream {
+        Stream {
+            way: Way::Relay,
+            source_ended: false,
+            pending: VecDeque::new(),
+            read_bytes: 0,
+            written_bytes: 0,
+            settled_bytes: 0,
+            patience_ms: 1,
+        }
+    }
+
+    /// The kernel has taken the pair.
+    pub fn offload(&mut self) {
+        if self.way == Way::Relay && self.pending.is_empty() && !self.source_ended {
+            self.way = Way::Kernel;
+        }
+        self.check_invariants();
+    }
+
+    /// The source has nothing more for the kernel: it has ended, or what is left is user space's.
+    pub fn settle(&mut self) {
+        if matches!(self.way, Way::Kernel | Way::Relay) {
+            self.way = Way::Settling;
+            self.patience_ms = 1;
+        }
+        self.check_invariants();
+    }
+
+    /// The target's TCP has everything that it was sent. Says whether the end of the stream is due now.
+    pub fn settled(&mut self) -> bool {
+        if self.way != Way::Settling {
+            return false;
+        }
+        let over = self.source_ended && self.pending.is_empty();
+        self.way = if over { Way::Ended } else { Way::Relay };
+        self.check_invariants();
+        over
+    }
+
+    fn check_invariants(&self) {
+        debug_assert!(self.way != Way::Kernel || self.pending.is_empty(), "bytes would overtake each other");
+        debug_assert!(self.way != Way::Kernel || !self.source_ended, "an ended source has no more bytes");
+        debug_assert!(self.way != Way::Ended || (self.source_ended && self.pending.is_empty()), "truncated");
+    }
+}
+
+/// What a socket has reported since it was last worked on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Readiness {
+    /// There may be data, or the end of the stream.
+    pub readable: bool,
+    /// There may be space.
+    pub writable: bool,
+    /// The end of the stream has arrived.
+    pub ended: bool,
+    /// There is an error.
+    pub failed: bool,
+}
+
+/// Whether, and why not, the kernel carries a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Datapath {
+    /// It is still to be handed over.
+    Pending,
+    /// The kernel has both sockets.
+    Sockmap,
+    /// User space copies because the operator says so.
+    Relay,
+    /// User space copies although the kernel should.
+    Fallback(FallbackReason),
+}
+
+impl Datapath {
+    /// The name that log lines use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Datapath::Pending => "none",
+            Datapath::Sockmap => "sockmap",
+            Datapath::Relay | Datapath::Fallback(_) => "relay",
+        }
+    }
+}
+
+/// The upstream side of a session.
+pub struct Upstream {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// Whether it is TCP; a unix socket is not.
+    pub tcp: bool,
+    /// What it is connected to, for people.
+    pub name: String,
+    /// The peer's row on the board, if the configuration names the peer.
+    pub row: Option<usize>,
+}
+
+/// How far a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// A peer is being connected to, until this time.
+    Connecting {
+        /// When the attempt is given up, on the worker's clock.
+        deadline_ms: u64,
+    },
+    /// Bytes move.
+    Streaming,
+}
+
+/// One downstream connection and what became of it.
+pub struct Session {
+    /// Its number in this worker, for the log.
+    pub number: u64,
+    /// The client's socket.
+    pub downstream: OwnedFd,
+    /// The client's address and the one that it connected to.
+    pub ends: Ends,
+    /// The index of its listener.
+    pub listener: usize,
+    /// The index of its server in the configuration.
+    pub server: usize,
+    /// The server's socket; `None` before there is one, and for a status document.
+    pub upstream: Option<Upstream>,
+    /// The group and the peers of it that were tried.
+    pub tried: Option<(usize, Vec<usize>)>,
+    /// How far it is.
+    pub phase: Phase,
+    /// Its directions, by [`Direction`].
+    pub streams: [Stream; 2],
+    /// What its sockets reported, by [`Side`].
+    pub ready: [Readiness; 2],
+    /// Whether the kernel carries it.
+    pub datapath: Datapath,
+    /// Its place in the sockmap.
+    pub pair: Option<Pair>,
+    /// When it was accepted.
+    pub started_ms: u64,
+    /// When user space last saw a byte move.
+    pub last_active_ms: u64,
+    /// When it must be looked at next: the one entry in the timer wheel that counts.
+    pub wake_ms: Option<u64>,
+}
+
+impl Session {
+    /// A session that was accepted just now.
+    pub fn new(number: u64, downstream: OwnedFd, ends: Ends, listener: usize, server: usize, now_ms: u64) -> Session {
+        Session {
+            number,
+            downstream,
+            ends,
+            listener,
+            server,
+            upstream: None,
+            tried: None,
+            phase: Phase::Streaming,
+            streams: [Stream::new(), Stream::new()],
+            ready: [Readiness::default(); 2],
+            datapath: Datapath::Pending,
+            pair: None,
+            started_ms: now_ms,
+            last_active_ms: now_ms,
+            wake_ms: None,
+        }
+    }
+
+    /// One of its sockets, if there is one.
+    pub fn socket(&self, side: Side) -> Option<&OwnedFd> {
+        match side {
+            Side::Downstream => Some(&self.downstream),
+            Side::Upstream => self.upstream.as_ref().map(|upstream| &upstream.socket),
+        }
+    }
+
+    /// One of its directions.
+    pub fn stream(&mut self, direction: Direction) -> &mut Stream {
+        &mut self.streams[direction.index()]
+    }
+
+    /// Whether both streams have ended.
+    pub fn is_finished(&self) -> bool {
+        self.streams.iter().all(|stream| stream.way == Way::Ended)
+    }
+
+    /// The client's address.
+    pub fn client(&self) -> SocketAddr {
+        self.ends.remote
+    }
+}
+
+/// Where a direction's bytes come from.
+pub fn source(direction: Direction) -> Side {
+    match direction {
+        Direction::ToUpstream => Side::Downstream,
+        Direction::ToDownstream => Side::Upstream,
+    }
+}
+
+/// Where they go.
+pub fn target(direction: Direction) -> Side {
+    source(direction.opposite())
+}
+
+/// A socket of a session failed; which one decides the close reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failed {
+    /// The socket.
+    pub side: Side,
+    /// Its error.
+    pub errno: Errno,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_direction_ends_only_after_its_target_has_all() {
+        let mut stream = Stream::new();
+        stream.offload();
+        assert_eq!(stream.way, Way::Kernel);
+        stream.source_ended = false;
+        stream.settle();
+        stream.source_ended = true;
+        assert!(stream.settled());
+        assert_eq!(stream.way, Way::Ended);
+    }
+
+    #[test]
+    fn bytes_that_the_kernel_left_are_copied_after_those_that_it_took() {
+        let mut stream = Stream::new();
+        stream.offload();
+        stream.settle();
+        stream.pending.extend(b"left");
+        assert!(!stream.settled());
+        assert_eq!(stream.way, Way::Relay);
+    }
+
+    #[test]
+    fn a_direction_with_bytes_in_hand_is_not_offloaded() {
+        let mut stream = Stream::new();
+        stream.pending.extend(b"x");
+        stream.offload();
+        assert_eq!(stream.way, Way::Relay);
+    }
+
+    proptest! {
+        #[test]
+        fn no_order_of_events_ends_a_stream_with_bytes_in_hand(events in proptest::collection::vec(0u8..6, 0..40)) {
+            let mut stream = Stream::new();
+            for event in events {
+                match event {
+                    0 => stream.offload(),
+                    1 => stream.settle(),
+                    2 => { stream.settled(); }
+                    3 if matches!(stream.way, Way::Relay | Way::Settling) && !stream.source_ended => {
+                        stream.pending.push_back(1);
+                    }
+                    4 if stream.way == Way::Relay => { stream.pending.clear(); }
+                    5 if matches!(stream.way, Way::Relay | Way::Settling) => { stream.source_ended = true; }
+                    _ => (),
+                }
+                prop_assert!(stream.way != Way::Ended || stream.pending.is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! What a worker is given by the master.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use culvert_bpf::{SlotMaps, Totals};
+use culvert_shared::config::Config;
+use culvert_shared::counters::Board;
+use culvert_shared::ids::Owner;
+use culvert_shared::logging;
+use culvert_shared::sys::shm::Shared;
+
+/// Everything a worker needs; made by the master before the fork, or in the child right after it.
+pub struct WorkerStart {
+    /// The worker slot.
+    pub slot: usize,
+    /// The worker's row on the board, already claimed.
+    pub row: usize,
+    /// The owner mark of the sockmap pairs that this worker takes.
+    pub owner: Owner,
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// One listening socket for each listener of the configuration.
+    pub listeners: Vec<Listener>,
+    /// Rows on the board: for each upstream, for each of its peers.
+    pub peer_rows: Vec<Vec<usize>>,
+    /// The board.
+    pub board: Arc<Shared<Board>>,
+    /// The slot's maps; `None` where BPF is not to be had.
+    pub maps: Option<Arc<SlotMaps>>,
+    /// The bytes that the kernel forwarded, whole program; `None` where BPF is not to be had.
+    pub totals: Option<Arc<Totals>>,
+    /// The worker's end of the pair to the master.
+    pub control: OwnedFd,
+}
+
+/// One listening socket.
+pub struct Listener {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// The address that it is bound to.
+    pub address: SocketAddr,
+    /// The index of its server in [`Config::servers`].
+    pub server: usize,
+    /// Its row on the board.
+    pub row: usize,
+}
+
+/// Serves until told to stop; returns the process's exit status.
+pub fn run(start: WorkerStart) -> i32 {
+    let board = Arc::clone(&start.board);
+    let on_drop = move || Board::add(&board[0].log_lines_dropped, 1);
+    let served = logging::start_writer(on_drop)
+        .and_then(|()| crate::event_loop::Worker::new(start))
+        .and_then(|mut worker| worker.serve());
+    let status = match served {
+        Ok(()) => 0,
+        Err(error) => {
+            log::error!("worker failed: {error:#}");
+            1
+        }
+    };
+    logging::flush();
+    status
+}
