@@ -316,3 +316,23 @@ fn the_stream_defaults_decide_where_the_server_is_silent() {
         }
     );
 }
+
+#[test]
+fn a_stream_in_full_flow_both_ways_at_the_takeover_keeps_its_bytes() {
+    for round in 0..40 {
+        let length = 500_000 + round * 40_009;
+        let upstream = Upstream::serve("127.0.0.1", move |stream| exchange(stream, DOWN, length, UP));
+        let (proxy, front) = proxy_for(&upstream);
+        exchange(connect(front), UP, length, DOWN).must_be_whole(length);
+        upstream.result().must_be_whole(length);
+        let carried = proxy.settle().carried();
+        assert_eq!(
+            carried,
+            Bytes {
+                to_upstream: length,
+                to_downstream: length
+            },
+            "in round {round}"
+        );
+    }
+}

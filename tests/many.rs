@@ -3,12 +3,13 @@
 mod harness;
 
 use std::net::{Shutdown, SocketAddr};
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use harness::pattern::ping;
-use harness::{Plan, Proxy, Received, Upstream, connect, exchange, process, receive, send, within};
+use harness::{
+    Flag, PATIENCE, Plan, Proxy, Received, Upstream, connect, exchange, process, receive, send, within,
+};
 
 /// How many descriptors each worker holds while no session is open. Asking for the status opens one for
 /// a moment, so that the least of several looks counts.
@@ -53,8 +54,11 @@ fn assert_nothing_is_left(proxy: &Proxy, workers: &[i32], before: &[usize]) {
 fn five_hundred_sessions_at_once_get_their_own_bytes() {
     const SESSIONS: u64 = 500;
     const EACH: u64 = 100_000;
+    const CONNECTIONS: u64 = 600;
     let upstream = Upstream::echo("127.0.0.1");
-    let mut plan = Plan::new().workers(2);
+    let mut plan = Plan::new()
+        .workers(2)
+        .global(&format!("worker_connections = {CONNECTIONS}"));
     let front = plan.server(&upstream);
     let proxy = plan.start();
     warm_up(front);
@@ -63,15 +67,20 @@ fn five_hundred_sessions_at_once_get_their_own_bytes() {
     let before = descriptors(&workers);
     let bytes_before = proxy.status().carried();
 
-    let everyone = Barrier::new(SESSIONS as usize + 1);
+    let ready = AtomicU64::new(0);
+    let go = Flag::default();
     std::thread::scope(|scope| {
+        let at_the_end = go.raise_at_the_end();
         for seed in 0..SESSIONS {
-            let everyone = &everyone;
+            let (ready, go) = (&ready, &go);
             let session = move || {
                 let mut client = connect(front);
                 ping(&mut client, seed, 1).expect("a first echo");
-                everyone.wait();
-                everyone.wait();
+                ready.fetch_add(1, Ordering::SeqCst);
+                assert!(
+                    within(PATIENCE * 2, || go.is_up()),
+                    "the other sessions do not come"
+                );
                 exchange(client, seed, EACH, seed).must_be_whole(EACH);
             };
             std::thread::Builder::new()
@@ -79,15 +88,18 @@ fn five_hundred_sessions_at_once_get_their_own_bytes() {
                 .spawn_scoped(scope, session)
                 .expect("a thread");
         }
-        everyone.wait();
+        assert!(
+            within(PATIENCE, || ready.load(Ordering::SeqCst) == SESSIONS),
+            "{ready:?} sessions stand"
+        );
         let status = proxy.wait("all sessions are offloaded", |s| s.offloaded() == SESSIONS);
         assert_eq!(status.active(), SESSIONS);
-        assert_eq!(
-            status.slots_used(),
-            2 * SESSIONS,
-            "two places in a sockmap for each session"
-        );
-        everyone.wait();
+        // A session takes two places of its worker's sockmap, one for each socket.
+        for worker in status.workers() {
+            let places = (worker.slots_used, worker.slots_total);
+            assert_eq!(places, (2 * worker.sessions, 2 * CONNECTIONS), "{worker:?}");
+        }
+        drop(at_the_end);
     });
 
     let carried = proxy.settle().carried();

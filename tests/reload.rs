@@ -3,12 +3,12 @@
 mod harness;
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use harness::pattern::{pause, ping};
 use harness::sockets::try_connect;
-use harness::{Bytes, Plan, Proxy, Status, Upstream, connect, exchange, process, within};
+use harness::{Bytes, Flag, Plan, Proxy, Status, Upstream, connect, exchange, process, within};
 use nix::sys::signal::Signal;
 
 /// Sends HUP and waits until the new generation serves.
@@ -32,14 +32,15 @@ fn reloads_under_load_refuse_and_reset_nobody() {
         ping(client, 1, 1).expect("a long session before the reloads");
     }
 
-    let stop = AtomicBool::new(false);
+    let stop = Flag::default();
     let served = AtomicU64::new(0);
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
+        let at_the_end = stop.raise_at_the_end();
         for thread in 0..3u64 {
             let (stop, served, failures) = (&stop, &served, &failures);
             scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
+                while !stop.is_up() {
                     let result = try_connect(front).and_then(|mut client| ping(&mut client, thread, 2));
                     match result {
                         Ok(()) => _ = served.fetch_add(1, Ordering::Relaxed),
@@ -66,7 +67,7 @@ fn reloads_under_load_refuse_and_reset_nobody() {
             pause(150);
         }
         assert_eq!(before.generation(), generation + RELOADS);
-        stop.store(true, Ordering::Relaxed);
+        drop(at_the_end);
         stream.join().expect("the stream").must_be_whole(STREAM);
     });
     let failures = failures.into_inner().expect("the list");

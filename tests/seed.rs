@@ -108,8 +108,9 @@ fn the_seeds_configuration_does_what_the_seed_did() {
         (1_000_000, 1_000_000)
     );
     let log = std::fs::read_to_string(log).expect("the error log");
+    let of_10001 = fronts[&10001].number.to_string();
     assert!(
-        log.contains("debug"),
-        "the error log at level debug holds debug lines:\n{log}"
+        log.contains(&of_10001),
+        "the error log tells of the session on port 10001:\n{log}"
     );
 }

@@ -267,3 +267,21 @@ fn a_busy_offloaded_session_does_not_wake_its_worker() {
         "3000 rounds that the kernel carried woke the worker {woken} times"
     );
 }
+
+#[test]
+fn a_stopped_worker_does_not_stop_its_offloaded_sessions() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    proxy.wait("the session is offloaded", |s| s.offloaded() == 1);
+    pause(300);
+    let worker = Pid::from_raw(proxy.worker());
+    kill(worker, Signal::SIGSTOP).expect("stopping the worker");
+    let carried = ping(&mut client, 1, 1000);
+    kill(worker, Signal::SIGCONT).expect("letting the worker go on");
+    carried.expect("1000 rounds while the worker is stopped");
+    drop(client);
+    assert_eq!(proxy.settle().sockmap().sum(), 2 * 24 * 1000);
+}

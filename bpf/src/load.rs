@@ -31,13 +31,20 @@ pub struct Totals(Shared<CpuTotal>);
 impl Totals {
     /// Bytes of one direction, over all CPUs.
     pub fn forwarded_bytes(&self, direction: Direction) -> u64 {
-        self.0.iter().map(|cpu| cpu.forwarded_bytes[direction.index()].load(Relaxed)).sum()
+        self.0
+            .iter()
+            .map(|cpu| cpu.forwarded_bytes[direction.index()].load(Relaxed))
+            .sum()
     }
 
     /// Bytes of both directions for each CPU that forwarded any, with its number.
     pub fn by_cpu(&self) -> impl Iterator<Item = (usize, u64)> {
         let sum = |cpu: &CpuTotal| cpu.forwarded_bytes.iter().map(|bytes| bytes.load(Relaxed)).sum();
-        self.0.iter().map(sum).enumerate().filter(|(_, bytes)| *bytes != 0)
+        self.0
+            .iter()
+            .map(sum)
+            .enumerate()
+            .filter(|(_, bytes)| *bytes != 0)
     }
 }
 
@@ -52,8 +59,15 @@ impl Bpf {
             ..Default::default()
         };
         let value_size = size_of::<CpuTotal>() as u32;
-        let totals_map = MapHandle::create(MapType::Array, Some("totals"), 4, value_size, cpus as u32, &options)
-            .context("failed to create a BPF map (needs CAP_BPF, or root)")?;
+        let totals_map = MapHandle::create(
+            MapType::Array,
+            Some("totals"),
+            4,
+            value_size,
+            cpus as u32,
+            &options,
+        )
+        .context("failed to create a BPF map (needs CAP_BPF, or root)")?;
         let totals = Arc::new(Totals(Shared::of_fd(totals_map.as_fd(), cpus)?));
         Ok(Bpf { totals_map, totals })
     }
@@ -72,13 +86,21 @@ impl Bpf {
         );
         let sockets = 2 * worker_connections;
         let mut storage = MaybeUninit::<OpenObject>::uninit();
-        let mut open =
-            VerdictSkelBuilder::default().open(&mut storage).context("failed to open the BPF object")?;
+        let mut open = VerdictSkelBuilder::default()
+            .open(&mut storage)
+            .context("failed to open the BPF object")?;
         let maps = &mut open.maps;
-        for map in [&mut maps.sources, &mut maps.targets, &mut maps.indices, &mut maps.flows] {
+        for map in [
+            &mut maps.sources,
+            &mut maps.targets,
+            &mut maps.indices,
+            &mut maps.flows,
+        ] {
             map.set_max_entries(sockets).context("failed to size a BPF map")?;
         }
-        maps.totals.reuse_fd(self.totals_map.as_fd()).context("failed to share the totals map")?;
+        maps.totals
+            .reuse_fd(self.totals_map.as_fd())
+            .context("failed to share the totals map")?;
         let loaded = open.load().with_context(|| {
             format!(
                 "failed to load the BPF program for {worker_connections} sessions \

@@ -108,7 +108,11 @@ impl SlotMaps {
         for side in 0..2 {
             let index = self.index(pair, side);
             let cookie = self.flows[index].cookie.load(Relaxed);
-            update(&self.indices, &cookie.to_ne_bytes(), &(index as u32).to_ne_bytes())?;
+            update(
+                &self.indices,
+                &cookie.to_ne_bytes(),
+                &(index as u32).to_ne_bytes(),
+            )?;
         }
         for map in [&self.targets, &self.sources] {
             for (side, fd) in sockets.iter().enumerate() {
@@ -173,10 +177,11 @@ impl SlotMaps {
 }
 
 fn update(map: &MapHandle, key: &[u8], value: &[u8]) -> io::Result<()> {
-    map.update(key, value, MapFlags::ANY).map_err(|error| match error.kind() {
-        libbpf_rs::ErrorKind::OutOfMemory => io::ErrorKind::OutOfMemory.into(),
-        _ => io::Error::other(error.to_string()),
-    })
+    map.update(key, value, MapFlags::ANY)
+        .map_err(|error| match error.kind() {
+            libbpf_rs::ErrorKind::OutOfMemory => io::ErrorKind::OutOfMemory.into(),
+            _ => io::Error::other(error.to_string()),
+        })
 }
 
 /// The pairs that one worker may take. Another worker of the slot, draining, may hold some of them: the
@@ -194,7 +199,11 @@ const ASK_AGAIN: usize = 8;
 impl PairPool {
     /// A pool over all pairs of the slot.
     pub fn new(maps: &SlotMaps, owner: Owner) -> PairPool {
-        PairPool { owner, free: (0..maps.capacity).rev().collect(), elsewhere: VecDeque::new() }
+        PairPool {
+            owner,
+            free: (0..maps.capacity).rev().collect(),
+            elsewhere: VecDeque::new(),
+        }
     }
 
     /// Takes a pair; `None` when all are in use.

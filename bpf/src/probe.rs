@@ -16,8 +16,13 @@ pub fn libbpf_version() -> String {
 pub fn probe() -> Vec<String> {
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned());
     let kernel = read("/proc/sys/kernel/osrelease").unwrap_or_else(|error| format!("unknown ({error})"));
-    let btf = if Path::new("/sys/kernel/btf/vmlinux").exists() { "present" } else { "missing: offload needs it" };
-    let unprivileged = read("/proc/sys/kernel/unprivileged_bpf_disabled").unwrap_or_else(|_| "unknown".into());
+    let btf = if Path::new("/sys/kernel/btf/vmlinux").exists() {
+        "present"
+    } else {
+        "missing: offload needs it"
+    };
+    let unprivileged =
+        read("/proc/sys/kernel/unprivileged_bpf_disabled").unwrap_or_else(|_| "unknown".into());
     let offload = match crate::trial() {
         Ok(()) => "programs load: sessions are forwarded in the kernel".to_owned(),
         Err(error) => format!("not to be had: {error:#}"),

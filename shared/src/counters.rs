@@ -138,7 +138,7 @@ pub struct WorkerRow {
     /// Sessions of those that are forwarded in the kernel.
     pub offloaded: AtomicU32,
     /// Sockmap pairs that it holds.
-    pub slots_used: AtomicU32,
+    pub pairs: AtomicU32,
     /// Sessions for each listener.
     pub listener_active: [AtomicU32; MAX_LISTENERS],
     /// Sessions for each peer.
@@ -188,17 +188,24 @@ impl Board {
 
     /// The rows of living workers, with their places.
     pub fn live_workers(&self) -> impl Iterator<Item = (usize, &WorkerRow)> {
-        self.workers.iter().enumerate().filter(|(_, row)| row.pid.load(Relaxed) != 0)
+        self.workers
+            .iter()
+            .enumerate()
+            .filter(|(_, row)| row.pid.load(Relaxed) != 0)
     }
 
     /// Sessions that living workers hold for a listener.
     pub fn listener_active(&self, listener: usize) -> u64 {
-        self.live_workers().map(|(_, row)| u64::from(row.listener_active[listener].load(Relaxed))).sum()
+        self.live_workers()
+            .map(|(_, row)| u64::from(row.listener_active[listener].load(Relaxed)))
+            .sum()
     }
 
     /// Sessions that living workers hold for a peer.
     pub fn peer_active(&self, peer: usize) -> u64 {
-        self.live_workers().map(|(_, row)| u64::from(row.peer_active[peer].load(Relaxed))).sum()
+        self.live_workers()
+            .map(|(_, row)| u64::from(row.peer_active[peer].load(Relaxed)))
+            .sum()
     }
 }
 
@@ -222,8 +229,18 @@ impl WorkerRow {
 
     /// Frees the row of a worker that is gone; its gauges read zero afterwards.
     pub fn clear(&self) {
-        let gauges = [&self.pid, &self.draining, &self.sessions, &self.offloaded, &self.slots_used];
-        for gauge in gauges.into_iter().chain(&self.listener_active).chain(&self.peer_active) {
+        let gauges = [
+            &self.pid,
+            &self.draining,
+            &self.sessions,
+            &self.offloaded,
+            &self.pairs,
+        ];
+        for gauge in gauges
+            .into_iter()
+            .chain(&self.listener_active)
+            .chain(&self.peer_active)
+        {
             // A load first: storing zero would touch, and so allocate, every page of an unused row.
             if gauge.load(Relaxed) != 0 {
                 gauge.store(0, Relaxed);

@@ -73,7 +73,12 @@ pub fn init(level: LevelFilter) {
         .format(|buffer, record| {
             let time = buffer.timestamp_millis();
             let level = record.level().as_str().to_ascii_lowercase();
-            writeln!(buffer, "{time} [{level}] {}: {}", std::process::id(), record.args())
+            writeln!(
+                buffer,
+                "{time} [{level}] {}: {}",
+                std::process::id(),
+                record.args()
+            )
         })
         .try_init();
     debug_assert!(installed.is_ok(), "the logger is installed once");
@@ -88,9 +93,10 @@ pub fn set_level(level: LevelFilter) {
 /// Opens the place that the configuration names. A file is appended to, and created if need be.
 pub fn open(target: &LogTarget) -> Result<OwnedFd> {
     match target {
-        LogTarget::Stderr => {
-            io::stderr().as_fd().try_clone_to_owned().context("failed to duplicate standard error")
-        }
+        LogTarget::Stderr => io::stderr()
+            .as_fd()
+            .try_clone_to_owned()
+            .context("failed to duplicate standard error"),
         LogTarget::File(path) => Ok(open_file(path)?.into()),
     }
 }
@@ -115,7 +121,10 @@ pub fn start_writer(on_drop: impl Fn() + Send + Sync + 'static) -> Result<()> {
         .name("log".into())
         .spawn(move || write_all(&queue))
         .context("failed to start the log writer thread")?;
-    let _ = WRITER.set(Writer { lines, on_drop: Box::new(on_drop) });
+    let _ = WRITER.set(Writer {
+        lines,
+        on_drop: Box::new(on_drop),
+    });
     Ok(())
 }
 
@@ -144,7 +153,11 @@ fn write_all(queue: &Receiver<Item>) {
 pub fn flush() {
     if let Some(writer) = WRITER.get() {
         let (done, written) = bounded(1);
-        if writer.lines.send_timeout(Item::Flush(done), FLUSH_PATIENCE).is_ok() {
+        if writer
+            .lines
+            .send_timeout(Item::Flush(done), FLUSH_PATIENCE)
+            .is_ok()
+        {
             let _ = written.recv_timeout(FLUSH_PATIENCE);
         }
     }

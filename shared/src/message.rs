@@ -19,17 +19,27 @@ pub enum ToMaster {
 }
 
 impl ToWorker {
-    const ALL: [(ToWorker, u8); 3] = [(ToWorker::Drain, b'D'), (ToWorker::Stop, b'S'), (ToWorker::Log, b'L')];
+    const ALL: [(ToWorker, u8); 3] = [
+        (ToWorker::Drain, b'D'),
+        (ToWorker::Stop, b'S'),
+        (ToWorker::Log, b'L'),
+    ];
 
     /// The message's bytes.
     pub fn encode(self) -> [u8; 1] {
-        let byte = Self::ALL.iter().find(|(message, _)| *message == self).map_or(0, |(_, byte)| *byte);
+        let byte = Self::ALL
+            .iter()
+            .find(|(message, _)| *message == self)
+            .map_or(0, |(_, byte)| *byte);
         [byte]
     }
 
     /// The message that the bytes stand for; `None` for anything else.
     pub fn decode(bytes: &[u8]) -> Option<ToWorker> {
-        Self::ALL.iter().find(|(_, byte)| bytes == [*byte]).map(|(message, _)| *message)
+        Self::ALL
+            .iter()
+            .find(|(_, byte)| bytes == [*byte])
+            .map(|(message, _)| *message)
     }
 }
 

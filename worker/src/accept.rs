@@ -84,7 +84,9 @@ impl Worker {
     pub(crate) fn accept(&mut self, listener: usize) {
         for _ in 0..TURN_BUDGET {
             let full = self.table.len() >= self.config.worker_connections as usize;
-            let Some(listening) = self.listeners.get_mut(listener) else { return };
+            let Some(listening) = self.listeners.get_mut(listener) else {
+                return;
+            };
             listening.more = true;
             listening.resting = false;
             listening.full = full;
@@ -99,13 +101,19 @@ impl Worker {
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(nix::libc::EMFILE | nix::libc::ENFILE | nix::libc::ENOBUFS | nix::libc::ENOMEM) => {
-                        log::warn!("failed to accept on {}: {error}; resting for {REST_MS} ms", listening.address);
+                        log::warn!(
+                            "failed to accept on {}: {error}; resting for {REST_MS} ms",
+                            listening.address
+                        );
                         listening.resting = true;
                         self.wheel.insert(clock::now_ms() + REST_MS, Timer::Accept);
                         return;
                     }
                     // The connection was gone before it was accepted (accept(2)): the next one may be fine.
-                    _ => log::debug!("a connection on {} was lost before it was accepted: {error}", listening.address),
+                    _ => log::debug!(
+                        "a connection on {} was lost before it was accepted: {error}",
+                        listening.address
+                    ),
                 },
             }
         }
@@ -122,12 +130,16 @@ impl Worker {
 
     /// A session has ended: listeners that rest for want of room may go on.
     pub(crate) fn make_room(&mut self) {
-        self.listeners.iter_mut().for_each(|listener| listener.full = false);
+        self.listeners
+            .iter_mut()
+            .for_each(|listener| listener.full = false);
     }
 
     /// Listeners that rest for want of descriptors may try again.
     pub(crate) fn end_rest(&mut self) {
-        self.listeners.iter_mut().for_each(|listener| listener.resting = false);
+        self.listeners
+            .iter_mut()
+            .for_each(|listener| listener.resting = false);
     }
 
     fn begin(&mut self, listener: usize, downstream: OwnedFd, remote: SocketAddr) {
@@ -147,7 +159,11 @@ impl Worker {
             WorkerRow::up(&self.gauges().listener_active[row]);
         }
         self.with_session(token, |worker, session| {
-            if proxied { worker.connect(token, session) } else { worker.answer_status(token, session) }
+            if proxied {
+                worker.connect(token, session)
+            } else {
+                worker.answer_status(token, session)
+            }
         });
     }
 }

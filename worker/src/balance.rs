@@ -11,7 +11,10 @@ impl RoundRobin {
     /// A group of peers with these weights, each at least 1.
     pub fn new(weights: impl Iterator<Item = u32>) -> RoundRobin {
         let weights: Vec<i64> = weights.map(i64::from).collect();
-        RoundRobin { current: vec![0; weights.len()], weights }
+        RoundRobin {
+            current: vec![0; weights.len()],
+            weights,
+        }
     }
 
     /// The index of the next peer, leaving out those already tried; `None` when none is left.

@@ -42,11 +42,19 @@ impl Worker {
         });
         let bytes = carried.map(|(kernel, relayed)| kernel + relayed);
         let listener = &board.listeners[session.listener];
-        listener.bytes.iter().zip(bytes).for_each(|(counter, bytes)| Board::add(counter, bytes));
+        listener
+            .bytes
+            .iter()
+            .zip(bytes)
+            .for_each(|(counter, bytes)| Board::add(counter, bytes));
         WorkerRow::down(&self.gauges().sessions);
         WorkerRow::down(&self.gauges().listener_active[session.listener]);
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
-            board.peers[row].bytes.iter().zip(bytes).for_each(|(counter, bytes)| Board::add(counter, bytes));
+            board.peers[row]
+                .bytes
+                .iter()
+                .zip(bytes)
+                .for_each(|(counter, bytes)| Board::add(counter, bytes));
             WorkerRow::down(&self.gauges().peer_active[row]);
         }
         board.count_close(reason);
@@ -58,7 +66,10 @@ impl Worker {
                 session.number,
                 session.client(),
                 session.ends.local,
-                session.upstream.as_ref().map_or("-", |upstream| upstream.name.as_str()),
+                session
+                    .upstream
+                    .as_ref()
+                    .map_or("-", |upstream| upstream.name.as_str()),
                 reason.name(),
                 session.datapath.name(),
                 to_upstream.0,
@@ -76,5 +87,9 @@ fn ends_in_order(session: &Session, side: Side, reason: CloseReason) -> bool {
     let complete = Direction::BOTH
         .into_iter()
         .any(|direction| target(direction) == side && session.streams[direction.index()].way == Way::Ended);
-    complete && matches!(reason, CloseReason::Finished | CloseReason::Status | CloseReason::HalfClosed)
+    complete
+        && matches!(
+            reason,
+            CloseReason::Finished | CloseReason::Status | CloseReason::HalfClosed
+        )
 }

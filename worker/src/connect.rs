@@ -19,7 +19,11 @@ use crate::table::{Side, Token};
 impl Worker {
     /// Starts a session: finds where it goes and begins to connect.
     pub(crate) fn connect(&mut self, token: Token, session: &mut Session) -> Next {
-        if self.sockets.watch(&session.downstream, token, Side::Downstream, Interest::End).is_err() {
+        if self
+            .sockets
+            .watch(&session.downstream, token, Side::Downstream, Interest::End)
+            .is_err()
+        {
             return Next::Close(CloseReason::Resource);
         }
         let config = std::sync::Arc::clone(&self.config);
@@ -53,7 +57,9 @@ impl Worker {
     /// Connects to the next peer of the session's group, if there is one.
     fn connect_next(&mut self, token: Token, session: &mut Session) -> Next {
         loop {
-            let Some((group, tried)) = &mut session.tried else { return Next::Close(CloseReason::ConnectFailed) };
+            let Some((group, tried)) = &mut session.tried else {
+                return Next::Close(CloseReason::ConnectFailed);
+            };
             let Some(peer) = self.groups[*group].pick(tried) else {
                 return Next::Close(CloseReason::ConnectFailed);
             };
@@ -67,7 +73,13 @@ impl Worker {
         }
     }
 
-    fn open(&mut self, token: Token, session: &mut Session, address: &Address, row: Option<usize>) -> Result<Next, Errno> {
+    fn open(
+        &mut self,
+        token: Token,
+        session: &mut Session,
+        address: &Address,
+        row: Option<usize>,
+    ) -> Result<Next, Errno> {
         let (socket, under_way) = start_connecting(address)?;
         let tcp = matches!(address, Address::Tcp(_));
         let settings = &self.config.servers[session.server].stream;
@@ -78,20 +90,40 @@ impl Worker {
             }
         }
         let deadline_ms = clock::now_ms() + settings.proxy_connect_timeout.as_millis() as u64;
-        let interest = if under_way { Interest::Connected } else { Interest::End };
+        let interest = if under_way {
+            Interest::Connected
+        } else {
+            Interest::End
+        };
         self.sockets.watch(&socket, token, Side::Upstream, interest)?;
         session.ready[Side::Upstream.index()] = Default::default();
-        session.upstream = Some(Upstream { socket, tcp, name: address.to_string(), row });
+        log::debug!(
+            "session {}: client {} to upstream {address}",
+            session.number,
+            session.client()
+        );
+        session.upstream = Some(Upstream {
+            socket,
+            tcp,
+            name: address.to_string(),
+            row,
+        });
         if let Some(row) = row {
             WorkerRow::up(&self.gauges().peer_active[row]);
         }
         session.phase = Phase::Connecting { deadline_ms };
-        Ok(if under_way { Next::Wait(deadline_ms) } else { self.connected(token, session) })
+        Ok(if under_way {
+            Next::Wait(deadline_ms)
+        } else {
+            self.connected(token, session)
+        })
     }
 
     /// An attempt has ended, one way or the other.
     pub(crate) fn connect_ended(&mut self, token: Token, session: &mut Session) -> Next {
-        let Some(upstream) = &session.upstream else { return Next::Close(CloseReason::ConnectFailed) };
+        let Some(upstream) = &session.upstream else {
+            return Next::Close(CloseReason::ConnectFailed);
+        };
         match sockets::pending_error(upstream.socket.as_fd()) {
             None => self.connected(token, session),
             Some(errno) => self.peer_failed(token, session, errno),
@@ -111,7 +143,12 @@ impl Worker {
         };
         self.note_failure(session, &name, row, errno);
         match errno {
-            Errno::ETIMEDOUT if session.tried.as_ref().is_none_or(|(group, tried)| self.groups[*group].is_last(tried)) => {
+            Errno::ETIMEDOUT
+                if session
+                    .tried
+                    .as_ref()
+                    .is_none_or(|(group, tried)| self.groups[*group].is_last(tried)) =>
+            {
                 Next::Close(CloseReason::ConnectTimeout)
             }
             _ => self.connect_next(token, session),
@@ -147,7 +184,11 @@ fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
     let open = |family| socket(family, SockType::Stream, flags, None);
     let (socket, result) = match address {
         Address::Tcp(address) => {
-            let socket = open(if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 })?;
+            let socket = open(if address.is_ipv4() {
+                AddressFamily::Inet
+            } else {
+                AddressFamily::Inet6
+            })?;
             let result = connect(socket.as_raw_fd(), &SockaddrStorage::from(*address));
             (socket, result)
         }

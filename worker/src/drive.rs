@@ -64,7 +64,9 @@ impl Worker {
         match session.phase {
             Phase::Connecting { deadline_ms } if now_ms < deadline_ms => Next::Wait(deadline_ms),
             Phase::Connecting { .. } => self.peer_failed(token, session, Errno::ETIMEDOUT),
-            Phase::Streaming if now_ms >= self.idle_deadline_ms(session) => Next::Close(CloseReason::IdleTimeout),
+            Phase::Streaming if now_ms >= self.idle_deadline_ms(session) => {
+                Next::Close(CloseReason::IdleTimeout)
+            }
             Phase::Streaming => self.stream(token, session),
         }
     }
@@ -75,7 +77,9 @@ impl Worker {
             if !std::mem::take(&mut session.ready[side.index()].failed) {
                 continue;
             }
-            let errno = session.socket(side).and_then(|socket| sockets::pending_error(socket.as_fd()));
+            let errno = session
+                .socket(side)
+                .and_then(|socket| sockets::pending_error(socket.as_fd()));
             if let Some(errno) = errno {
                 return Next::Close(self.explain(session, Trouble::Socket(Failed { side, errno })));
             }
@@ -89,7 +93,11 @@ impl Worker {
         }
         if session.is_finished() {
             let served = self.config.servers[session.server].action == Action::Status;
-            return Next::Close(if served { CloseReason::Status } else { CloseReason::Finished });
+            return Next::Close(if served {
+                CloseReason::Status
+            } else {
+                CloseReason::Finished
+            });
         }
         if again { Next::Again } else { self.wait(session) }
     }
@@ -127,7 +135,10 @@ impl Worker {
     fn pass_end_on(&mut self, session: &mut Session, direction: Direction) -> Result<(), Trouble> {
         session.last_active_ms = clock::now_ms();
         let side = target(direction);
-        match session.socket(side).map(|socket| sockets::shut_down_write(socket.as_fd())) {
+        match session
+            .socket(side)
+            .map(|socket| sockets::shut_down_write(socket.as_fd()))
+        {
             None | Some(Ok(())) => Ok(()),
             Some(Err(errno)) => Err(Trouble::Socket(Failed { side, errno })),
         }
@@ -156,7 +167,9 @@ impl Worker {
         if settings.proxy_half_close || session.upstream.is_none() {
             return None;
         }
-        let ended = Direction::BOTH.into_iter().find(|way| session.streams[way.index()].way == Way::Ended)?;
+        let ended = Direction::BOTH
+            .into_iter()
+            .find(|way| session.streams[way.index()].way == Way::Ended)?;
         let reader = session.socket(target(ended))?;
         match socket::unacknowledged_bytes(reader.as_fd()) {
             Ok(bytes) if bytes > 0 => Some(Next::Wait(clock::now_ms() + LONGEST_PATIENCE_MS)),
@@ -180,7 +193,11 @@ impl Worker {
     fn explain(&self, session: &Session, trouble: Trouble) -> CloseReason {
         match trouble {
             Trouble::Socket(Failed { side, errno }) => {
-                log::debug!("session {}: {side:?} socket failed: {}", session.number, errno.desc());
+                log::debug!(
+                    "session {}: {side:?} socket failed: {}",
+                    session.number,
+                    errno.desc()
+                );
                 match (side, errno) {
                     (_, Errno::ENOMEM | Errno::ENOBUFS) => CloseReason::Resource,
                     (Side::Downstream, _) => CloseReason::DownstreamReset,
@@ -188,7 +205,10 @@ impl Worker {
                 }
             }
             Trouble::Integrity(what) => {
-                log::error!("session {}: resetting both ends, the kernel's counters do not add up: {what}", session.number);
+                log::error!(
+                    "session {}: resetting both ends, the kernel's counters do not add up: {what}",
+                    session.number
+                );
                 CloseReason::Integrity
             }
         }

@@ -76,14 +76,25 @@ impl Worker {
             .register(&mut SourceFd(&sockets.raw_fd()), SESSIONS, Interest::READABLE)
             .context("failed to watch the sessions' epoll")?;
         registry
-            .register(&mut SourceFd(&start.control.as_raw_fd()), CONTROL, Interest::READABLE)
+            .register(
+                &mut SourceFd(&start.control.as_raw_fd()),
+                CONTROL,
+                Interest::READABLE,
+            )
             .context("failed to watch the master's socket")?;
         let listeners = Listening::open_all(start.listeners)?;
-        let hostname = nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
-        let weights = |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
+        let hostname =
+            nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+        let weights =
+            |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
         Ok(Worker {
             router: Router::new(&start.config.upstreams, hostname),
-            groups: start.config.upstreams.iter().map(|group| weights(&group.peers)).collect(),
+            groups: start
+                .config
+                .upstreams
+                .iter()
+                .map(|group| weights(&group.peers))
+                .collect(),
             pairs: start.maps.as_ref().map(|maps| PairPool::new(maps, start.owner)),
             scratch: Scratch::new(&start.config),
             config: start.config,
@@ -112,7 +123,7 @@ impl Worker {
         self.listen()?;
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), None)
             .context("failed to tell the master that the worker is ready")?;
-        while !self.stopping && !(self.draining && self.table.len() == 0) {
+        while !self.is_done() {
             if let Err(error) = self.poll.poll(&mut events, self.patience())
                 && error.kind() != std::io::ErrorKind::Interrupted
             {
@@ -127,7 +138,9 @@ impl Worker {
             }
             self.accept_more();
             for _ in 0..self.again.len() {
-                let Some(token) = self.again.pop_front() else { break };
+                let Some(token) = self.again.pop_front() else {
+                    break;
+                };
                 self.with_session(token, |worker, session| worker.drive(token, session));
             }
             self.wheel.turn(clock::now_ms(), &mut due);
@@ -141,12 +154,18 @@ impl Worker {
         Ok(())
     }
 
+    fn is_done(&self) -> bool {
+        self.stopping || (self.draining && self.table.len() == 0)
+    }
+
     /// How long the poll may sleep.
     fn patience(&self) -> Option<Duration> {
         if !self.again.is_empty() || self.listeners.iter().any(Listening::has_more) {
             return Some(Duration::ZERO);
         }
-        self.wheel.next_ms().map(|next| Duration::from_millis(next.saturating_sub(clock::now_ms())))
+        self.wheel
+            .next_ms()
+            .map(|next| Duration::from_millis(next.saturating_sub(clock::now_ms())))
     }
 
     fn take_session_events(&mut self) {
@@ -177,7 +196,9 @@ impl Worker {
 
     /// Works on a session outside the table, then puts it back, or ends it.
     pub(crate) fn with_session(&mut self, token: Token, work: impl FnOnce(&mut Self, &mut Session) -> Next) {
-        let Some(mut session) = self.table.take(token) else { return };
+        let Some(mut session) = self.table.take(token) else {
+            return;
+        };
         match work(self, &mut session) {
             Next::Wait(wake_ms) => {
                 self.wake_at(token, &mut session, wake_ms);
@@ -203,7 +224,9 @@ impl Worker {
     fn fire(&mut self, due_ms: u64, timer: Timer) {
         match timer {
             Timer::Session(token) => {
-                let Some(mut session) = self.table.take(token) else { return };
+                let Some(mut session) = self.table.take(token) else {
+                    return;
+                };
                 let counts = session.wake_ms == Some(due_ms);
                 if counts {
                     session.wake_ms = None;
@@ -215,7 +238,10 @@ impl Worker {
             }
             Timer::Accept => self.end_rest(),
             Timer::Drain => {
-                log::warn!("worker_shutdown_timeout ran out, resetting {} sessions", self.table.len());
+                log::warn!(
+                    "worker_shutdown_timeout ran out, resetting {} sessions",
+                    self.table.len()
+                );
                 self.stopping = true;
             }
         }

@@ -28,7 +28,9 @@ impl Worker {
                 session.streams.iter_mut().for_each(|stream| stream.offload());
                 if let Some(upstream) = &session.upstream {
                     // It can only fail for want of memory; then the session ends by its idle timeout.
-                    let _ = self.sockets.change(&upstream.socket, token, Side::Upstream, Interest::End);
+                    let _ = self
+                        .sockets
+                        .change(&upstream.socket, token, Side::Upstream, Interest::End);
                 }
                 Datapath::Sockmap
             }
@@ -45,6 +47,7 @@ impl Worker {
                 datapath
             }
         };
+        log::debug!("session {}: datapath {:?}", session.number, session.datapath);
         if session.datapath == Datapath::Sockmap {
             Board::add(&self.board[0].sessions_offloaded, 1);
             WorkerRow::up(&self.gauges().offloaded);
@@ -63,21 +66,29 @@ impl Worker {
         let Some(upstream) = session.upstream.as_ref().filter(|upstream| upstream.tcp) else {
             return refuse(FallbackReason::NotTcp);
         };
-        let Some(pair) = pairs.take(maps) else { return refuse(FallbackReason::SlotsUsedUp) };
+        let Some(pair) = pairs.take(maps) else {
+            return refuse(FallbackReason::SlotsUsedUp);
+        };
         let ends = [session.downstream.as_fd(), upstream.socket.as_fd()];
         match maps.join(&pair, ends, clock::now_ns()) {
             Ok(joined) => {
                 session.pair = Some(pair);
-                WorkerRow::up(&self.gauges().slots_used);
+                WorkerRow::up(&self.gauges().pairs);
                 Ok(joined)
             }
             Err(error) => {
                 pairs.give_back(maps, pair);
                 // sock_map_sk_state_allowed takes established sockets only.
-                if ends.iter().any(|end| socket::tcp_info(*end).is_ok_and(|info| !info.established)) {
+                if ends
+                    .iter()
+                    .any(|end| socket::tcp_info(*end).is_ok_and(|info| !info.established))
+                {
                     return refuse(FallbackReason::EarlyEnd);
                 }
-                log::warn!("session {}: the kernel refused to take it into the sockmap: {error}", session.number);
+                log::warn!(
+                    "session {}: the kernel refused to take it into the sockmap: {error}",
+                    session.number
+                );
                 refuse(FallbackReason::KernelRefused)
             }
         }
@@ -98,15 +109,23 @@ impl Worker {
     /// The source has ended. Whatever arrived before is with the program or waits for user space: which
     /// of the two, a look at the socket tells, and that look takes the socket lock, so it comes after
     /// the segment that carried the end.
-    pub(crate) fn leave_kernel(&mut self, session: &mut Session, direction: Direction) -> Result<(), Trouble> {
+    pub(crate) fn leave_kernel(
+        &mut self,
+        session: &mut Session,
+        direction: Direction,
+    ) -> Result<(), Trouble> {
         let side = source(direction);
-        let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else { return Ok(()) };
+        let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else {
+            return Ok(());
+        };
         let failed = |errno| Trouble::Socket(Failed { side, errno });
         // It can only fail on a socket that is no longer one; the look below then says so.
         let _ = socket::set_receive_low_water(fd, 1);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let peeked = nix::sys::socket::recv(fd.as_raw_fd(), &mut [0], flags);
-        let received = socket::tcp_info(fd).map_err(|error| failed(errno_of(&error)))?.bytes_received;
+        let received = socket::tcp_info(fd)
+            .map_err(|error| failed(errno_of(&error)))?
+            .bytes_received;
         match peeked {
             Ok(0) => session.stream(direction).settle(),
             Ok(_) => {
@@ -137,17 +156,34 @@ impl Worker {
 
     /// Whether the target's TCP has taken everything that was sent to it, by the kernel or by us. Only
     /// then may its stream be ended: until then a shutdown or close would discard the backlog.
-    pub(crate) fn is_settled(&mut self, session: &mut Session, direction: Direction) -> Result<bool, Trouble> {
+    pub(crate) fn is_settled(
+        &mut self,
+        session: &mut Session,
+        direction: Direction,
+    ) -> Result<bool, Trouble> {
         if session.pair.is_none() {
             return Ok(true);
         }
         let side = target(direction);
-        let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else { return Ok(true) };
+        let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else {
+            return Ok(true);
+        };
         let taken = socket::written_bytes(fd)
-            .map_err(|error| Trouble::Socket(Failed { side, errno: errno_of(&error) }))?
+            .map_err(|error| {
+                Trouble::Socket(Failed {
+                    side,
+                    errno: errno_of(&error),
+                })
+            })?
             // The SYN that opens a connection is acknowledged like a byte; that of an accepted one is not
             // counted (tcp_create_openreq_child starts behind it).
-            .map(|bytes| if side == Side::Upstream { bytes.saturating_sub(1) } else { bytes });
+            .map(|bytes| {
+                if side == Side::Upstream {
+                    bytes.saturating_sub(1)
+                } else {
+                    bytes
+                }
+            });
         let Some(taken) = taken else { return Ok(false) };
         let forwarded = self.flow(session, direction).forwarded_bytes;
         let stream = session.stream(direction);
@@ -184,7 +220,7 @@ impl Worker {
     pub(crate) fn free_pair(&mut self, pair: Option<culvert_bpf::Pair>) {
         if let (Some(maps), Some(pairs), Some(pair)) = (&self.maps, &mut self.pairs, pair) {
             pairs.give_back(maps, pair);
-            WorkerRow::down(&self.gauges().slots_used);
+            WorkerRow::down(&self.gauges().pairs);
             WorkerRow::down(&self.gauges().offloaded);
         }
     }

@@ -21,7 +21,12 @@ pub struct Scratch(Vec<u8>);
 impl Scratch {
     /// Large enough for the largest `proxy_buffer_size`.
     pub fn new(config: &Config) -> Scratch {
-        let largest = config.servers.iter().map(|server| server.stream.proxy_buffer_size).max().unwrap_or(0);
+        let largest = config
+            .servers
+            .iter()
+            .map(|server| server.stream.proxy_buffer_size)
+            .max()
+            .unwrap_or(0);
         Scratch(vec![0; largest.max(1)])
     }
 }
@@ -51,7 +56,9 @@ impl Worker {
             if !session.ready[from.index()].readable {
                 return Ok(Pumped::Blocked);
             }
-            let Some(socket) = session.socket(from) else { return Ok(Pumped::Blocked) };
+            let Some(socket) = session.socket(from) else {
+                return Ok(Pumped::Blocked);
+            };
             let buffer = &mut self.scratch.0[..limit];
             let read = match sockets::receive(socket.as_fd(), buffer) {
                 Ok(0) => {
@@ -67,7 +74,10 @@ impl Worker {
             };
             session.last_active_ms = clock::now_ms();
             session.stream(direction).read_bytes += read as u64;
-            let written = match session.socket(to).map(|socket| sockets::send(socket.as_fd(), &buffer[..read])) {
+            let written = match session
+                .socket(to)
+                .map(|socket| sockets::send(socket.as_fd(), &buffer[..read]))
+            {
                 // A status document's client may send what it likes; nobody reads it.
                 None => read,
                 Some(Ok(written)) => written,
@@ -93,8 +103,13 @@ impl Worker {
             if !session.ready[to.index()].writable {
                 return Ok(false);
             }
-            let Some(socket) = session.socket(to) else { return Ok(true) };
-            let written = match sockets::send(socket.as_fd(), session.streams[direction.index()].pending.as_slices().0) {
+            let Some(socket) = session.socket(to) else {
+                return Ok(true);
+            };
+            let written = match sockets::send(
+                socket.as_fd(),
+                session.streams[direction.index()].pending.as_slices().0,
+            ) {
                 Ok(written) => written,
                 Err(Errno::EAGAIN) => {
                     session.ready[to.index()].writable = false;

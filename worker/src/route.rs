@@ -33,7 +33,11 @@ pub struct Ends {
 impl Router {
     /// A router for the groups of a configuration.
     pub fn new(upstreams: &[Upstream], hostname: String) -> Router {
-        let groups = upstreams.iter().enumerate().map(|(index, group)| (group.name.clone(), index)).collect();
+        let groups = upstreams
+            .iter()
+            .enumerate()
+            .map(|(index, group)| (group.name.clone(), index))
+            .collect();
         Router { groups, hostname }
     }
 
@@ -55,7 +59,10 @@ impl Router {
         if let Some(path) = value.strip_prefix("unix:").filter(|path| !path.is_empty()) {
             return Some(Route::Address(Address::Unix(PathBuf::from(path))));
         }
-        value.parse().ok().map(|address| Route::Address(Address::Tcp(address)))
+        value
+            .parse()
+            .ok()
+            .map(|address| Route::Address(Address::Tcp(address)))
     }
 
     fn expand(&self, template: &Template, ends: &Ends) -> String {
@@ -86,12 +93,19 @@ mod tests {
     use culvert_shared::config::Balance;
 
     fn router() -> Router {
-        let group = Upstream { name: "port-81".into(), balance: Balance::RoundRobin, peers: Vec::new() };
+        let group = Upstream {
+            name: "port-81".into(),
+            balance: Balance::RoundRobin,
+            peers: Vec::new(),
+        };
         Router::new(&[group], "box".into())
     }
 
     fn ends() -> Ends {
-        Ends { remote: "192.0.2.1:5000".parse().unwrap(), local: "[::1]:81".parse().unwrap() }
+        Ends {
+            remote: "192.0.2.1:5000".parse().unwrap(),
+            local: "[::1]:81".parse().unwrap(),
+        }
     }
 
     fn route(parts: Vec<Part>) -> Result<Route, String> {
@@ -104,7 +118,10 @@ mod tests {
         let group = route(vec![literal("port-"), Part::Variable(Variable::ServerPort)]);
         assert_eq!(group, Ok(Route::Group(0)));
         let address = route(vec![Part::Variable(Variable::RemoteAddr), literal(":9")]);
-        assert_eq!(address, Ok(Route::Address(Address::Tcp("192.0.2.1:9".parse().unwrap()))));
+        assert_eq!(
+            address,
+            Ok(Route::Address(Address::Tcp("192.0.2.1:9".parse().unwrap())))
+        );
         let unix = route(vec![literal("unix:/run/"), Part::Variable(Variable::Hostname)]);
         assert_eq!(unix, Ok(Route::Address(Address::Unix("/run/box".into()))));
         assert_eq!(route(vec![literal("nobody")]), Err("nobody".into()));

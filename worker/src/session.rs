@@ -95,9 +95,18 @@ impl Stream {
     }
 
     fn check_invariants(&self) {
-        debug_assert!(self.way != Way::Kernel || self.pending.is_empty(), "bytes would overtake each other");
-        debug_assert!(self.way != Way::Kernel || !self.source_ended, "an ended source has no more bytes");
-        debug_assert!(self.way != Way::Ended || (self.source_ended && self.pending.is_empty()), "truncated");
+        debug_assert!(
+            self.way != Way::Kernel || self.pending.is_empty(),
+            "bytes would overtake each other"
+        );
+        debug_assert!(
+            self.way != Way::Kernel || !self.source_ended,
+            "an ended source has no more bytes"
+        );
+        debug_assert!(
+            self.way != Way::Ended || (self.source_ended && self.pending.is_empty()),
+            "truncated"
+        );
     }
 }
 
@@ -198,7 +207,14 @@ pub struct Session {
 
 impl Session {
     /// A session that was accepted just now.
-    pub fn new(number: u64, downstream: OwnedFd, ends: Ends, listener: usize, server: usize, now_ms: u64) -> Session {
+    pub fn new(
+        number: u64,
+        downstream: OwnedFd,
+        ends: Ends,
+        listener: usize,
+        server: usize,
+        now_ms: u64,
+    ) -> Session {
         Session {
             number,
             downstream,

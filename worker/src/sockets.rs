@@ -43,7 +43,9 @@ pub struct Sockets(Epoll);
 impl Sockets {
     /// A new instance.
     pub fn new() -> Result<Sockets> {
-        Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map(Sockets).context("failed to create an epoll instance")
+        Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
+            .map(Sockets)
+            .context("failed to create an epoll instance")
     }
 
     /// Its descriptor, to be watched.
@@ -53,12 +55,14 @@ impl Sockets {
 
     /// Starts to watch a socket.
     pub fn watch(&self, fd: &OwnedFd, token: Token, side: Side, interest: Interest) -> Result<(), Errno> {
-        self.0.add(fd, EpollEvent::new(interest.flags(), token.encode(side)))
+        self.0
+            .add(fd, EpollEvent::new(interest.flags(), token.encode(side)))
     }
 
     /// Changes what is waited for; what is already there is reported again.
     pub fn change(&self, fd: &OwnedFd, token: Token, side: Side, interest: Interest) -> Result<(), Errno> {
-        self.0.modify(fd, &mut EpollEvent::new(interest.flags(), token.encode(side)))
+        self.0
+            .modify(fd, &mut EpollEvent::new(interest.flags(), token.encode(side)))
     }
 
     /// What has happened, without waiting; fills `events` and returns how many.
@@ -74,7 +78,13 @@ pub fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
 
 /// Writes what fits.
 pub fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
-    retry(|| socket::send(fd.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL))
+    retry(|| {
+        socket::send(
+            fd.as_raw_fd(),
+            bytes,
+            MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
+        )
+    })
 }
 
 fn retry(mut call: impl FnMut() -> nix::Result<usize>) -> Result<usize, Errno> {
@@ -103,7 +113,14 @@ pub fn pending_error(fd: BorrowedFd<'_>) -> Option<Errno> {
 /// Whether closing the socket resets the connection. On from a socket's birth, so that whatever kills
 /// the worker cannot turn a truncated stream into a clean end; off only for the orderly close.
 pub fn reset_on_close(fd: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
-    setsockopt(&fd, sockopt::Linger, &libc::linger { l_onoff: on.into(), l_linger: 0 })
+    setsockopt(
+        &fd,
+        sockopt::Linger,
+        &libc::linger {
+            l_onoff: on.into(),
+            l_linger: 0,
+        },
+    )
 }
 
 /// Sends small segments at once.
@@ -114,6 +131,12 @@ pub fn no_delay(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 /// The address that an accepted connection was made to; a wildcard listener does not tell.
 pub fn local_address(fd: BorrowedFd<'_>) -> Option<SocketAddr> {
     let address: SockaddrStorage = socket::getsockname(fd.as_raw_fd()).ok()?;
-    let v4 = address.as_sockaddr_in().map(|address| SocketAddr::V4((*address).into()));
-    v4.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddr::V6((*address).into())))
+    let v4 = address
+        .as_sockaddr_in()
+        .map(|address| SocketAddr::V4((*address).into()));
+    v4.or_else(|| {
+        address
+            .as_sockaddr_in6()
+            .map(|address| SocketAddr::V6((*address).into()))
+    })
 }

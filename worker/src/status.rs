@@ -13,11 +13,18 @@ use crate::session::{Datapath, Session};
 use crate::sockets::Interest;
 use crate::table::{Side, Token};
 
+/// Places in the sockmap that one session takes: one for each socket.
+const SLOTS_PER_PAIR: u32 = 2;
+
 impl Worker {
     /// Makes the session write the document and end. What its client sends is read and dropped: closing
     /// with unread data would reset the connection under the document.
     pub(crate) fn answer_status(&mut self, token: Token, session: &mut Session) -> Next {
-        if self.sockets.watch(&session.downstream, token, Side::Downstream, Interest::Data).is_err() {
+        if self
+            .sockets
+            .watch(&session.downstream, token, Side::Downstream, Interest::Data)
+            .is_err()
+        {
             return Next::Close(CloseReason::Resource);
         }
         session.datapath = Datapath::Relay;
@@ -50,8 +57,8 @@ impl Worker {
                     "cpus": self.config.worker_cpus.get(slot),
                     "sessions": row.sessions.load(Relaxed),
                     "offloaded": row.offloaded.load(Relaxed),
-                    "slots_used": row.slots_used.load(Relaxed),
-                    "slots_total": self.maps.as_ref().map_or(0, |maps| maps.capacity()),
+                    "slots_used": SLOTS_PER_PAIR * row.pairs.load(Relaxed),
+                    "slots_total": SLOTS_PER_PAIR * self.maps.as_ref().map_or(0, |maps| maps.capacity()),
                 })
             })
             .collect();
@@ -89,7 +96,9 @@ impl Worker {
     /// Bytes that the kernel forwarded on each CPU.
     fn cpu_status(&self) -> Vec<Value> {
         let totals = self.totals.iter().flat_map(|totals| totals.by_cpu());
-        totals.map(|(cpu, bytes)| json!({ "cpu": cpu, "sockmap_bytes": bytes })).collect()
+        totals
+            .map(|(cpu, bytes)| json!({ "cpu": cpu, "sockmap_bytes": bytes }))
+            .collect()
     }
 
     fn listener_status(&self) -> Vec<Value> {
@@ -111,8 +120,9 @@ impl Worker {
         groups
             .map(|(group, rows)| {
                 let peers = group.peers.iter().zip(rows);
-                let peers: Vec<Value> =
-                    peers.map(|(peer, row)| self.peer_status(&peer.address, peer.weight, *row)).collect();
+                let peers: Vec<Value> = peers
+                    .map(|(peer, row)| self.peer_status(&peer.address, peer.weight, *row))
+                    .collect();
                 json!({ "name": group.name, "peers": peers })
             })
             .collect()
@@ -136,9 +146,17 @@ fn load(counter: &AtomicU64) -> u64 {
 }
 
 fn by_direction(bytes: impl Fn(Direction) -> u64) -> Value {
-    Direction::BOTH.into_iter().map(|way| (way.name().to_owned(), json!(bytes(way)))).collect::<Map<_, _>>().into()
+    Direction::BOTH
+        .into_iter()
+        .map(|way| (way.name().to_owned(), json!(bytes(way))))
+        .collect::<Map<_, _>>()
+        .into()
 }
 
 fn by_reason(names: impl Iterator<Item = &'static str>, counters: &[AtomicU64]) -> Value {
-    names.zip(counters).map(|(name, counter)| (name.to_owned(), json!(load(counter)))).collect::<Map<_, _>>().into()
+    names
+        .zip(counters)
+        .map(|(name, counter)| (name.to_owned(), json!(load(counter))))
+        .collect::<Map<_, _>>()
+        .into()
 }

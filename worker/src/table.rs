@@ -36,8 +36,18 @@ impl Token {
 
     /// What [`Token::encode`] made.
     pub fn decode(data: u64) -> (Token, Side) {
-        let side = if data >> 32 & 1 == 0 { Side::Downstream } else { Side::Upstream };
-        (Token { slot: data as u32, generation: (data >> 33) as u32 }, side)
+        let side = if data >> 32 & 1 == 0 {
+            Side::Downstream
+        } else {
+            Side::Upstream
+        };
+        (
+            Token {
+                slot: data as u32,
+                generation: (data >> 33) as u32,
+            },
+            side,
+        )
     }
 }
 
@@ -56,17 +66,27 @@ struct Slot<T> {
 impl<T> Table<T> {
     /// An empty table. It grows with use.
     pub fn new() -> Table<T> {
-        Table { slots: Vec::new(), free: Vec::new(), used: 0 }
+        Table {
+            slots: Vec::new(),
+            free: Vec::new(),
+            used: 0,
+        }
     }
 
     /// Reserves a slot; the session follows with [`Table::put`].
     pub fn reserve(&mut self) -> Token {
         self.used += 1;
         let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { generation: 0, session: None });
+            self.slots.push(Slot {
+                generation: 0,
+                session: None,
+            });
             self.slots.len() as u32 - 1
         });
-        Token { slot, generation: self.slots[slot as usize].generation }
+        Token {
+            slot,
+            generation: self.slots[slot as usize].generation,
+        }
     }
 
     /// Puts a session into its slot, or back after [`Table::take`].
@@ -92,7 +112,9 @@ impl<T> Table<T> {
     }
 
     fn current(&mut self, token: Token) -> Option<&mut Slot<T>> {
-        self.slots.get_mut(token.slot as usize).filter(|slot| slot.generation == token.generation)
+        self.slots
+            .get_mut(token.slot as usize)
+            .filter(|slot| slot.generation == token.generation)
     }
 
     /// Sessions in the table.
@@ -102,8 +124,17 @@ impl<T> Table<T> {
 
     /// The tokens of all sessions.
     pub fn tokens(&self) -> Vec<Token> {
-        let with_session = self.slots.iter().enumerate().filter(|(_, slot)| slot.session.is_some());
-        with_session.map(|(at, slot)| Token { slot: at as u32, generation: slot.generation }).collect()
+        let with_session = self
+            .slots
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.session.is_some());
+        with_session
+            .map(|(at, slot)| Token {
+                slot: at as u32,
+                generation: slot.generation,
+            })
+            .collect()
     }
 }
 
@@ -131,7 +162,10 @@ mod tests {
     fn a_token_survives_its_way_through_epoll() {
         for generation in [0, 1, GENERATIONS - 1] {
             for side in [Side::Downstream, Side::Upstream] {
-                let token = Token { slot: u32::MAX - 7, generation };
+                let token = Token {
+                    slot: u32::MAX - 7,
+                    generation,
+                };
                 assert_eq!(Token::decode(token.encode(side)), (token, side));
             }
         }

@@ -24,8 +24,14 @@ struct Level<T> {
 impl<T> Wheel<T> {
     /// An empty wheel.
     pub fn new(now_ms: u64) -> Wheel<T> {
-        let level = || Level { occupied: 0, slots: (0..SLOTS).map(|_| Vec::new()).collect() };
-        Wheel { now_ms, levels: std::array::from_fn(|_| level()) }
+        let level = || Level {
+            occupied: 0,
+            slots: (0..SLOTS).map(|_| Vec::new()).collect(),
+        };
+        Wheel {
+            now_ms,
+            levels: std::array::from_fn(|_| level()),
+        }
     }
 
     /// Adds an entry that is due at `due_ms`; one in the past is due at the next tick.

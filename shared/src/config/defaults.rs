@@ -20,7 +20,7 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("pid", Default::Text("/run/culvert/master.pid")),
     // A service manager and a container collect standard error.
     ("error_log.path", Default::Text("stderr")),
-    // One line for each start, reload and stop, none for a session. nginx says error, and is silent about reloads.
+    // Starts, reloads, stops and how each session ended. nginx says error, and so is silent about all of them.
     ("error_log.level", Default::Text("info")),
     // What the program is for.
     ("stream.ebpf_enable", Default::Flag(true)),

@@ -95,20 +95,28 @@ pub(super) fn find(keys: &[Key], name: &str) -> Option<Key> {
     keys.iter().find(|key| key.name == name).copied()
 }
 
+/// The key of this table that was meant by an unknown one.
+pub(super) fn meant(keys: &[Key], name: &str) -> Option<&'static str> {
+    let former = FORMER_NAMES.iter().find(|(former, _)| *former == name);
+    let ours = former.and_then(|(_, ours)| find(keys, ours)).map(|key| key.name);
+    // A key of another table, spelt as it should be, is in the wrong place rather than misspelt.
+    ours.or_else(|| {
+        places_of(name)
+            .is_empty()
+            .then(|| nearest(name, keys.iter().map(|key| key.name)))
+            .flatten()
+    })
+}
+
 /// What to say about a key that is not among `keys`.
 pub(super) fn unknown_key(keys: &[Key], name: &str) -> String {
-    if let Some((_, ours)) = FORMER_NAMES.iter().find(|(former, _)| *former == name)
-        && find(keys, ours).is_some()
-    {
-        return format!("unknown key, its name here is \"{ours}\"");
-    }
-    // A misspelt key of this table is likelier than the same key of another one only if it is not spelt rightly there.
     let places = places_of(name);
-    if !places.is_empty() {
-        return format!("unknown key here, it belongs {}", places.join(" or "));
-    }
-    match nearest(name, keys.iter().map(|key| key.name)) {
+    match meant(keys, name) {
+        Some(ours) if FORMER_NAMES.contains(&(name, ours)) => {
+            format!("unknown key, its name here is \"{ours}\"")
+        }
         Some(near) => format!("unknown key, did you mean \"{near}\"?"),
+        None if !places.is_empty() => format!("unknown key here, it belongs {}", places.join(" or ")),
         None => {
             let known: Vec<&str> = keys.iter().map(|key| key.name).collect();
             format!("unknown key, known here: {}", known.join(", "))

@@ -69,6 +69,7 @@ impl Reader<'_> {
             let at = self.findings.origin_of(item);
             let files = match &item.kind {
                 ValueKind::Nil => continue,
+                ValueKind::String(pattern) if pattern.is_empty() => Err(Fault::new("empty", INCLUDE)),
                 ValueKind::String(pattern) => matching(including, pattern),
                 _ => Err(Fault::new("not a file name", INCLUDE)),
             };

@@ -10,7 +10,7 @@ use super::check::{Check, YEAR};
 use super::diagnostic::{Fault, OriginId, short};
 use super::file::nearest;
 use super::source::join;
-use super::template::{self, is_name_char};
+use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{Action, Address, Balance, Listen, Part, Peer, Server, Stream, Target, Template, Upstream};
 use super::{address, defaults, units};
@@ -227,13 +227,19 @@ impl<'c, 'a> Servers<'c, 'a> {
     }
 
     /// The values of `set`, each checked on its own: an unused one may not be wrong either.
-    fn set<'v>(&mut self, key: &str, table: &'v Map<String, Value>) -> BTreeMap<&'v str, &'v str> {
+    fn set<'v>(&mut self, key: &str, table: &'v Map<String, Value>) -> Set<'v> {
         let key = join(key, "set");
         let values = match table.get("set").map(|value| &value.kind) {
             Some(ValueKind::Table(values)) => values,
-            _ => return BTreeMap::new(),
+            _ => {
+                return Set {
+                    values: BTreeMap::new(),
+                    right: true,
+                };
+            }
         };
         let mut set = BTreeMap::new();
+        let mut right = true;
         for (name, value) in values {
             let named = self.check.read(&join(&key, &short(name)), value, |given| {
                 if name.is_empty() || !name.chars().all(is_name_char) {
@@ -253,33 +259,36 @@ impl<'c, 'a> Servers<'c, 'a> {
                     _ => Err(given.wrong_type("write it as text")),
                 }
             });
+            right &= named.is_some();
             // A wrong value stays defined, or whatever uses it would be wrong as well.
-            set.insert(name.as_str(), named.unwrap_or_default());
+            if name.chars().all(is_name_char) && template::session_variable(name).is_none() {
+                set.insert(name.as_str(), named.unwrap_or_default());
+            }
         }
-        let broken: Vec<&str> = set
-            .iter()
-            .filter(|(name, text)| {
-                let checked = values.get(**name).and_then(|value| {
-                    self.check
-                        .read(&join(&key, name), value, |_| template::resolve(text, &set))
-                });
-                checked.is_none()
-            })
-            .map(|(name, _)| *name)
-            .collect();
-        for name in broken {
-            set.insert(name, "");
+        let names: Vec<&str> = set.keys().copied().collect();
+        for name in names {
+            // Blanking whatever is to blame ends this: an empty value is right.
+            while let Err(Unresolved { within, fault }) = template::resolve(&format!("${name}"), &set) {
+                let blamed = within.and_then(|blamed| values.get_key_value(blamed.as_str()));
+                let Some((blamed, value)) = blamed else { break };
+                self.check
+                    .read(&join(&key, &short(blamed)), value, |_| Err::<(), _>(fault));
+                set.insert(blamed, "");
+                right = false;
+            }
         }
-        set
+        Set { values: set, right }
     }
 
-    fn target(&mut self, key: &str, value: &Value, set: &BTreeMap<&str, &str>) -> Target {
+    fn target(&mut self, key: &str, value: &Value, set: &Set) -> Target {
         let resolved = self.check.read(key, value, |given| {
-            template::resolve(valid::text(given, "\"127.0.0.1:8000\"")?, set)
+            let text = valid::text(given, "\"127.0.0.1:8000\"")?;
+            template::resolve(text, &set.values).map_err(|unresolved| unresolved.fault)
         });
         let parts = match resolved {
-            Some(Template(parts)) => parts,
-            None => return Target::Upstream(0),
+            // With a blanked variable it leads somewhere else than it should.
+            Some(Template(parts)) if set.right => parts,
+            _ => return Target::Upstream(0),
         };
         let name = match parts.as_slice() {
             [] => return Target::Upstream(0),
@@ -310,6 +319,13 @@ impl<'c, 'a> Servers<'c, 'a> {
         });
         Target::Upstream(self.upstreams.len() - 1)
     }
+}
+
+/// The `set` of one server.
+struct Set<'v> {
+    values: BTreeMap<&'v str, &'v str>,
+    /// None was wrong; wrong values are blank.
+    right: bool,
 }
 
 fn no_upstream(name: &str, known: &[&str]) -> Fault {

@@ -97,12 +97,18 @@ impl<'a> Reader<'a> {
         let (table, errors) = DeTable::parse_recoverable(text.text);
         if !errors.is_empty() {
             // What could be recovered of a broken file would give errors that are none.
-            for error in errors {
-                let offset = error.span().map_or(0, |span| span.start);
-                self.unreadable(
-                    text.place(offset),
-                    &format!("TOML syntax: {}", short(error.message())),
-                );
+            let mut errors: Vec<_> = errors
+                .iter()
+                .map(|e| (e.span().unwrap_or(0..0), e.message()))
+                .collect();
+            errors.sort_by_key(|(span, _)| span.start);
+            for (span, message) in errors {
+                let written = match text.text.get(span.clone()).map(short) {
+                    Some(written) if !written.is_empty() => format!(" ({written})"),
+                    _ => String::new(),
+                };
+                let message = format!("TOML syntax: {}{written}", short(message));
+                self.unreadable(text.place(span.start), &message);
             }
             return;
         }
@@ -151,7 +157,8 @@ impl<'a> Reader<'a> {
         let mut include = None;
         let mut values = Vec::new();
         for (key, value) in in_file_order(table) {
-            let Some(key) = self.known(text, "", key, file::ROOT) else {
+            let Some(key) = file::find(file::ROOT, key.get_ref()) else {
+                self.unknown(text, "", key, file::ROOT);
                 continue;
             };
             // Lists go on where the files before left off.
@@ -168,31 +175,44 @@ impl<'a> Reader<'a> {
         (include, values)
     }
 
-    /// A key of a table; an unknown one is reported.
-    fn known(&mut self, text: &Text, prefix: &str, key: &Spanned<DeString>, keys: &[Key]) -> Option<Key> {
-        let found = file::find(keys, key.get_ref());
-        if found.is_none() {
-            let at = self
-                .findings
-                .origin(text.place(key.span().start), String::new(), false);
-            self.findings.report(
-                at,
-                &join(prefix, &short(key.get_ref())),
-                file::unknown_key(keys, key.get_ref()),
-            );
-        }
-        found
-    }
-
+    /// The entries of a table that have a known key, in file order. Unknown ones are reported; where it is clear which
+    /// key was meant, that one holds nothing and so does not count as missing.
     fn table(&mut self, text: &Text, prefix: &str, table: &DeTable, keys: &[Key]) -> ValueKind {
         let mut values = Map::new();
         for (key, value) in in_file_order(table) {
-            if let Some(key) = self.known(text, prefix, key, keys) {
-                let value = self.value(text, &join(prefix, key.name), value, key.shape, 0);
-                values.insert(key.name.to_owned(), value);
+            match file::find(keys, key.get_ref()) {
+                Some(key) => {
+                    let value = self.value(text, &join(prefix, key.name), value, key.shape, 0);
+                    values.insert(key.name.to_owned(), value);
+                }
+                None => {
+                    if let Some(meant) = self.unknown(text, prefix, key, keys) {
+                        values
+                            .entry(meant.to_owned())
+                            .or_insert(Value::new(None, ValueKind::Nil));
+                    }
+                }
             }
         }
         ValueKind::Table(values)
+    }
+
+    fn unknown(
+        &mut self,
+        text: &Text,
+        prefix: &str,
+        key: &Spanned<DeString>,
+        keys: &[Key],
+    ) -> Option<&'static str> {
+        let at = self
+            .findings
+            .origin(text.place(key.span().start), String::new(), false);
+        self.findings.report(
+            at,
+            &join(prefix, &short(key.get_ref())),
+            file::unknown_key(keys, key.get_ref()),
+        );
+        file::meant(keys, key.get_ref())
     }
 
     /// A value with its origin; it holds nothing where it was wrong and has been reported. The items of a list of
@@ -239,7 +259,7 @@ impl<'a> Reader<'a> {
                 ValueKind::Table(entries.collect())
             }
             (Shape::Table(_) | Shape::Free, _) => {
-                return self.wrong(at, key, "not a table", "write its keys in a table of this name");
+                return self.wrong(at, key, "not a table", "write it as a table: { key = value }");
             }
             (Shape::Tables(_), DeValue::Table(_)) => {
                 return self.wrong(

@@ -40,12 +40,25 @@ pub(super) fn is_name_char(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_'
 }
 
+/// Why a text could not be resolved.
+#[derive(Debug)]
+pub(super) struct Unresolved {
+    /// The variable of `set` whose value is to blame; `None`: the text itself.
+    pub within: Option<String>,
+    pub fault: Fault,
+}
+
 /// Substitutes the values of `set` in `text`, and theirs in turn.
-pub(super) fn resolve(text: &str, set: &BTreeMap<&str, &str>) -> Result<Template, Fault> {
+pub(super) fn resolve(text: &str, set: &BTreeMap<&str, &str>) -> Result<Template, Unresolved> {
     let mut parts = Vec::new();
-    let mut length = 0;
-    append(text, set, &mut Vec::new(), &mut length, &mut parts)?;
-    Ok(Template(parts))
+    let mut within = Vec::new();
+    match append(text, set, &mut within, &mut 0, &mut parts) {
+        Ok(()) => Ok(Template(parts)),
+        Err(fault) => Err(Unresolved {
+            within: within.last().map(|&name| name.to_owned()),
+            fault,
+        }),
+    }
 }
 
 fn append<'a>(
@@ -84,16 +97,11 @@ fn append<'a>(
         if let Some(variable) = session_variable(name) {
             parts.push(Part::Variable(variable));
         } else if let Some(value) = set.get(name) {
-            if within.contains(&name) {
-                let chain: Vec<String> = within
-                    .iter()
-                    .chain([&name])
-                    .map(|name| format!("${name}"))
-                    .collect();
-                return Err(Fault::new(
-                    format!("variables in a circle: {}", chain.join(" → ")),
-                    "break the circle in set",
-                ));
+            if let Some(start) = within.iter().position(|before| *before == name) {
+                let chain = within[start..].iter().chain([&name]);
+                let chain: Vec<String> = chain.map(|name| format!("${name}")).collect();
+                let what = format!("variables in a circle: {}", chain.join(" → "));
+                return Err(Fault::new(what, "break the circle"));
             }
             within.push(name);
             append(value, set, within, length, parts)?;
@@ -126,7 +134,7 @@ mod tests {
     use super::*;
 
     fn resolved(text: &str, set: &[(&str, &str)]) -> Result<Template, String> {
-        resolve(text, &set.iter().copied().collect()).map_err(|fault| fault.what)
+        resolve(text, &set.iter().copied().collect()).map_err(|unresolved| unresolved.fault.what)
     }
 
     fn literal(text: &str) -> Part {
@@ -165,6 +173,7 @@ mod tests {
         assert!(
             resolve("$v0", &set)
                 .expect_err("too long")
+                .fault
                 .what
                 .starts_with("longer than")
         );

@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
 };
 
 /// The longest message, in bytes.
@@ -65,7 +66,10 @@ pub fn receive(socket: BorrowedFd<'_>) -> Result<Received, Errno> {
             }
         }
     }
-    Ok(Received { message: buffer[..bytes].to_vec(), descriptor })
+    Ok(Received {
+        message: buffer[..bytes].to_vec(),
+        descriptor,
+    })
 }
 
 #[cfg(test)]

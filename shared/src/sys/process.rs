@@ -17,8 +17,13 @@ pub enum Side {
 /// Forks a process that has one thread, which is what the master promises to be: it starts no thread,
 /// and workers start theirs only after they were forked. An error is returned if there is a second one.
 pub fn fork_here() -> Result<Side> {
-    let threads = std::fs::read_dir("/proc/self/task").map(|tasks| tasks.count()).unwrap_or(1);
-    anyhow::ensure!(threads == 1, "refusing to fork: this process has {threads} threads, a child would inherit their locks");
+    let threads = std::fs::read_dir("/proc/self/task")
+        .map(|tasks| tasks.count())
+        .unwrap_or(1);
+    anyhow::ensure!(
+        threads == 1,
+        "refusing to fork: this process has {threads} threads, a child would inherit their locks"
+    );
     // SAFETY: with a single thread no lock can be held by a thread that the child lacks, so the child
     // may go on using all of the standard library.
     match unsafe { fork() }.context("failed to fork a worker")? {
@@ -37,7 +42,11 @@ pub fn close_all_except(keep: &[RawFd]) {
     let mut first = 3;
     for fd in keep.into_iter().chain([RawFd::MAX]) {
         if first < fd {
-            let last = if fd == RawFd::MAX { u32::MAX } else { (fd - 1) as u32 };
+            let last = if fd == RawFd::MAX {
+                u32::MAX
+            } else {
+                (fd - 1) as u32
+            };
             // SAFETY: close_range(2) takes plain numbers; the caller gives these descriptors up.
             unsafe { libc::syscall(libc::SYS_close_range, first as u32, last, 0u32) };
         }

@@ -46,7 +46,12 @@ impl<T: Shareable> Shared<T> {
             )
         }
         .with_context(|| format!("failed to map {bytes} bytes of shared memory"))?;
-        Ok(Shared { start: start.cast(), len, mapped_bytes: bytes, owns: PhantomData })
+        Ok(Shared {
+            start: start.cast(),
+            len,
+            mapped_bytes: bytes,
+            owns: PhantomData,
+        })
     }
 
     /// Maps `len` values of a BPF array map created with `BPF_F_MMAPABLE` (or of a memory file).
@@ -55,14 +60,29 @@ impl<T: Shareable> Shared<T> {
         // SAFETY: a new mapping at an address of the kernel's choice touches no other memory; the
         // kernel refuses a length beyond the object (array_map_mmap, mm/mmap.c).
         let start = unsafe {
-            mmap(None, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, fd, 0)
+            mmap(
+                None,
+                bytes,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                fd,
+                0,
+            )
         }
         .with_context(|| format!("failed to map {bytes} bytes of a shared descriptor"))?;
-        Ok(Shared { start: start.cast(), len, mapped_bytes: bytes, owns: PhantomData })
+        Ok(Shared {
+            start: start.cast(),
+            len,
+            mapped_bytes: bytes,
+            owns: PhantomData,
+        })
     }
 
     fn bytes(len: usize) -> Result<NonZeroUsize> {
-        ensure!(align_of::<T>() <= 4096, "a type with more than page alignment cannot be shared");
+        ensure!(
+            align_of::<T>() <= 4096,
+            "a type with more than page alignment cannot be shared"
+        );
         len.checked_mul(size_of::<T>())
             .and_then(NonZeroUsize::new)
             .with_context(|| format!("cannot share {len} values of {} bytes", size_of::<T>()))

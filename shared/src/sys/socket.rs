@@ -85,7 +85,11 @@ pub fn set_receive_low_water(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
-    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Resets a TCP connection although other processes may hold the same socket: the peer sees RST, both
@@ -96,7 +100,11 @@ pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
     let len = size_of::<libc::sockaddr>() as libc::socklen_t;
     // SAFETY: the kernel reads `len` bytes from `address`, which lives across the call.
     let result = unsafe { libc::connect(fd.as_raw_fd(), &address, len) };
-    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// The socket's cookie: unique while the system runs (`SO_COOKIE`, sock_gen_cookie).
@@ -113,5 +121,9 @@ pub fn cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
             &mut len,
         )
     };
-    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    if result != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(cookie)
+    }
 }
