@@ -7,9 +7,6 @@ SHELL := /bin/bash
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 CONF := conf/proxy.toml
-# The tests' own profile: optimised as a release, without the link-time optimisation that would be
-# repeated for each of the test programs.
-TEST_PROFILE := ci
 
 # What is needed, as package=probe: a command, or a file if it begins with a slash. A machine that has
 # the thing from somewhere else is left alone, and so is one without a network.
@@ -87,8 +84,9 @@ format-check: ## check the formatting
 lint: setup ## clippy, warnings are errors
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
+# In release, so that the tests drive what users run, and `make run` finds it built.
 test: setup-tests format-check lint ## everything: formatting, lints, unit and black-box tests (as root)
-	cargo test --workspace --locked --profile $(TEST_PROFILE)
+	cargo test --workspace --locked --release
 
 clean: ## remove what was built
 	cargo clean

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use harness::pattern::{pause, ping};
 use harness::sockets::try_connect;
-use harness::{Bytes, Flag, Plan, Proxy, Status, Upstream, connect, exchange, process, within};
+use harness::{Bytes, Flag, PATIENCE, Plan, Proxy, Status, Upstream, connect, exchange, process, within};
 use nix::sys::signal::Signal;
 
 /// Sends HUP and waits until the new generation serves.
@@ -110,7 +110,20 @@ fn new_sessions_follow_the_new_file_and_old_ones_stay_where_they_are() {
     let text = text.replace(&old.address.to_string(), &new.address.to_string());
     std::fs::write(proxy.file(), text).expect("writing the configuration");
     reload(&proxy);
-    exchange(connect(front), 6, 2000, 5).must_be_whole(1000);
+    // Old workers may accept for a moment yet; their upstream does not talk first.
+    let mut followed = None;
+    let soon = within(Duration::from_secs(3), || {
+        let client = connect(front);
+        client
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .expect("a timeout");
+        followed = client.peek(&mut [0]).is_ok_and(|got| got == 1).then_some(client);
+        followed.is_some()
+    });
+    assert!(soon, "new sessions still go to the old upstream");
+    let followed = followed.expect("a session");
+    followed.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    exchange(followed, 6, 2000, 5).must_be_whole(1000);
     new.result().must_be_whole(2000);
     ping(&mut client, 2, 3).expect("the old session after");
     exchange(client, 7, STREAM, 7).must_be_whole(STREAM);

@@ -25,7 +25,7 @@ struct flow {
 	__u64 last_active_ns;	/* CLOCK_MONOTONIC (coarse), of the last redirect */
 	__u64 trimmed_bytes;	/* cut off because they had been forwarded before */
 	__u32 next_seq;		/* the sequence number expected next */
-	__u32 flags;		/* enum flow_flag */
+	enum flow_flag flags;
 	__u32 owner;		/* user: the worker that holds the pair (at even indices), 0 = free */
 	__u32 pad;
 	__u64 reserved[2];

@@ -48,14 +48,14 @@ const _: () = {
     assert!(offset_of!(CpuTotal, forwarded_bytes) == offset_of!(types::cpu_total, forwarded_bytes));
 };
 
-/// Bits of `flow.flags` (`enum flow_flag`). User space only reads them.
+/// Bits of `flow.flags` (`enum flow_flag`, where they are explained). User space only reads them.
 pub mod flow_flag {
-    /// `next_seq` is valid.
-    pub const STARTED: u32 = 1;
+    use crate::skel::types::flow_flag;
+
     /// A segment began after `next_seq`: bytes are missing.
-    pub const GAP: u32 = 2;
+    pub const GAP: u32 = flow_flag::FLOW_GAP.0;
     /// The other socket was not in the map: bytes were left to user space.
-    pub const NO_TARGET: u32 = 4;
+    pub const NO_TARGET: u32 = flow_flag::FLOW_NO_TARGET.0;
     /// Bytes that were forwarded before could not be cut off.
-    pub const TRIM_FAILED: u32 = 8;
+    pub const TRIM_FAILED: u32 = flow_flag::FLOW_TRIM_FAILED.0;
 }

@@ -96,7 +96,8 @@ impl SlotMaps {
         match &joined {
             Ok(_) => {
                 for fd in sockets {
-                    socket::set_receive_low_water(fd, 1)?;
+                    // Refused only for what is not a socket (sk_setsockopt), and these two are.
+                    let _ = socket::set_receive_low_water(fd, 1);
                 }
             }
             Err(_) => self.remove(pair),
@@ -118,7 +119,11 @@ impl SlotMaps {
             for (side, fd) in sockets.iter().enumerate() {
                 let key = (self.index(pair, side) as u32).to_ne_bytes();
                 let result = update(map, &key, &(fd.as_raw_fd() as u64).to_ne_bytes());
-                if result.is_err() && side == 1 && std::ptr::eq(map, &self.sources) {
+                if result.is_err()
+                    && side == 1
+                    && std::ptr::eq(map, &self.sources)
+                    && !socket::is_established(*fd)
+                {
                     return Ok(Joined::ToUpstreamOnly);
                 }
                 result?;

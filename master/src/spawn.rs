@@ -66,8 +66,14 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
     } = blueprint;
     let row = free_row(&board[0])?;
     let (ours, theirs) = fdpass::pair()?;
-    board[0].workers[row].claim(slot, generation.number);
     let maps = generation.maps.slot(slot);
+    let pairs = maps.as_ref().map_or(0, |maps| maps.capacity());
+    board[0].workers[row].claim(
+        slot,
+        generation.number,
+        &generation.config.worker_cpus[slot],
+        pairs,
+    );
     match process::fork_here()? {
         process::Side::Parent(pid) => {
             board[0].workers[row].pid.store(pid.as_raw() as u32, Relaxed);

@@ -131,6 +131,10 @@ pub struct WorkerRow {
     pub slot: AtomicU32,
     /// Its generation of the configuration.
     pub generation: AtomicU64,
+    /// Sockmap pairs of its slot.
+    pub pairs_total: AtomicU32,
+    /// The CPUs that it may run on, a bit each; CPUs from 1024 up are not shown.
+    pub cpus: [AtomicU64; 16],
     /// 1 while it takes no new sessions and finishes its old ones.
     pub draining: AtomicU32,
     /// Sessions that it holds.
@@ -221,10 +225,21 @@ impl WorkerRow {
     }
 
     /// Takes the row for a worker that is about to start. The process id is stored when it is known.
-    pub fn claim(&self, slot: usize, generation: u64) {
+    pub fn claim(&self, slot: usize, generation: u64, cpus: &[usize], pairs_total: u32) {
         self.clear();
         self.slot.store(slot as u32, Relaxed);
         self.generation.store(generation, Relaxed);
+        self.pairs_total.store(pairs_total, Relaxed);
+        for (word, bits) in self.cpus.iter().enumerate() {
+            let own = cpus.iter().filter(|cpu| **cpu / 64 == word);
+            bits.store(own.fold(0, |bits, cpu| bits | 1 << (cpu % 64)), Relaxed);
+        }
+    }
+
+    /// The CPUs that the worker may run on.
+    pub fn cpu_list(&self) -> Vec<usize> {
+        let has = |cpu: &usize| self.cpus[cpu / 64].load(Relaxed) >> (cpu % 64) & 1 != 0;
+        (0..64 * self.cpus.len()).filter(has).collect()
     }
 
     /// Frees the row of a worker that is gone; its gauges read zero afterwards.

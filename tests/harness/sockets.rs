@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::sockopt::{Linger, ReuseAddr, TcpRepair};
 use nix::sys::socket::{
@@ -13,7 +14,7 @@ use nix::sys::socket::{
 };
 use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
 
-use super::PATIENCE;
+use super::{PATIENCE, within};
 
 /// Connects with the harness's timeouts.
 #[track_caller]
@@ -153,8 +154,13 @@ pub fn rewind(old: TcpStream, bytes: u32) -> TcpStream {
         setsockopt(&new, QueueSequence, &value).expect("TCP_QUEUE_SEQ");
     }
     bind(new.as_raw_fd(), &SockaddrStorage::from(local)).expect("binding to the old local address");
-    nix::sys::socket::connect(new.as_raw_fd(), &SockaddrStorage::from(peer))
-        .expect("connecting under repair");
+    // A program that another test starts holds the old socket too, from its fork to its exec.
+    let mut last = Ok(());
+    let connected = within(PATIENCE, || {
+        last = nix::sys::socket::connect(new.as_raw_fd(), &SockaddrStorage::from(peer));
+        last != Err(Errno::EADDRNOTAVAIL)
+    });
+    assert!(connected && last.is_ok(), "connecting under repair: {last:?}");
     let window = [receive, WINDOW, WINDOW, WINDOW, receive];
     setsockopt(&new, RepairWindow, &window).expect("TCP_REPAIR_WINDOW");
     setsockopt(&new, TcpRepair, &REPAIR_OFF_WITHOUT_PROBE).expect("leaving TCP_REPAIR");

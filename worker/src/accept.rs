@@ -10,7 +10,7 @@ use mio::Interest;
 use mio::net::TcpListener;
 
 use crate::clock;
-use crate::event_loop::{Timer, Worker};
+use crate::event_loop::{ACCEPT_TIMER, Worker};
 use crate::route::Ends;
 use crate::session::Session;
 use crate::start::Listener;
@@ -106,7 +106,7 @@ impl Worker {
                             listening.address
                         );
                         listening.resting = true;
-                        self.wheel.insert(clock::now_ms() + REST_MS, Timer::Accept);
+                        self.wheel.set(ACCEPT_TIMER, clock::now_ms() + REST_MS);
                         return;
                     }
                     // The connection was gone before it was accepted (accept(2)): the next one may be fine.

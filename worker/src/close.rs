@@ -17,7 +17,7 @@ impl Worker {
     /// Ends a session that was taken out of the table.
     pub(crate) fn close(&mut self, token: Token, mut session: Session, reason: CloseReason) {
         for side in [Side::Downstream, Side::Upstream] {
-            if ends_in_order(&session, side, reason)
+            if self.ends_in_order(&session, side, reason)
                 && let Some(socket) = session.socket(side)
             {
                 // A failure leaves the reset in place, which errs on the safe side.
@@ -80,16 +80,15 @@ impl Worker {
             );
         }
     }
-}
 
-/// Whether a socket may end with FIN: only when the stream that it carries to its reader is complete.
-fn ends_in_order(session: &Session, side: Side, reason: CloseReason) -> bool {
-    let complete = Direction::BOTH
-        .into_iter()
-        .any(|direction| target(direction) == side && session.streams[direction.index()].way == Way::Ended);
-    complete
-        && matches!(
-            reason,
-            CloseReason::Finished | CloseReason::Status | CloseReason::HalfClosed
-        )
+    /// Whether a socket may end with FIN: only when the stream that it carries to its reader is complete.
+    /// A status document's reader may keep its own side open as long as it likes.
+    fn ends_in_order(&self, session: &Session, side: Side, reason: CloseReason) -> bool {
+        let complete = Direction::BOTH.into_iter().any(|direction| {
+            target(direction) == side && session.streams[direction.index()].way == Way::Ended
+        });
+        complete
+            && (session.upstream.is_none()
+                || matches!(reason, CloseReason::Finished | CloseReason::HalfClosed))
+    }
 }

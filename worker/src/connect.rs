@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use culvert_shared::config::{Action, Address, Target};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use culvert_shared::sys::socket;
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, connect, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, connect};
 
 use crate::clock;
 use crate::drive::Next;
@@ -181,7 +182,7 @@ impl Worker {
 /// A connecting socket, and whether the connection is still under way.
 fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let open = |family| socket(family, SockType::Stream, flags, None);
+    let open = |family| nix::sys::socket::socket(family, SockType::Stream, flags, None);
     let (socket, result) = match address {
         Address::Tcp(address) => {
             let socket = open(if address.is_ipv4() {
@@ -200,7 +201,12 @@ fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
     };
     match result {
         Ok(()) => Ok((socket, false)),
-        Err(Errno::EINPROGRESS) => Ok((socket, true)),
+        // A peer on this host may have answered already: the handshake's segments were handled before
+        // connect returned. Seeing that at once saves a turn of the event loop.
+        Err(Errno::EINPROGRESS) => {
+            let under_way = !socket::is_established(socket.as_fd());
+            Ok((socket, under_way))
+        }
         Err(errno) => Err(errno),
     }
 }

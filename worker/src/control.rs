@@ -9,7 +9,7 @@ use culvert_shared::sys::fdpass;
 use nix::errno::Errno;
 
 use crate::clock;
-use crate::event_loop::{Timer, Worker};
+use crate::event_loop::{DRAIN_TIMER, Worker};
 
 impl Worker {
     pub(crate) fn hear_master(&mut self) {
@@ -49,7 +49,7 @@ impl Worker {
         self.stop_listening();
         if let Some(limit) = self.config.worker_shutdown_timeout {
             let due_ms = clock::now_ms() + limit.as_millis() as u64;
-            self.wheel.insert(due_ms, Timer::Drain);
+            self.wheel.set(DRAIN_TIMER, due_ms);
         }
     }
 }

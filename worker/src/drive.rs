@@ -110,7 +110,10 @@ impl Worker {
                 Way::Relay => match self.pump(session, direction).map_err(Trouble::Socket)? {
                     Pumped::Blocked => return Ok(false),
                     Pumped::TurnOver => return Ok(true),
-                    Pumped::SourceEnded => session.stream(direction).settle(),
+                    Pumped::SourceEnded => {
+                        session.stream(direction).settle();
+                        self.check_received(session, direction)?;
+                    }
                 },
                 Way::Kernel => {
                     if !session.ready[source(direction).index()].ended {

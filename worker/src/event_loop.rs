@@ -31,15 +31,11 @@ use crate::timer::Wheel;
 const CONTROL: mio::Token = mio::Token(usize::MAX);
 const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
 
-/// What a timer is for.
-pub enum Timer {
-    /// A session wants to be looked at.
-    Session(Token),
-    /// Listeners that ran out of descriptors may be tried again.
-    Accept,
-    /// A drain has lasted as long as it may.
-    Drain,
-}
+/// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
+pub(crate) const ACCEPT_TIMER: u32 = 0;
+/// The timer that ends a drain.
+pub(crate) const DRAIN_TIMER: u32 = 1;
+const FIRST_SESSION: u32 = 2;
 
 /// One worker process.
 pub struct Worker {
@@ -57,7 +53,7 @@ pub struct Worker {
     pub(crate) router: Router,
     pub(crate) groups: Vec<RoundRobin>,
     pub(crate) table: Table<Session>,
-    pub(crate) wheel: Wheel<Timer>,
+    pub(crate) wheel: Wheel,
     /// Sessions whose turn's budget ran out before their sockets did.
     pub(crate) again: VecDeque<Token>,
     pub(crate) scratch: Scratch,
@@ -144,8 +140,8 @@ impl Worker {
                 self.with_session(token, |worker, session| worker.drive(token, session));
             }
             self.wheel.turn(clock::now_ms(), &mut due);
-            for (due_ms, timer) in due.drain(..) {
-                self.fire(due_ms, timer);
+            for timer in due.drain(..) {
+                self.fire(timer);
             }
         }
         for token in self.table.tokens() {
@@ -201,48 +197,34 @@ impl Worker {
         };
         match work(self, &mut session) {
             Next::Wait(wake_ms) => {
-                self.wake_at(token, &mut session, wake_ms);
+                self.wheel.set(timer_of(token), wake_ms);
                 self.table.put(token, session);
             }
             Next::Again => {
                 self.again.push_back(token);
                 self.table.put(token, session);
             }
-            Next::Close(reason) => self.close(token, *session, reason),
-        }
-    }
-
-    /// Sees to it that the session is looked at by then. An entry that is due earlier stays: when it
-    /// comes out it is worth a look, no more.
-    fn wake_at(&mut self, token: Token, session: &mut Session, wake_ms: u64) {
-        if session.wake_ms.is_none_or(|earlier| wake_ms < earlier) {
-            session.wake_ms = Some(wake_ms);
-            self.wheel.insert(wake_ms, Timer::Session(token));
-        }
-    }
-
-    fn fire(&mut self, due_ms: u64, timer: Timer) {
-        match timer {
-            Timer::Session(token) => {
-                let Some(mut session) = self.table.take(token) else {
-                    return;
-                };
-                let counts = session.wake_ms == Some(due_ms);
-                if counts {
-                    session.wake_ms = None;
-                }
-                self.table.put(token, session);
-                if counts {
-                    self.with_session(token, |worker, session| worker.look_after(token, session));
-                }
+            Next::Close(reason) => {
+                self.wheel.cancel(timer_of(token));
+                self.close(token, *session, reason);
             }
-            Timer::Accept => self.end_rest(),
-            Timer::Drain => {
+        }
+    }
+
+    fn fire(&mut self, timer: u32) {
+        match timer {
+            ACCEPT_TIMER => self.end_rest(),
+            DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",
                     self.table.len()
                 );
                 self.stopping = true;
+            }
+            _ => {
+                if let Some(token) = self.table.token_at(timer - FIRST_SESSION) {
+                    self.with_session(token, |worker, session| worker.look_after(token, session));
+                }
             }
         }
     }
@@ -250,4 +232,8 @@ impl Worker {
     pub(crate) fn gauges(&self) -> &WorkerRow {
         &self.board[0].workers[self.row]
     }
+}
+
+fn timer_of(token: Token) -> u32 {
+    token.slot() + FIRST_SESSION
 }

@@ -118,40 +118,53 @@ impl Worker {
         let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else {
             return Ok(());
         };
-        let failed = |errno| Trouble::Socket(Failed { side, errno });
         // It can only fail on a socket that is no longer one; the look below then says so.
         let _ = socket::set_receive_low_water(fd, 1);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let peeked = nix::sys::socket::recv(fd.as_raw_fd(), &mut [0], flags);
-        let received = socket::tcp_info(fd)
-            .map_err(|error| failed(errno_of(&error)))?
-            .bytes_received;
-        match peeked {
-            Ok(0) => session.stream(direction).settle(),
+        match nix::sys::socket::recv(fd.as_raw_fd(), &mut [0], flags) {
+            Ok(0) => {
+                session.stream(direction).source_ended = true;
+                session.stream(direction).settle();
+                self.check_received(session, direction)
+            }
             Ok(_) => {
                 session.stream(direction).settle();
-                return Ok(());
+                Ok(())
             }
             Err(Errno::EAGAIN) => {
                 session.ready[side.index()].ended = false;
-                return Ok(());
+                Ok(())
             }
-            Err(errno) => return Err(failed(errno)),
+            Err(errno) => Err(Trouble::Socket(Failed { side, errno })),
         }
+    }
+
+    /// Once a source has ended: every byte that its TCP received was forwarded or read, and the program
+    /// met nothing on the way. Anything else means that bytes were lost, and the session is reset.
+    pub(crate) fn check_received(&self, session: &Session, direction: Direction) -> Result<(), Trouble> {
+        let side = source(direction);
+        let Some(fd) = session.socket(side).filter(|_| session.pair.is_some()) else {
+            return Ok(());
+        };
+        let failed = |error: std::io::Error| {
+            Trouble::Socket(Failed {
+                side,
+                errno: errno_of(&error),
+            })
+        };
+        let received = socket::tcp_info(fd.as_fd()).map_err(failed)?.bytes_received;
         let flow = self.flow(session, direction);
-        let stream = session.stream(direction);
-        stream.source_ended = true;
-        let accounted = stream.read_bytes + flow.forwarded_bytes;
-        if flow.flags & FATAL_FLAGS != 0 || received != accounted + 1 {
-            return Err(Trouble::Integrity(format!(
-                "{}: {received} bytes received with the end of stream, {} read, {} forwarded, flags {:#x}",
-                direction.name(),
-                stream.read_bytes,
-                flow.forwarded_bytes,
-                flow.flags
-            )));
+        let read = session.streams[direction.index()].read_bytes;
+        // The end of the stream counts as a byte (tcp_fin, tcp_rcv_nxt_update).
+        if flow.flags & FATAL_FLAGS == 0 && received == read + flow.forwarded_bytes + 1 {
+            return Ok(());
         }
-        Ok(())
+        Err(Trouble::Integrity(format!(
+            "{}: {received} bytes received with the end of stream, {read} read, {} forwarded, flags {:#x}",
+            direction.name(),
+            flow.forwarded_bytes,
+            flow.flags
+        )))
     }
 
     /// Whether the target's TCP has taken everything that was sent to it, by the kernel or by us. Only

@@ -201,8 +201,6 @@ pub struct Session {
     pub started_ms: u64,
     /// When user space last saw a byte move.
     pub last_active_ms: u64,
-    /// When it must be looked at next: the one entry in the timer wheel that counts.
-    pub wake_ms: Option<u64>,
 }
 
 impl Session {
@@ -230,7 +228,6 @@ impl Session {
             pair: None,
             started_ms: now_ms,
             last_active_ms: now_ms,
-            wake_ms: None,
         }
     }
 

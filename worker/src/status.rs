@@ -48,17 +48,16 @@ impl Worker {
         let offloaded: u64 = live().map(|row| u64::from(row.offloaded.load(Relaxed))).sum();
         let workers: Vec<Value> = live()
             .map(|row| {
-                let slot = row.slot.load(Relaxed) as usize;
                 json!({
-                    "slot": slot,
+                    "slot": row.slot.load(Relaxed),
                     "pid": row.pid.load(Relaxed),
                     "generation": row.generation.load(Relaxed),
                     "draining": row.draining.load(Relaxed) != 0,
-                    "cpus": self.config.worker_cpus.get(slot),
+                    "cpus": row.cpu_list(),
                     "sessions": row.sessions.load(Relaxed),
                     "offloaded": row.offloaded.load(Relaxed),
                     "slots_used": SLOTS_PER_PAIR * row.pairs.load(Relaxed),
-                    "slots_total": SLOTS_PER_PAIR * self.maps.as_ref().map_or(0, |maps| maps.capacity()),
+                    "slots_total": SLOTS_PER_PAIR * row.pairs_total.load(Relaxed),
                 })
             })
             .collect();

@@ -25,6 +25,13 @@ pub struct Token {
     generation: u32,
 }
 
+impl Token {
+    /// The session's slot: small, dense, and used again after it.
+    pub fn slot(self) -> u32 {
+        self.slot
+    }
+}
+
 /// Generations are 31 bits, so that a token and a side fit 64.
 const GENERATIONS: u32 = 1 << 31;
 
@@ -120,6 +127,15 @@ impl<T> Table<T> {
     /// Sessions in the table.
     pub fn len(&self) -> usize {
         self.used
+    }
+
+    /// The token of the session in a slot, if there is one.
+    pub fn token_at(&self, slot: u32) -> Option<Token> {
+        let at = self.slots.get(slot as usize)?;
+        at.session.is_some().then_some(Token {
+            slot,
+            generation: at.generation,
+        })
     }
 
     /// The tokens of all sessions.

@@ -44,6 +44,12 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
     })
 }
 
+/// Whether neither end has ended its stream: only then does a sockmap take the socket
+/// (sock_map_sk_state_allowed).
+pub fn is_established(fd: BorrowedFd<'_>) -> bool {
+    tcp_info(fd).is_ok_and(|info| info.established)
+}
+
 /// Bytes written to the socket and not yet acknowledged (`SIOCOUTQ`, tcp(7)).
 pub fn unacknowledged_bytes(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;
@@ -85,21 +91,6 @@ pub fn set_receive_low_water(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
-    if result != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}
-
-/// Resets a TCP connection although other processes may hold the same socket: the peer sees RST, both
-/// queues are discarded (connect(2) with `AF_UNSPEC`, tcp_disconnect).
-pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: `sockaddr` is plain numbers, for which all zeros (AF_UNSPEC) is a valid value.
-    let address: libc::sockaddr = unsafe { std::mem::zeroed() };
-    let len = size_of::<libc::sockaddr>() as libc::socklen_t;
-    // SAFETY: the kernel reads `len` bytes from `address`, which lives across the call.
-    let result = unsafe { libc::connect(fd.as_raw_fd(), &address, len) };
     if result != 0 {
         Err(io::Error::last_os_error())
     } else {
