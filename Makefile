@@ -84,7 +84,7 @@ format-check: ## check the formatting
 lint: setup ## clippy, warnings are errors
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
-# In release, so that the tests drive what users run, and `make run` finds it built.
+# In release: the tests drive what users run.
 test: setup-tests format-check lint ## everything: formatting, lints, unit and black-box tests (as root)
 	cargo test --workspace --locked --release
 
