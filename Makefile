@@ -90,3 +90,18 @@ test: setup-tests format-check lint ## everything: formatting, lints, unit and b
 
 clean: ## remove what was built
 	cargo clean
+
+# What `bench` compares with, and needs beside the compiler.
+BENCH_NEEDS := iperf3=iperf3 util-linux=setpriv nginx-light=nginx \
+	libnginx-mod-stream=/usr/lib/nginx/modules/ngx_stream_module.so haproxy=haproxy
+# Its arguments, as in: make bench BENCH=--quick
+BENCH :=
+
+.PHONY: setup-bench bench
+
+setup-bench: SERVICES := nginx haproxy
+setup-bench: ## the same for building and measuring
+	@$(call install,$(BUILD_NEEDS) $(BENCH_NEEDS))
+
+bench: setup-bench ## measure against a direct connection, nginx and HAProxy, about 10 minutes: make bench [BENCH=--help]
+	cargo bench --locked --package master --bench bench -- $(BENCH)

@@ -47,8 +47,8 @@ pub struct FlowState {
 pub enum Joined {
     /// Both directions are forwarded in the kernel.
     Both,
-    /// The kernel forwards to_upstream; the upstream socket could not become a source (it has ended its
-    /// stream), so to_downstream is left to user space.
+    /// The kernel forwards to_upstream; the upstream socket could not become a source (most likely it has
+    /// just ended its stream), so to_downstream is left to user space.
     ToUpstreamOnly,
 }
 

@@ -313,7 +313,7 @@ fn stopped(place: &Place, whole_seconds: Option<f64>) -> Result<Vec<(&'static st
     }
     let seconds = begun.elapsed().as_secs_f64();
     let grown = machine::user_memory(&place.proxy.processes())?.0 - user;
-    // The last second, because MemAvailable wavers.
+    // The last second, because such figures waver.
     let from = taken.len().saturating_sub(10);
     let tail = &mut taken[from..];
     tail.sort_by(f64::total_cmp);

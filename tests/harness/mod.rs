@@ -39,15 +39,26 @@ pub use sockets::connect;
 pub use status::{Bytes, Status};
 pub use upstream::Upstream;
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long one blocking call of a test may take. Longer than any pause that a test makes on purpose.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A limit as it is on this machine: `TEST_PATIENCE` times as long where that is set, as on an emulated processor.
+pub fn patient(limit: Duration) -> Duration {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    let factor = FACTOR.get_or_init(|| match std::env::var("TEST_PATIENCE") {
+        Ok(text) => text.parse().expect("TEST_PATIENCE must be a whole number"),
+        Err(_) => 1,
+    });
+    limit * *factor
+}
+
 /// Asks `question` again and again until it answers true; false when `limit` has passed first.
 pub fn within(limit: Duration, mut question: impl FnMut() -> bool) -> bool {
-    let end = Instant::now() + limit;
+    let end = Instant::now() + patient(limit);
     loop {
         if question() {
             return true;

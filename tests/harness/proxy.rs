@@ -14,7 +14,7 @@ use super::plan::{Plan, Scratch};
 use super::ports::Port;
 use super::program::Finished;
 use super::status::Status;
-use super::{process, program, watchdog, within};
+use super::{patient, process, program, watchdog, within};
 
 /// A running `master -c FILE`.
 #[derive(Debug)]
@@ -117,7 +117,7 @@ impl Proxy {
     /// The status now; asks again for some seconds where a worker has just died.
     #[track_caller]
     pub fn status(&self) -> Status {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + patient(Duration::from_secs(10));
         loop {
             match Status::fetch(self.status) {
                 Ok(status) => return status,
@@ -138,7 +138,7 @@ impl Proxy {
     /// Waits until the status fulfils `question`, and returns it.
     #[track_caller]
     pub fn wait(&self, what: &str, question: impl Fn(&Status) -> bool) -> Status {
-        let end = Instant::now() + Duration::from_secs(15);
+        let end = Instant::now() + patient(Duration::from_secs(15));
         loop {
             let status = self.status();
             if question(&status) {

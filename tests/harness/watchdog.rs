@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::process;
+use super::{patient, process};
 
 /// What a test may take unless it says otherwise.
 pub const LIFETIME: Duration = Duration::from_secs(60);
@@ -44,7 +44,7 @@ pub fn watch(pid: i32, lifetime: Duration) {
         pid,
         Entry {
             test,
-            kill_at: Instant::now() + lifetime,
+            kill_at: Instant::now() + patient(lifetime),
             killed: false,
         },
     );
@@ -68,7 +68,7 @@ fn look() {
             kill_family(pid);
         }
     }
-    if list.values().any(|entry| now > entry.kill_at + GRACE) {
+    if list.values().any(|entry| now > entry.kill_at + patient(GRACE)) {
         eprintln!("watchdog: a test did not end although its processes were killed; aborting");
         for &pid in list.keys() {
             kill_family(pid);

@@ -88,9 +88,8 @@ impl Worker {
                 return;
             };
             listening.more = true;
-            listening.resting = false;
             listening.full = full;
-            if full {
+            if full || listening.resting {
                 return;
             }
             match listening.socket.accept() {
@@ -99,22 +98,28 @@ impl Worker {
                     listening.more = false;
                     return;
                 }
-                Err(error) => match error.raw_os_error() {
-                    Some(nix::libc::EMFILE | nix::libc::ENFILE | nix::libc::ENOBUFS | nix::libc::ENOMEM) => {
-                        log::warn!(
-                            "failed to accept on {}: {error}; resting for {REST_MS} ms",
-                            listening.address
-                        );
-                        listening.resting = true;
-                        self.wheel.set(ACCEPT_TIMER, clock::now_ms() + REST_MS);
-                        return;
-                    }
-                    // The connection was gone before it was accepted (accept(2)): the next one may be fine.
-                    _ => log::debug!(
-                        "a connection on {} was lost before it was accepted: {error}",
+                // The connection was gone before it was accepted (accept(2)): the next one may be fine.
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(nix::libc::ECONNABORTED | nix::libc::EPROTO)
+                    ) =>
+                {
+                    log::debug!(
+                        "a connection on {} was lost before it was accepted",
                         listening.address
-                    ),
-                },
+                    );
+                }
+                // Most likely EMFILE, ENFILE, ENOBUFS or ENOMEM: trying again at once would spin.
+                Err(error) => {
+                    log::warn!(
+                        "failed to accept on {}: {error}; resting for {REST_MS} ms",
+                        listening.address
+                    );
+                    listening.resting = true;
+                    self.wheel.set(ACCEPT_TIMER, clock::now_ms() + REST_MS);
+                    return;
+                }
             }
         }
     }

@@ -43,6 +43,7 @@ impl Worker {
             }
             Ok(Route::Address(address)) => match self.open(token, session, &address, None) {
                 Ok(next) => next,
+                Err(errno) if is_ours(errno) => self.out_of(session, errno),
                 Err(errno) => self.peer_failed(token, session, errno),
             },
             Err(value) => {
@@ -69,6 +70,7 @@ impl Worker {
             let address = self.config.upstreams[*group].peers[peer].address.clone();
             match self.open(token, session, &address, Some(row)) {
                 Ok(next) => return next,
+                Err(errno) if is_ours(errno) => return self.out_of(session, errno),
                 Err(errno) => self.note_failure(session, &address.to_string(), Some(row), errno),
             }
         }
@@ -156,6 +158,16 @@ impl Worker {
         }
     }
 
+    /// This host, not the peer, is why no connection was made.
+    fn out_of(&self, session: &Session, errno: Errno) -> Next {
+        log::warn!(
+            "session {}: no connection could be opened: {}",
+            session.number,
+            errno.desc()
+        );
+        Next::Close(CloseReason::Resource)
+    }
+
     fn note_failure(&self, session: &Session, name: &str, row: Option<usize>, errno: Errno) {
         if let Some(row) = row {
             Board::add(&self.board[0].peers[row].connect_failures, 1);
@@ -209,4 +221,10 @@ fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
         }
         Err(errno) => Err(errno),
     }
+}
+
+/// Whether an error of a connection attempt says something of this host and nothing of the peer.
+fn is_ours(errno: Errno) -> bool {
+    use Errno::{EADDRNOTAVAIL, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC};
+    matches!(errno, EADDRNOTAVAIL | EMFILE | ENFILE | ENOBUFS | ENOMEM | ENOSPC)
 }

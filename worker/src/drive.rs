@@ -64,10 +64,12 @@ impl Worker {
         match session.phase {
             Phase::Connecting { deadline_ms } if now_ms < deadline_ms => Next::Wait(deadline_ms),
             Phase::Connecting { .. } => self.peer_failed(token, session, Errno::ETIMEDOUT),
-            Phase::Streaming if now_ms >= self.idle_deadline_ms(session) => {
-                Next::Close(CloseReason::IdleTimeout)
+            Phase::Streaming => {
+                if now_ms >= self.idle_deadline_ms(session) && !readers_progress(session, now_ms) {
+                    return Next::Close(CloseReason::IdleTimeout);
+                }
+                self.stream(token, session)
             }
-            Phase::Streaming => self.stream(token, session),
         }
     }
 
@@ -120,6 +122,9 @@ impl Worker {
                         return Ok(false);
                     }
                     self.leave_kernel(session, direction)?;
+                    if session.stream(direction).way == Way::Kernel {
+                        return Ok(false);
+                    }
                 }
                 Way::Settling => {
                     if !self.is_settled(session, direction)? {
@@ -154,8 +159,11 @@ impl Worker {
         if let Some(next) = self.end_half_closed(session) {
             return next;
         }
-        for stream in &mut session.streams {
-            if stream.way == Way::Settling {
+        for direction in Direction::BOTH {
+            // An end that was reported and not yet found comes with no further event.
+            let end_is_near = session.ready[source(direction).index()].ended;
+            let stream = session.stream(direction);
+            if stream.way == Way::Settling || (stream.way == Way::Kernel && end_is_near) {
                 wake_ms = wake_ms.min(now_ms + stream.patience_ms);
                 stream.patience_ms = (2 * stream.patience_ms).min(LONGEST_PATIENCE_MS);
             }
@@ -216,4 +224,25 @@ impl Worker {
             }
         }
     }
+}
+
+/// Whether a reader still takes bytes out of a send buffer, although none has been put in for long: then
+/// the session is not idle. What is buffered may be megabytes, and the reader slow.
+fn readers_progress(session: &mut Session, now_ms: u64) -> bool {
+    let mut queued = 0;
+    let mut acknowledged = 0;
+    for fd in [Side::Downstream, Side::Upstream]
+        .into_iter()
+        .filter_map(|side| session.socket(side))
+    {
+        let bytes = socket::unacknowledged_bytes(fd.as_fd()).unwrap_or(0);
+        queued += bytes;
+        // A unix socket has no such count: there the queue itself shows whether it moves.
+        acknowledged += socket::tcp_info(fd.as_fd()).map_or(bytes, |info| info.bytes_acked);
+    }
+    if queued == 0 || session.acknowledged_bytes.replace(acknowledged) == Some(acknowledged) {
+        return false;
+    }
+    session.last_active_ms = now_ms;
+    true
 }

@@ -37,6 +37,9 @@ pub(crate) const ACCEPT_TIMER: u32 = 0;
 pub(crate) const DRAIN_TIMER: u32 = 1;
 const FIRST_SESSION: u32 = 2;
 
+/// Events of sessions that one turn takes.
+const TURN_EVENTS: usize = 256;
+
 /// One worker process.
 pub struct Worker {
     pub(crate) config: Arc<Config>,
@@ -56,6 +59,8 @@ pub struct Worker {
     pub(crate) wheel: Wheel,
     /// Sessions whose turn's budget ran out before their sockets did.
     pub(crate) again: VecDeque<Token>,
+    /// The sessions' epoll had more events than one turn takes.
+    more_events: bool,
     pub(crate) scratch: Scratch,
     pub(crate) sessions_started: u64,
     pub(crate) draining: bool,
@@ -106,6 +111,7 @@ impl Worker {
             table: Table::new(),
             wheel: Wheel::new(clock::now_ms()),
             again: VecDeque::new(),
+            more_events: false,
             sessions_started: 0,
             draining: false,
             stopping: false,
@@ -128,9 +134,12 @@ impl Worker {
             for event in &events {
                 match event.token() {
                     CONTROL => self.hear_master(),
-                    SESSIONS => self.take_session_events(),
+                    SESSIONS => self.more_events = true,
                     mio::Token(listener) => self.accept(listener),
                 }
+            }
+            if self.more_events {
+                self.take_session_events();
             }
             self.accept_more();
             for _ in 0..self.again.len() {
@@ -156,7 +165,7 @@ impl Worker {
 
     /// How long the poll may sleep.
     fn patience(&self) -> Option<Duration> {
-        if !self.again.is_empty() || self.listeners.iter().any(Listening::has_more) {
+        if self.more_events || !self.again.is_empty() || self.listeners.iter().any(Listening::has_more) {
             return Some(Duration::ZERO);
         }
         self.wheel
@@ -164,17 +173,14 @@ impl Worker {
             .map(|next| Duration::from_millis(next.saturating_sub(clock::now_ms())))
     }
 
+    /// Takes one turn's worth of events: if there are more, listeners, timers and the master come first.
     fn take_session_events(&mut self) {
-        let mut events = [EpollEvent::empty(); 256];
-        loop {
-            let taken = self.sockets.take(&mut events).unwrap_or(0);
-            for event in &events[..taken] {
-                let (token, side) = Token::decode(event.data());
-                self.note(token, side, event.events());
-            }
-            if taken < events.len() {
-                break;
-            }
+        let mut events = [EpollEvent::empty(); TURN_EVENTS];
+        let taken = self.sockets.take(&mut events).unwrap_or(0);
+        self.more_events = taken == events.len();
+        for event in &events[..taken] {
+            let (token, side) = Token::decode(event.data());
+            self.note(token, side, event.events());
         }
     }
 
@@ -201,7 +207,9 @@ impl Worker {
                 self.table.put(token, session);
             }
             Next::Again => {
-                self.again.push_back(token);
+                if !std::mem::replace(&mut session.queued, true) {
+                    self.again.push_back(token);
+                }
                 self.table.put(token, session);
             }
             Next::Close(reason) => {

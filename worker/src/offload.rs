@@ -108,7 +108,7 @@ impl Worker {
 
     /// The source has ended. Whatever arrived before is with the program or waits for user space: which
     /// of the two, a look at the socket tells, and that look takes the socket lock, so it comes after
-    /// the segment that carried the end.
+    /// the segment that carried the end. Until it does, the direction stays with the kernel.
     pub(crate) fn leave_kernel(
         &mut self,
         session: &mut Session,
@@ -131,10 +131,7 @@ impl Worker {
                 session.stream(direction).settle();
                 Ok(())
             }
-            Err(Errno::EAGAIN) => {
-                session.ready[side.index()].ended = false;
-                Ok(())
-            }
+            Err(Errno::EAGAIN) => Ok(()),
             Err(errno) => Err(Trouble::Socket(Failed { side, errno })),
         }
     }

@@ -201,6 +201,10 @@ pub struct Session {
     pub started_ms: u64,
     /// When user space last saw a byte move.
     pub last_active_ms: u64,
+    /// What its readers had acknowledged when it last looked idle; `None` before that.
+    pub acknowledged_bytes: Option<u64>,
+    /// It stands in the queue of sessions that have more to do.
+    pub queued: bool,
 }
 
 impl Session {
@@ -228,6 +232,8 @@ impl Session {
             pair: None,
             started_ms: now_ms,
             last_active_ms: now_ms,
+            acknowledged_bytes: None,
+            queued: false,
         }
     }
 
