@@ -105,3 +105,15 @@ setup-bench: ## the same for building and measuring
 
 bench: setup-bench ## measure against a direct connection, nginx and HAProxy, about 10 minutes: make bench [BENCH=--help]
 	cargo bench --locked --package master --bench bench -- $(BENCH)
+
+# What `test-kernels` boots with. The kernels themselves are downloaded and unpacked below the target directory.
+KERNEL_NEEDS := qemu-system-x86=qemu-system-x86_64 cpio=cpio dpkg=dpkg-deb binutils=strip
+# Which kernels, as in: make test-kernels KERNELS=6.12
+KERNELS := 6.1 6.12
+
+.PHONY: test-kernels
+
+test-kernels: SERVICES :=
+test-kernels: ## the data-path tests on Debian's kernels in an emulator, about 5 minutes: make test-kernels [KERNELS=6.12]
+	@$(call install,$(BUILD_NEEDS) $(KERNEL_NEEDS))
+	TARGET="$(TARGET)" tests/kernels/run $(KERNELS)

@@ -8,16 +8,23 @@
 
 /* What a flow has met; bits of flow.flags. */
 enum flow_flag {
-	FLOW_STARTED = 1,	/* next_seq is valid */
+	FLOW_STARTED = 1,	/* next_seq and acked_base are valid */
 	FLOW_GAP = 2,		/* a segment began after next_seq: bytes are missing */
 	FLOW_NO_TARGET = 4,	/* the other socket was not in the map: bytes were left to user space */
 	FLOW_TRIM_FAILED = 8,	/* bytes that were forwarded before could not be cut off */
 };
 
+/* Whether a flow's source is held back. */
+enum flow_pause {
+	PAUSE_OFF,		/* it is forwarded */
+	PAUSE_WANTED,		/* too much is outstanding; the source leaves `sources` at its next ACK */
+	PAUSE_ON,		/* the source is no longer in `sources`; its receive window closes */
+};
+
 /*
  * One direction of one pair, at index 2 * pair + direction: what the socket of that index sent us.
  * Direction 0 is the downstream socket's (to_upstream), 1 the upstream socket's. The other socket is at
- * index ^ 1. Fields marked "user" are written by user space only.
+ * index ^ 1. Fields marked "user" are written by user space only, before the pair is joined.
  */
 struct flow {
 	__u64 cookie;		/* user: of the socket, 0 while the pair is free */
@@ -27,14 +34,40 @@ struct flow {
 	__u32 next_seq;		/* the sequence number expected next */
 	enum flow_flag flags;
 	__u32 owner;		/* user: the worker that holds the pair (at even indices), 0 = free */
+	__u32 acked_base;	/* bytes_acked of the target when the flow started, low 32 bits */
+	__u32 high_bytes;	/* user: outstanding bytes above which the source is held back */
+	__u32 low_bytes;	/* user: outstanding bytes below which it is let go */
+	enum flow_pause pause;	/* user space turns it off when it resumes the source */
+	__u32 wake;		/* user space is to be told when few enough are outstanding */
+	__u32 pauses;		/* times that the source was held back */
+	__u32 largest_outstanding_bytes;
+	__u32 lane;		/* user: the ring buffer of its worker; none there: the worker looks by itself */
 	__u32 pad;
-	__u64 reserved[2];
+	__u64 reserved[4];
 };
 
 /* Bytes forwarded on one CPU, whole program, by direction. One cache line. */
 struct cpu_total {
 	__u64 forwarded_bytes[2];
 	__u64 pad[6];
+};
+
+/* Where a socket stands: the value of its socket storage, put there when its pair is joined. */
+struct place {
+	__u32 slot;		/* the worker slot */
+	__u32 index;		/* in the slot's maps */
+};
+
+/* What the programs tell the slot's worker, through its ring buffer. */
+enum event_kind {
+	EVENT_PAUSED = 1,	/* a source is held back from now on */
+	EVENT_DRAINED = 2,	/* few enough bytes are outstanding: the source may be let go */
+	EVENT_TROUBLE = 3,	/* a flag was set that a session must not survive */
+};
+
+struct event {
+	__u32 index;		/* of the flow */
+	enum event_kind kind;
 };
 
 #endif

@@ -6,12 +6,36 @@
 #ifndef CULVERT_KERNEL_H
 #define CULVERT_KERNEL_H
 
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
 struct sk_buff {
 	char cb[48];
-} __attribute__((preserve_access_index));
+};
+
+struct sk_buff_head {
+	__u32 qlen;
+};
+
+struct sock {
+	struct sk_buff_head sk_receive_queue;
+	int sk_sndbuf;
+	int sk_wmem_queued;
+};
+
+struct inet_sock {
+	struct sock sk;
+};
+
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+};
 
 struct tcp_sock {
+	struct inet_connection_sock inet_conn;
 	__u32 copied_seq;
-} __attribute__((preserve_access_index));
+	__u64 bytes_acked;
+};
+
+#pragma clang attribute pop
 
 #endif

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use culvert_shared::sys::shm::Shareable;
 
-use crate::skel::types;
+use crate::skel::slot::types;
 
 /// One direction of one pair (`struct flow`).
 #[repr(C)]
@@ -18,8 +18,16 @@ pub struct Flow {
     pub next_seq: AtomicU32,
     pub flags: AtomicU32,
     pub owner: AtomicU32,
+    pub acked_base: AtomicU32,
+    pub high_bytes: AtomicU32,
+    pub low_bytes: AtomicU32,
+    pub pause: AtomicU32,
+    pub wake: AtomicU32,
+    pub pauses: AtomicU32,
+    pub largest_outstanding_bytes: AtomicU32,
+    pub lane: AtomicU32,
     pub pad: AtomicU32,
-    pub reserved: [AtomicU64; 2],
+    pub reserved: [AtomicU64; 4],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -44,13 +52,31 @@ const _: () = {
     assert!(offset_of!(Flow, next_seq) == offset_of!(types::flow, next_seq));
     assert!(offset_of!(Flow, flags) == offset_of!(types::flow, flags));
     assert!(offset_of!(Flow, owner) == offset_of!(types::flow, owner));
+    assert!(offset_of!(Flow, acked_base) == offset_of!(types::flow, acked_base));
+    assert!(offset_of!(Flow, high_bytes) == offset_of!(types::flow, high_bytes));
+    assert!(offset_of!(Flow, low_bytes) == offset_of!(types::flow, low_bytes));
+    assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));
+    assert!(offset_of!(Flow, wake) == offset_of!(types::flow, wake));
+    assert!(offset_of!(Flow, pauses) == offset_of!(types::flow, pauses));
+    assert!(
+        offset_of!(Flow, largest_outstanding_bytes) == offset_of!(types::flow, largest_outstanding_bytes)
+    );
+    assert!(offset_of!(Flow, lane) == offset_of!(types::flow, lane));
     assert!(size_of::<CpuTotal>() == size_of::<types::cpu_total>());
     assert!(offset_of!(CpuTotal, forwarded_bytes) == offset_of!(types::cpu_total, forwarded_bytes));
 };
 
+/// The value of a socket's storage (`struct place`).
+pub fn place(slot: u32, index: u32) -> [u8; 8] {
+    let mut bytes = [0; size_of::<types::place>()];
+    bytes[offset_of!(types::place, slot)..][..4].copy_from_slice(&slot.to_ne_bytes());
+    bytes[offset_of!(types::place, index)..][..4].copy_from_slice(&index.to_ne_bytes());
+    bytes
+}
+
 /// Bits of `flow.flags` (`enum flow_flag`, where they are explained). User space only reads them.
 pub mod flow_flag {
-    use crate::skel::types::flow_flag;
+    use crate::skel::slot::types::flow_flag;
 
     /// A segment began after `next_seq`: bytes are missing.
     pub const GAP: u32 = flow_flag::FLOW_GAP.0;
@@ -58,4 +84,16 @@ pub mod flow_flag {
     pub const NO_TARGET: u32 = flow_flag::FLOW_NO_TARGET.0;
     /// Bytes that were forwarded before could not be cut off.
     pub const TRIM_FAILED: u32 = flow_flag::FLOW_TRIM_FAILED.0;
+}
+
+/// Whether a flow's source is held back (`enum flow_pause`, where they are explained).
+pub mod flow_pause {
+    use crate::skel::slot::types::flow_pause;
+
+    /// It is forwarded.
+    pub const OFF: u32 = flow_pause::PAUSE_OFF.0;
+    /// It leaves `sources` at its next ACK.
+    pub const WANTED: u32 = flow_pause::PAUSE_WANTED.0;
+    /// It is no longer in `sources`.
+    pub const ON: u32 = flow_pause::PAUSE_ON.0;
 }

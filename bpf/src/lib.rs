@@ -1,16 +1,19 @@
 //! The BPF side of the data path: the programs' user-space half, and the only crate that names libbpf-rs.
 //!
-//! `load` makes the maps of a worker slot and attaches the verdict program (master); `pair` moves two
-//! sockets into them and reads their counters (worker); `abi` mirrors `c/abi.h`; `probe` tells what the
+//! `load` makes the maps of a worker slot and attaches the programs, `cgroup` is where (master); `pair` moves
+//! two sockets into the maps and reads their counters, `events` hears what the programs tell (worker); `abi` mirrors `c/abi.h`; `probe` tells what the
 //! running kernel offers.
 
 mod abi;
+mod cgroup;
+mod events;
 mod load;
 mod pair;
 mod probe;
 mod skel;
 
 pub use abi::flow_flag;
+pub use events::{Event, EventKind, Events};
 pub use load::{Bpf, Totals, trial};
-pub use pair::{FlowState, Joined, Pair, PairPool, SlotMaps};
+pub use pair::{FlowState, Joined, LaneNumber, Pair, PairPool, SlotMaps, Terms};
 pub use probe::{libbpf_version, probe};

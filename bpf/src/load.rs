@@ -1,29 +1,103 @@
 //! Making the maps of a worker slot and attaching the verdict program. Needs CAP_BPF, CAP_NET_ADMIN and
 //! CAP_PERFMON; what it makes is used without any.
 
+use std::collections::BTreeSet;
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::shm::Shared;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapHandle, MapType, OpenObject};
+use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, OpenObject};
 
 use crate::abi::CpuTotal;
+use crate::cgroup::Cgroup;
 use crate::pair::SlotMaps;
-use crate::skel::VerdictSkelBuilder;
+use crate::skel::entry::EntrySkelBuilder;
+use crate::skel::slot::SlotSkelBuilder;
 
 /// The most sessions of one worker: two sockets each must be countable by the kernel's map index.
 const MAX_WORKER_CONNECTIONS: u32 = 1 << 24;
 
-/// What the slots of a program have in common.
+/// What the slots of a program have in common. Sockets made after it belong to its cgroup.
 pub struct Bpf {
     totals_map: MapHandle,
     totals: Arc<Totals>,
+    entry: Arc<Entry>,
+    _cgroup: Cgroup,
 }
+
+/// The entry program: attached to the cgroup, it sends each socket's events to its slot's program.
+pub(crate) struct Entry {
+    places: MapHandle,
+    programs: MapHandle,
+    /// Detaches the program when the last process closes it.
+    link: Link,
+    /// Numbers of slot programs that are in use.
+    numbers: Mutex<BTreeSet<u32>>,
+}
+
+impl Entry {
+    fn load(cgroup: &Cgroup) -> Result<Entry> {
+        let mut storage = MaybeUninit::<OpenObject>::uninit();
+        let open = EntrySkelBuilder::default()
+            .open(&mut storage)
+            .context("failed to open the BPF object")?;
+        let loaded = open.load().context(LOAD_FAILED)?;
+        let cgroup_fd = cgroup.directory().as_raw_fd();
+        let link = loaded
+            .progs
+            .entry
+            .attach_cgroup(cgroup_fd)
+            .context("failed to attach to the cgroup")?;
+        let places = MapHandle::try_from(&loaded.maps.places).context("failed to duplicate a BPF map")?;
+        let programs = MapHandle::try_from(&loaded.maps.slots).context("failed to duplicate a BPF map")?;
+        Ok(Entry {
+            places,
+            programs,
+            link,
+            numbers: Mutex::default(),
+        })
+    }
+
+    /// Makes the events of sockets with this number go to `program`.
+    fn add(&self, program: OwnedFd) -> Result<u32> {
+        let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = (0..self.programs.max_entries())
+            .find(|number| !numbers.contains(number))
+            .context("too many worker slots, old generations included")?;
+        let value = program.as_raw_fd() as u32;
+        self.programs
+            .update(&number.to_ne_bytes(), &value.to_ne_bytes(), MapFlags::ANY)
+            .context("failed to give the entry program its slot's program")?;
+        numbers.insert(number);
+        Ok(number)
+    }
+
+    pub(crate) fn remove(&self, number: u32) {
+        let _ = self.programs.delete(&number.to_ne_bytes());
+        self.numbers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&number);
+    }
+
+    pub(crate) fn places(&self) -> &MapHandle {
+        &self.places
+    }
+
+    /// Without these the kernel forgets the slot programs, and detaches the entry.
+    pub(crate) fn fds(&self) -> [RawFd; 3] {
+        [self.places.as_fd(), self.programs.as_fd(), self.link.as_fd()].map(|fd| fd.as_raw_fd())
+    }
+}
+
+/// Why loading fails most often.
+const LOAD_FAILED: &str = "failed to load the BPF programs (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, \
+                           or root, and a kernel with BTF)";
 
 /// Bytes that the kernel forwarded since the program started, by CPU and direction.
 pub struct Totals(Shared<CpuTotal>);
@@ -49,8 +123,9 @@ impl Totals {
 }
 
 impl Bpf {
-    /// Creates what all slots share. Fails where BPF is not to be had.
-    pub fn open() -> Result<Bpf> {
+    /// Creates what all slots share. Fails where BPF is not to be had. `stay` keeps the process in its
+    /// cgroup: for a program whose listeners exist already.
+    pub fn open(stay: bool) -> Result<Bpf> {
         crate::probe::log_libbpf_at_debug();
         let cpus = libbpf_rs::num_possible_cpus().context("failed to count the possible CPUs")?;
         let options = libbpf_rs::libbpf_sys::bpf_map_create_opts {
@@ -69,7 +144,14 @@ impl Bpf {
         )
         .context("failed to create a BPF map (needs CAP_BPF, or root)")?;
         let totals = Arc::new(Totals(Shared::of_fd(totals_map.as_fd(), cpus)?));
-        Ok(Bpf { totals_map, totals })
+        let cgroup = Cgroup::enter(stay)?;
+        let entry = Arc::new(Entry::load(&cgroup)?);
+        Ok(Bpf {
+            totals_map,
+            totals,
+            entry,
+            _cgroup: cgroup,
+        })
     }
 
     /// The bytes that the kernel forwarded.
@@ -77,7 +159,7 @@ impl Bpf {
         Arc::clone(&self.totals)
     }
 
-    /// Makes the maps of one worker slot, for `worker_connections` pairs, and attaches the program. They
+    /// Makes the maps of one worker slot, for `worker_connections` pairs, and attaches its programs. They
     /// last as long as the value, in whichever process.
     pub fn load_slot(&self, worker_connections: u32) -> Result<SlotMaps> {
         ensure!(
@@ -86,7 +168,7 @@ impl Bpf {
         );
         let sockets = 2 * worker_connections;
         let mut storage = MaybeUninit::<OpenObject>::uninit();
-        let mut open = VerdictSkelBuilder::default()
+        let mut open = SlotSkelBuilder::default()
             .open(&mut storage)
             .context("failed to open the BPF object")?;
         let maps = &mut open.maps;
@@ -101,22 +183,39 @@ impl Bpf {
         maps.totals
             .reuse_fd(self.totals_map.as_fd())
             .context("failed to share the totals map")?;
-        let loaded = open.load().with_context(|| {
-            format!(
-                "failed to load the BPF program for {worker_connections} sessions \
-                 (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, or root, and a kernel with BTF)"
-            )
-        })?;
+        maps.places
+            .reuse_fd(self.entry.places().as_fd())
+            .context("failed to share the places map")?;
+        let loaded = open
+            .load()
+            .with_context(|| format!("{LOAD_FAILED}, for {worker_connections} sessions of a worker"))?;
         loaded
             .progs
             .verdict
-            .attach_sockmap(std::os::fd::AsRawFd::as_raw_fd(&loaded.maps.sources.as_fd()))
+            .attach_sockmap(loaded.maps.sources.as_fd().as_raw_fd())
             .context("failed to attach the verdict program to its sockmap")?;
-        SlotMaps::new(&loaded.maps, worker_connections)
+        let pressure = loaded
+            .progs
+            .pressure
+            .as_fd()
+            .try_clone_to_owned()
+            .context("failed to duplicate a program")?;
+        let number = self.entry.add(pressure)?;
+        SlotMaps::new(&loaded.maps, worker_connections, number, Arc::clone(&self.entry))
     }
 }
 
-/// Loads everything once and lets it go: the answer to `-t`.
+/// Loads everything once, without attaching it, and lets it go: the answer to `-t`.
 pub fn trial() -> Result<()> {
-    Bpf::open()?.load_slot(1).map(|_| ())
+    crate::probe::log_libbpf_at_debug();
+    let mut storage = MaybeUninit::<OpenObject>::uninit();
+    let entry = EntrySkelBuilder::default()
+        .open(&mut storage)
+        .context("failed to open the BPF object")?;
+    entry.load().context(LOAD_FAILED)?;
+    let mut storage = MaybeUninit::<OpenObject>::uninit();
+    let slot = SlotSkelBuilder::default()
+        .open(&mut storage)
+        .context("failed to open the BPF object")?;
+    slot.load().context(LOAD_FAILED).map(|_| ())
 }

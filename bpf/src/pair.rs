@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use anyhow::{Context, Result};
@@ -12,8 +13,10 @@ use culvert_shared::sys::shm::Shared;
 use culvert_shared::sys::socket;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::abi::Flow;
-use crate::skel::VerdictMaps;
+use crate::abi::{Flow, flow_pause, place};
+use crate::events::{Events, LANES, Lane};
+use crate::load::Entry;
+use crate::skel::slot::SlotMaps as SkeletonMaps;
 
 /// The maps of one worker slot.
 pub struct SlotMaps {
@@ -22,12 +25,24 @@ pub struct SlotMaps {
     indices: MapHandle,
     flows_map: MapHandle,
     flows: Shared<Flow>,
+    rings: [MapHandle; LANES],
+    lanes: Shared<Lane>,
     capacity: u32,
+    /// What the entry program knows the slot's program by.
+    number: u32,
+    entry: Arc<Entry>,
 }
 
 /// A pair that this worker owns. Given back with [`PairPool::give_back`].
 #[derive(Debug, PartialEq, Eq)]
 pub struct Pair(u32);
+
+impl Pair {
+    /// Its index in the slot's maps.
+    pub fn index(&self) -> u32 {
+        self.0
+    }
+}
 
 /// One direction of a pair as the program left it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +55,35 @@ pub struct FlowState {
     pub trimmed_bytes: u64,
     /// What the flow has met; see [`crate::flow_flag`].
     pub flags: u32,
+    /// Times that its source was held back.
+    pub pauses: u32,
+    /// Its source is held back.
+    pub paused: bool,
+}
+
+/// On what terms a pair is joined.
+pub struct Terms {
+    /// Now, CLOCK_MONOTONIC.
+    pub now_ns: u64,
+    /// Bytes that may be outstanding towards one target before its source is held back.
+    pub backlog_bytes: u32,
+    /// Where the worker is told what happens.
+    pub lane: LaneNumber,
+}
+
+/// A worker's ring buffer of its slot.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneNumber(u32);
+
+impl LaneNumber {
+    /// No ring buffer: nothing is told.
+    const NONE: LaneNumber = LaneNumber(u32::MAX);
+}
+
+impl Default for LaneNumber {
+    fn default() -> LaneNumber {
+        LaneNumber::NONE
+    }
 }
 
 /// How far [`SlotMaps::join`] came.
@@ -52,8 +96,19 @@ pub enum Joined {
     ToUpstreamOnly,
 }
 
+impl Drop for SlotMaps {
+    fn drop(&mut self) {
+        self.entry.remove(self.number);
+    }
+}
+
 impl SlotMaps {
-    pub(crate) fn new(maps: &VerdictMaps<'_>, capacity: u32) -> Result<SlotMaps> {
+    pub(crate) fn new(
+        maps: &SkeletonMaps<'_>,
+        capacity: u32,
+        number: u32,
+        entry: Arc<Entry>,
+    ) -> Result<SlotMaps> {
         let handle = |map| MapHandle::try_from(map).context("failed to duplicate a BPF map descriptor");
         let flows = Shared::of_fd(maps.flows.as_fd(), 2 * capacity as usize)?;
         Ok(SlotMaps {
@@ -62,14 +117,27 @@ impl SlotMaps {
             indices: handle(&maps.indices)?,
             flows_map: handle(&maps.flows)?,
             flows,
+            rings: [
+                handle(&maps.lane_0)?,
+                handle(&maps.lane_1)?,
+                handle(&maps.lane_2)?,
+                handle(&maps.lane_3)?,
+            ],
+            lanes: Shared::anonymous(LANES)?,
             capacity,
+            number,
+            entry,
         })
     }
 
     /// The descriptors that a worker must keep open.
     pub fn fds(&self) -> Vec<RawFd> {
         let maps = [&self.sources, &self.targets, &self.indices, &self.flows_map];
-        maps.iter().map(|map| map.as_fd().as_raw_fd()).collect()
+        let maps = maps
+            .into_iter()
+            .chain(&self.rings)
+            .map(|map| map.as_fd().as_raw_fd());
+        maps.chain(self.entry.fds()).collect()
     }
 
     /// Pairs that fit.
@@ -83,30 +151,38 @@ impl SlotMaps {
     ///
     /// The order matters: both sockets are targets before one becomes a source, so no byte can find its
     /// target missing; and the kick comes last, for what arrived before its socket was a source.
-    pub fn join(&self, pair: &Pair, sockets: [BorrowedFd<'_>; 2], now_ns: u64) -> io::Result<Joined> {
+    pub fn join(&self, pair: &Pair, sockets: [BorrowedFd<'_>; 2], terms: &Terms) -> io::Result<Joined> {
         for (side, fd) in sockets.iter().enumerate() {
             let flow = &self.flows[self.index(pair, side)];
             flow.cookie.store(socket::cookie(*fd)?, Relaxed);
             flow.forwarded_bytes.store(0, Relaxed);
             flow.trimmed_bytes.store(0, Relaxed);
-            flow.last_active_ns.store(now_ns, Relaxed);
+            flow.last_active_ns.store(terms.now_ns, Relaxed);
+            flow.high_bytes.store(terms.backlog_bytes, Relaxed);
+            flow.low_bytes.store(terms.backlog_bytes / 2, Relaxed);
+            flow.lane.store(terms.lane.0, Relaxed);
+            flow.pause.store(flow_pause::OFF, Relaxed);
+            for counter in [&flow.wake, &flow.pauses, &flow.largest_outstanding_bytes] {
+                counter.store(0, Relaxed);
+            }
             flow.flags.store(0, Release);
         }
         let joined = self.insert(pair, sockets);
         match &joined {
-            Ok(_) => {
-                for fd in sockets {
-                    // Refused only for what is not a socket (sk_setsockopt), and these two are.
-                    let _ = socket::set_receive_low_water(fd, 1);
-                }
+            // Refused only for what is not a socket (sk_setsockopt), and these two are.
+            Ok(_) => sockets
+                .into_iter()
+                .for_each(|fd| drop(socket::set_receive_low_water(fd, 1))),
+            Err(_) => {
+                self.part(sockets);
+                self.remove(pair);
             }
-            Err(_) => self.remove(pair),
         }
         joined
     }
 
     fn insert(&self, pair: &Pair, sockets: [BorrowedFd<'_>; 2]) -> io::Result<Joined> {
-        for side in 0..2 {
+        for (side, fd) in sockets.iter().enumerate() {
             let index = self.index(pair, side);
             let cookie = self.flows[index].cookie.load(Relaxed);
             update(
@@ -114,22 +190,83 @@ impl SlotMaps {
                 &cookie.to_ne_bytes(),
                 &(index as u32).to_ne_bytes(),
             )?;
+            update(
+                self.entry.places(),
+                &fd.as_raw_fd().to_ne_bytes(),
+                &place(self.number, index as u32),
+            )?;
         }
         for map in [&self.targets, &self.sources] {
             for (side, fd) in sockets.iter().enumerate() {
-                let key = (self.index(pair, side) as u32).to_ne_bytes();
-                let result = update(map, &key, &(fd.as_raw_fd() as u64).to_ne_bytes());
-                if result.is_err()
-                    && side == 1
-                    && std::ptr::eq(map, &self.sources)
-                    && !socket::is_established(*fd)
-                {
+                let result = self.insert_socket(map, self.index(pair, side), *fd);
+                // Not an error for the caller: the other socket is a source by now, bytes may be on their way.
+                if result.is_err() && side == 1 && std::ptr::eq(map, &self.sources) {
                     return Ok(Joined::ToUpstreamOnly);
                 }
                 result?;
             }
         }
         Ok(Joined::Both)
+    }
+
+    fn insert_socket(&self, map: &MapHandle, index: usize, fd: BorrowedFd<'_>) -> io::Result<()> {
+        update(
+            map,
+            &(index as u32).to_ne_bytes(),
+            &(fd.as_raw_fd() as u64).to_ne_bytes(),
+        )
+    }
+
+    /// Lets a source go that was held back, and makes the kernel look at what it has gathered. False: the
+    /// kernel does not take it again (it has received the end of its stream), what it has gathered is left
+    /// to user space.
+    pub fn resume(&self, pair: &Pair, direction: Direction, source: BorrowedFd<'_>) -> bool {
+        let index = self.index(pair, direction.index());
+        let flow = &self.flows[index];
+        flow.wake.store(0, Relaxed);
+        if flow
+            .pause
+            .compare_exchange(flow_pause::WANTED, flow_pause::OFF, AcqRel, Acquire)
+            != Err(flow_pause::ON)
+        {
+            return true;
+        }
+        // Nobody else writes it now: the program does so only for a source that is in the map.
+        flow.pause.store(flow_pause::OFF, Release);
+        if self.insert_socket(&self.sources, index, source).is_err() {
+            return false;
+        }
+        let _ = socket::set_receive_low_water(source, 1);
+        true
+    }
+
+    /// Whether a source is held back although its target has drained: to be asked by the clock, because a
+    /// target that only retransmits reports nothing (RTT_CB needs a round-trip sample).
+    pub fn is_due(&self, pair: &Pair, direction: Direction, target: BorrowedFd<'_>) -> bool {
+        let flow = &self.flows[self.index(pair, direction.index())];
+        if flow.pause.load(Acquire) == flow_pause::OFF {
+            return false;
+        }
+        let acked = socket::tcp_info(target).map_or(0, |info| info.bytes_acked as u32);
+        let acked = acked.wrapping_sub(flow.acked_base.load(Relaxed));
+        let outstanding = (flow.forwarded_bytes.load(Relaxed) as u32).wrapping_sub(acked) as i32;
+        outstanding < flow.low_bytes.load(Relaxed) as i32
+    }
+
+    /// Forgets where the sockets of a pair stand. To be done before they are closed: closing waits for
+    /// the socket lock, so afterwards no event of a socket that lives on as an orphan can reach the pair.
+    pub fn part(&self, sockets: [BorrowedFd<'_>; 2]) {
+        for fd in sockets {
+            let _ = self.entry.places().delete(&fd.as_raw_fd().to_ne_bytes());
+        }
+    }
+
+    /// Takes a ring buffer for a worker; `None`: all have their readers.
+    pub fn open_events(&self, owner: Owner) -> Result<(LaneNumber, Option<Events>)> {
+        match self.lanes.iter().position(|lane| lane.take(owner)) {
+            Some(lane) => Ok((LaneNumber(lane as u32), Some(Events::open(&self.rings[lane])?))),
+            None => Ok((LaneNumber::NONE, None)),
+        }
     }
 
     /// Takes the pair out of all maps and forgets its cookies. Sockets that are closed have left the
@@ -161,6 +298,8 @@ impl SlotMaps {
             last_active_ns: flow.last_active_ns.load(Relaxed),
             trimmed_bytes: flow.trimmed_bytes.load(Relaxed),
             flags: flow.flags.load(Relaxed),
+            pauses: flow.pauses.load(Relaxed),
+            paused: flow.pause.load(Acquire) == flow_pause::ON,
         }
     }
 
@@ -174,6 +313,7 @@ impl SlotMaps {
                 mark.store(0, Release);
             }
         }
+        self.lanes.iter().for_each(|lane| lane.release(owner));
     }
 
     fn index(&self, pair: &Pair, side: usize) -> usize {

@@ -62,7 +62,7 @@ impl Generation {
         limits::raise_descriptors(&config)?;
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
-        kernel.open_for(&config);
+        kernel.open_for(&config, true);
         let maps = kernel.maps_for(&config, &self.maps)?;
         let listeners = self.listeners.next(&config)?;
         Ok(Generation {

@@ -33,9 +33,10 @@ pub fn wanted(config: &Config) -> bool {
 impl Kernel {
     /// Opens BPF if the configuration wants it. Where it is not to be had, that is said in the log and
     /// the program serves by copying.
-    pub fn open_for(&mut self, config: &Config) {
+    /// `running`: listeners exist already, and have to be seen where they are.
+    pub fn open_for(&mut self, config: &Config, running: bool) {
         if self.bpf.is_none() && wanted(config) {
-            match Bpf::open() {
+            match Bpf::open(running) {
                 Ok(bpf) => self.bpf = Some(bpf),
                 Err(error) => warn_unavailable(&error),
             }
@@ -81,7 +82,7 @@ impl Kernel {
     /// As [`Kernel::maps_for`] at the start, when there is nothing yet to fall back on: without maps for
     /// every slot, all of them serve by copying.
     pub fn first_maps_for(&mut self, config: &Config) -> MapTable {
-        self.open_for(config);
+        self.open_for(config, false);
         self.maps_for(config, &MapTable::default())
             .unwrap_or_else(|error| {
                 warn_unavailable(&error);

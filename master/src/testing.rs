@@ -17,6 +17,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         proxy_half_close: true,
         tcp_nodelay: true,
         ebpf_timer_period: Duration::from_secs(2),
+        ebpf_backlog_size: 4 << 20,
     };
     Config {
         user: None,

@@ -103,6 +103,8 @@ pub struct Board {
     pub sessions: AtomicU64,
     /// Sessions that entered the kernel.
     pub sessions_offloaded: AtomicU64,
+    /// Times that a source was held back, over ended sessions.
+    pub pauses: AtomicU64,
     /// Log lines dropped because the log could not keep up.
     pub log_lines_dropped: AtomicU64,
     /// Bytes copied in user space, by direction.

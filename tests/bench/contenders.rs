@@ -252,7 +252,8 @@ fn nginx(routes: &[Route], workers: usize, buffer: &str, stem: &Path) -> String 
 fn haproxy(routes: &[Route], workers: usize) -> String {
     let mut text = format!(
         "global\n  nbthread {workers}\n  cpu-map auto:1/1-{workers} 0-{}\n  maxconn 5000\n\
-         defaults\n  mode tcp\n  option splice-request\n  option splice-response\n  timeout connect 10s\n  timeout client 10m\n  timeout server 10m\n",
+         defaults\n  mode tcp\n  option splice-request\n  option splice-response\n\
+         \x20 timeout connect 10s\n  timeout client 10m\n  timeout server 10m\n",
         workers - 1
     );
     for Route { listen, upstream } in routes {

@@ -130,12 +130,15 @@ pub fn many_connections(
     run(seconds)
 }
 
-/// A new connection for every request, closed by the client, from `threads` threads.
-pub fn connections(address: SocketAddr, threads: usize, seconds: f64) -> Result<Done> {
+/// A new connection for every request, closed by the client, from `threads` threads, to each address in turn.
+pub fn connections(addresses: &[SocketAddr], threads: usize, seconds: f64) -> Result<Done> {
     let begun = Instant::now();
     let one = || -> Result<u64> {
         let mut requests = 0;
-        while begun.elapsed().as_secs_f64() < seconds {
+        for &address in addresses.iter().cycle() {
+            if begun.elapsed().as_secs_f64() >= seconds {
+                break;
+            }
             let mut stream =
                 TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?;
             exchange(&mut stream)?;

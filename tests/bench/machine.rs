@@ -183,7 +183,7 @@ pub fn describe() -> Value {
         })
     };
     json!({
-        "kernel": read("/proc/version").ok().map(|text| text.trim().to_owned()),
+        "kernel": read("/proc/sys/kernel/osrelease").ok().map(|text| text.trim().to_owned()),
         "cpus": std::thread::available_parallelism().map(usize::from).unwrap_or(0),
         "cpu_model": first_line("/proc/cpuinfo", "model name"),
         "memory": first_line("/proc/meminfo", "MemTotal"),
@@ -193,7 +193,7 @@ pub fn describe() -> Value {
             "haproxy": version("haproxy", "-v"),
             "iperf3": version("iperf3", "-v"),
         },
-        "command_line": std::env::args().collect::<Vec<_>>(),
+        "arguments": std::env::args().skip(1).collect::<Vec<_>>(),
     })
 }
 

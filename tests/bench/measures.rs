@@ -10,7 +10,7 @@ use crate::Options;
 use crate::contenders::{Contender, Proxy, Setup};
 use crate::load::{self, Done, Writer};
 use crate::machine::{self, Cpu, Memory};
-use crate::peers::{ECHO, ECHO_MANY, IPERF, Peers, STOPPING};
+use crate::peers::{self, ECHO, ECHO_MANY, IPERF, Peers, STOPPING};
 
 /// A kind of run.
 #[derive(Debug)]
@@ -177,7 +177,8 @@ fn attempt(measure: &Measure, place: &Place, setup: &Setup, options: &Options) -
             per_request("requests_s", done)
         }
         Kind::NewConnections { threads } => {
-            let done = load::connections(proxy.address(ECHO_MANY), threads, seconds)?;
+            let addresses: Vec<_> = (ECHO_MANY..peers::COUNT).map(|i| proxy.address(i)).collect();
+            let done = load::connections(&addresses, threads, seconds)?;
             per_request("connections_s", done)
         }
         Kind::Idle => {

@@ -26,8 +26,12 @@ pub const IPERF: usize = 0;
 pub const ECHO: usize = 1;
 /// Reads for a while, then never again.
 pub const STOPPING: usize = 2;
-/// Answers on one thread for all connections.
+/// Answers on one thread for all connections. From here to the last port, all the same: a client that closes leaves its
+/// own port in TIME_WAIT, and on a single address the kernel soon has none left that it may use again at once, so
+/// that a rate of connections would measure the search for one (beyond 14,000 a second with Linux's port range).
 pub const ECHO_MANY: usize = 3;
+/// How many servers each contender has.
+pub const COUNT: usize = ECHO_MANY + 8;
 
 /// How long a reader that is going to stop reads first: long enough for every buffer to grow.
 const BEFORE_STOPPING: Duration = Duration::from_millis(500);
@@ -44,7 +48,7 @@ pub struct Stopped {
 #[derive(Debug)]
 pub struct Peers {
     iperf: Background,
-    ports: [Port; 4],
+    ports: [Port; COUNT],
     /// Readers that have stopped.
     pub stopped: Receiver<Stopped>,
 }
@@ -63,7 +67,10 @@ impl Peers {
         let stopping = listener(&ports[STOPPING])?;
         let (sender, stopped) = channel();
         thread::spawn(move || stop_reading(&stopping, &sender));
-        let many = listener(&ports[ECHO_MANY])?;
+        let many = ports[ECHO_MANY..]
+            .iter()
+            .map(listener)
+            .collect::<Result<Vec<_>>>()?;
         thread::spawn(move || {
             if let Err(e) = serve(&many) {
                 eprintln!("the answering server ended: {e:#}");
@@ -77,8 +84,8 @@ impl Peers {
     }
 
     /// The port numbers, to be indexed by the constants above.
-    pub fn ports(&self) -> [u16; 4] {
-        [0, 1, 2, 3].map(|i| self.ports[i].number)
+    pub fn ports(&self) -> [u16; COUNT] {
+        std::array::from_fn(|i| self.ports[i].number)
     }
 
     /// Starts iperf3's server anew: after a broken test it may stay busy for ever.
@@ -137,12 +144,14 @@ fn stop_reading(listener: &TcpListener, stopped: &Sender<Stopped>) {
     }
 }
 
-/// Answers on all connections of one listener. The tokens are the descriptors; the listener's is 0, which
-/// standard input has.
-fn serve(listener: &TcpListener) -> Result<()> {
+/// Answers on all connections. The listeners' tokens are their indices, the connections' are their descriptors, after
+/// those.
+fn serve(listeners: &[TcpListener]) -> Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    listener.set_nonblocking(true)?;
-    epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+    for (token, listener) in listeners.iter().enumerate() {
+        listener.set_nonblocking(true)?;
+        epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token as u64))?;
+    }
     let mut connections: Vec<Option<TcpStream>> = Vec::new();
     let mut events = [EpollEvent::empty(); 64];
     let mut message = [0; MESSAGE_BYTES];
@@ -154,14 +163,14 @@ fn serve(listener: &TcpListener) -> Result<()> {
         };
         for event in &events[..ready] {
             let token = event.data() as usize;
-            if token == 0 {
+            if let Some(listener) = listeners.get(token) {
                 while let Ok((stream, _)) = listener.accept() {
-                    let fd = stream.as_raw_fd() as usize;
-                    if connections.len() <= fd {
-                        connections.resize_with(fd + 1, || None);
+                    let token = listeners.len() + stream.as_raw_fd() as usize;
+                    if connections.len() <= token {
+                        connections.resize_with(token + 1, || None);
                     }
-                    epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, fd as u64))?;
-                    connections[fd] = Some(stream);
+                    epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token as u64))?;
+                    connections[token] = Some(stream);
                 }
             } else if let Some(stream) = &mut connections[token] {
                 // Messages are too small to be split: whatever is here can be read and answered in one go.

@@ -27,6 +27,7 @@ impl Worker {
         if self.config.servers[session.server].action != Action::Status {
             self.account(&session, reason);
         }
+        self.part(&session);
         let pair = session.pair.take();
         drop(session);
         self.free_pair(pair);
@@ -40,6 +41,11 @@ impl Worker {
             let kernel = self.flow(session, direction).forwarded_bytes;
             (kernel, session.streams[direction.index()].written_bytes)
         });
+        let pauses = Direction::BOTH
+            .map(|direction| u64::from(self.flow(session, direction).pauses))
+            .iter()
+            .sum();
+        Board::add(&board.pauses, pauses);
         let bytes = carried.map(|(kernel, relayed)| kernel + relayed);
         let listener = &board.listeners[session.listener];
         listener
@@ -62,7 +68,7 @@ impl Worker {
             let [to_upstream, to_downstream] = carried;
             log::info!(
                 "session {}: client {} listener {} upstream {} closed: {}; datapath {}, \
-                 to_upstream {} sockmap {} relay, to_downstream {} sockmap {} relay bytes, {} ms",
+                 to_upstream {} sockmap {} relay, to_downstream {} sockmap {} relay bytes, {pauses} pauses, {} ms",
                 session.number,
                 session.client(),
                 session.ends.local,

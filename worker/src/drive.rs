@@ -153,7 +153,7 @@ impl Worker {
     }
 
     /// What a session that has nothing to do now waits for.
-    fn wait(&mut self, session: &mut Session) -> Next {
+    pub(crate) fn wait(&mut self, session: &mut Session) -> Next {
         let now_ms = clock::now_ms();
         let mut wake_ms = self.idle_deadline_ms(session);
         if let Some(next) = self.end_half_closed(session) {
@@ -201,7 +201,7 @@ impl Worker {
     }
 
     /// Turns trouble into a close reason, and says it if nobody else will.
-    fn explain(&self, session: &Session, trouble: Trouble) -> CloseReason {
+    pub(crate) fn explain(&self, session: &Session, trouble: Trouble) -> CloseReason {
         match trouble {
             Trouble::Socket(Failed { side, errno }) => {
                 log::debug!(

@@ -20,22 +20,26 @@ use crate::accept::Listening;
 use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
+use crate::pressure::Pressure;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
-use crate::sockets::Sockets;
+use crate::sockets::{BufferLimits, Sockets};
 use crate::start::WorkerStart;
 use crate::table::{Side, Table, Token};
 use crate::timer::Wheel;
 
 const CONTROL: mio::Token = mio::Token(usize::MAX);
 const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
+const KERNEL: mio::Token = mio::Token(usize::MAX - 2);
 
 /// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
 pub(crate) const ACCEPT_TIMER: u32 = 0;
 /// The timer that ends a drain.
 pub(crate) const DRAIN_TIMER: u32 = 1;
-const FIRST_SESSION: u32 = 2;
+/// The timer that looks at sources that are held back.
+pub(crate) const PRESSURE_TIMER: u32 = 2;
+const FIRST_SESSION: u32 = 3;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -48,6 +52,7 @@ pub struct Worker {
     pub(crate) maps: Option<Arc<SlotMaps>>,
     pub(crate) totals: Option<Arc<Totals>>,
     pub(crate) pairs: Option<PairPool>,
+    pub(crate) pressure: Pressure,
     pub(crate) peer_rows: Vec<Vec<usize>>,
     pub(crate) poll: Poll,
     pub(crate) sockets: Sockets,
@@ -62,6 +67,7 @@ pub struct Worker {
     /// The sessions' epoll had more events than one turn takes.
     more_events: bool,
     pub(crate) scratch: Scratch,
+    pub(crate) limits: BufferLimits,
     pub(crate) sessions_started: u64,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
@@ -83,6 +89,12 @@ impl Worker {
                 Interest::READABLE,
             )
             .context("failed to watch the master's socket")?;
+        let pressure = Pressure::open(start.maps.as_deref(), start.owner)?;
+        if let Some(fd) = pressure.raw_fd() {
+            registry
+                .register(&mut SourceFd(&fd), KERNEL, Interest::READABLE)
+                .context("failed to watch the events of the BPF programs")?;
+        }
         let listeners = Listening::open_all(start.listeners)?;
         let hostname =
             nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
@@ -98,8 +110,10 @@ impl Worker {
                 .collect(),
             pairs: start.maps.as_ref().map(|maps| PairPool::new(maps, start.owner)),
             scratch: Scratch::new(&start.config),
+            limits: BufferLimits::read(),
             config: start.config,
             board: start.board,
+            pressure,
             row: start.row,
             maps: start.maps,
             totals: start.totals,
@@ -135,6 +149,7 @@ impl Worker {
                 match event.token() {
                     CONTROL => self.hear_master(),
                     SESSIONS => self.more_events = true,
+                    KERNEL => self.take_kernel_events(),
                     mio::Token(listener) => self.accept(listener),
                 }
             }
@@ -146,7 +161,10 @@ impl Worker {
                 let Some(token) = self.again.pop_front() else {
                     break;
                 };
-                self.with_session(token, |worker, session| worker.drive(token, session));
+                self.with_session(token, |worker, session| {
+                    session.queued = false;
+                    worker.drive(token, session)
+                });
             }
             self.wheel.turn(clock::now_ms(), &mut due);
             for timer in due.drain(..) {
@@ -222,6 +240,7 @@ impl Worker {
     fn fire(&mut self, timer: u32) {
         match timer {
             ACCEPT_TIMER => self.end_rest(),
+            PRESSURE_TIMER => self.look_at_paused(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

@@ -1,7 +1,7 @@
 //! A worker process: accepts, connects, hands sessions to the kernel, watches them end.
 //!
 //! A session's way, file by file: `accept` → `table` (its slot) → `route` → `balance` → `connect` →
-//! `offload` (the kernel takes the pair) or `relay` (user space copies) → `close` (totals, reason, log line).
+//! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies) → `close` (totals, reason, log line).
 //! `drive` decides what is done next, `session` holds the states, `event_loop` the only poll.
 
 #![forbid(unsafe_code)]
@@ -15,6 +15,7 @@ mod control;
 mod drive;
 mod event_loop;
 mod offload;
+mod pressure;
 mod relay;
 mod route;
 mod session;

@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use culvert_bpf::{Joined, flow_flag};
+use culvert_bpf::{Joined, Terms, flow_flag};
 use culvert_shared::counters::{Board, FallbackReason, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::socket;
@@ -23,7 +23,7 @@ const FATAL_FLAGS: u32 = flow_flag::GAP | flow_flag::TRIM_FAILED | flow_flag::NO
 impl Worker {
     /// Both ends are there: the kernel takes the session, or user space copies it.
     pub(crate) fn begin_streaming(&mut self, token: Token, session: &mut Session) -> Next {
-        session.datapath = match self.offload(session) {
+        session.datapath = match self.offload(token, session) {
             Ok(Joined::Both) => {
                 session.streams.iter_mut().for_each(|stream| stream.offload());
                 if let Some(upstream) = &session.upstream {
@@ -55,9 +55,10 @@ impl Worker {
         self.stream(token, session)
     }
 
-    fn offload(&mut self, session: &mut Session) -> Result<Joined, Datapath> {
+    fn offload(&mut self, token: Token, session: &mut Session) -> Result<Joined, Datapath> {
         let refuse = |reason| Err(Datapath::Fallback(reason));
-        if !self.config.servers[session.server].stream.ebpf_enable {
+        let settings = &self.config.servers[session.server].stream;
+        if !settings.ebpf_enable {
             return Err(Datapath::Relay);
         }
         let (Some(maps), Some(pairs)) = (&self.maps, &mut self.pairs) else {
@@ -70,9 +71,16 @@ impl Worker {
             return refuse(FallbackReason::SlotsUsedUp);
         };
         let ends = [session.downstream.as_fd(), upstream.socket.as_fd()];
-        match maps.join(&pair, ends, clock::now_ns()) {
+        let terms = Terms {
+            now_ns: clock::now_ns(),
+            backlog_bytes: settings.ebpf_backlog_size,
+            lane: self.pressure.lane(),
+        };
+        match maps.join(&pair, ends, &terms) {
             Ok(joined) => {
+                self.pressure.bind(&pair, Some(token));
                 session.pair = Some(pair);
+                self.arm_untold();
                 WorkerRow::up(&self.gauges().pairs);
                 Ok(joined)
             }
@@ -222,6 +230,14 @@ impl Worker {
         match (&self.maps, &session.pair) {
             (Some(maps), Some(pair)) => maps.flow(pair, direction),
             _ => Default::default(),
+        }
+    }
+
+    /// Cuts the ties between a session's sockets and its pair, before they are closed.
+    pub(crate) fn part(&mut self, session: &Session) {
+        if let (Some(maps), Some(pair), Some(upstream)) = (&self.maps, &session.pair, &session.upstream) {
+            maps.part([session.downstream.as_fd(), upstream.socket.as_fd()]);
+            self.pressure.bind(pair, None);
         }
     }
 

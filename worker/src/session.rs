@@ -49,6 +49,8 @@ pub struct Stream {
     pub written_bytes: u64,
     /// What the target's TCP had taken when it was last asked while settling.
     pub settled_bytes: u64,
+    /// Whether its sockets' buffers have been sized for back-pressure.
+    pub buffers_sized: bool,
     /// Milliseconds until a settling direction is looked at again; doubles each time.
     pub patience_ms: u64,
 }
@@ -62,6 +64,7 @@ impl Stream {
             read_bytes: 0,
             written_bytes: 0,
             settled_bytes: 0,
+            buffers_sized: false,
             patience_ms: 1,
         }
     }

@@ -140,3 +140,36 @@ pub fn local_address(fd: BorrowedFd<'_>) -> Option<SocketAddr> {
             .map(|address| SocketAddr::V6((*address).into()))
     })
 }
+
+/// What the host lets a process without rights ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct BufferLimits {
+    /// `net.core.wmem_max`.
+    pub send_bytes: usize,
+    /// `net.core.rmem_max`.
+    pub receive_bytes: usize,
+}
+
+impl BufferLimits {
+    /// Reads them; what cannot be read is taken for zero, and buffers are left to the kernel.
+    pub fn read() -> BufferLimits {
+        let read = |name: &str| {
+            let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}"));
+            text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+        };
+        BufferLimits {
+            send_bytes: read("wmem_max"),
+            receive_bytes: read("rmem_max"),
+        }
+    }
+}
+
+/// Fixes the size of a send buffer; the kernel doubles it.
+pub fn set_send_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
+    setsockopt(&fd, sockopt::SndBuf, &bytes)
+}
+
+/// Fixes the size of a receive buffer; the kernel doubles it.
+pub fn set_receive_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
+    setsockopt(&fd, sockopt::RcvBuf, &bytes)
+}

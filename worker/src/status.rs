@@ -85,6 +85,7 @@ impl Worker {
                 "sockmap": by_direction(|way| self.totals.as_ref().map_or(0, |totals| totals.forwarded_bytes(way))),
                 "relay": by_direction(|way| load(&board.relay_bytes[way.index()])),
             },
+            "pauses": load(&board.pauses),
             "cpus": self.cpu_status(),
             "fallbacks": by_reason(FallbackReason::ALL.iter().map(|reason| reason.name()), &board.fallbacks),
             "closes": by_reason(CloseReason::ALL.iter().map(|reason| reason.name()), &board.closes),

@@ -36,6 +36,9 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.tcp_nodelay", Default::Flag(true)),
     // The period of the nginx module from which the name comes: a small part of any sensible proxy_timeout.
     ("stream.ebpf_timer_period", Default::Text("2s")),
+    // As much as Linux lets a socket's own send buffer grow to (tcp_wmem, 4 MiB): below it a fast stream over a
+    // long way would be slower than without a proxy.
+    ("stream.ebpf_backlog_size", Default::Text("4m")),
 ];
 
 /// A default as a file would write it.

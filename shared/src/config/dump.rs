@@ -114,6 +114,11 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
         out,
         "ebpf_timer_period = {}",
         quoted(&write_duration(stream.ebpf_timer_period))
+    )?;
+    writeln!(
+        out,
+        "ebpf_backlog_size = {}",
+        quoted(&write_size(stream.ebpf_backlog_size as usize))
     )
 }
 

@@ -58,6 +58,7 @@ pub(super) const STREAM: &[Key] = &[
     value("proxy_half_close"),
     value("tcp_nodelay"),
     value("ebpf_timer_period"),
+    value("ebpf_backlog_size"),
 ];
 
 /// `[[upstream]]`.
@@ -83,6 +84,7 @@ const SERVER: &[Key] = &[
     value("proxy_half_close"),
     value("tcp_nodelay"),
     value("ebpf_timer_period"),
+    value("ebpf_backlog_size"),
 ];
 
 /// Names that users of the nginx module bring along, with ours.

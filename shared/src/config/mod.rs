@@ -249,4 +249,6 @@ pub struct Stream {
     pub tcp_nodelay: bool,
     /// How often the counters of idle sessions are looked at.
     pub ebpf_timer_period: Duration,
+    /// Bytes that may be outstanding towards one side of an offloaded session before the other is held back.
+    pub ebpf_backlog_size: u32,
 }

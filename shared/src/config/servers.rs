@@ -20,6 +20,10 @@ const BACKLOG_MAX: u32 = 1 << 20;
 
 /// Two buffers of this size for each relayed session are 128 MiB: enough for any link.
 const BUFFER_MAX_BYTES: usize = 64 << 20;
+/// Less than one full segment of the loopback device would pause at each of them.
+const BACKLOG_SIZE_MIN_BYTES: usize = 64 << 10;
+/// Sequence numbers are compared in 32 bits, signed.
+const BACKLOG_SIZE_MAX_BYTES: usize = 1 << 30;
 
 /// More often than this, looking at idle sessions would itself be work.
 const TIMER_PERIOD_MIN: Duration = Duration::from_millis(10);
@@ -62,6 +66,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_half_close: true,
             tcp_nodelay: true,
             ebpf_timer_period: hour,
+            ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
         let tables = self.check.tables(root, "server");
@@ -89,6 +94,7 @@ impl<'c, 'a> Servers<'c, 'a> {
         let timeout = |given: Given| units::duration(given, millisecond..=YEAR);
         let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
         let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
+        let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
         let check = &mut self.check;
         let Stream {
             ebpf_enable,
@@ -98,6 +104,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_half_close,
             tcp_nodelay,
             ebpf_timer_period,
+            ebpf_backlog_size,
         } = *inherited;
         Stream {
             ebpf_enable: check
@@ -121,6 +128,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_timer_period: check
                 .at(table, key, "ebpf_timer_period", period)
                 .unwrap_or(ebpf_timer_period),
+            ebpf_backlog_size: check
+                .at(table, key, "ebpf_backlog_size", backlog)
+                .map_or(ebpf_backlog_size, |bytes| bytes as u32),
         }
     }
 

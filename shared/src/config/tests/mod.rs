@@ -134,6 +134,7 @@ fn the_least_configuration_has_every_default() {
         proxy_half_close: true,
         tcp_nodelay: true,
         ebpf_timer_period: Duration::from_secs(2),
+        ebpf_backlog_size: 4 << 20,
     };
     let expected = Config {
         user: None,

@@ -8,14 +8,16 @@ fn stream() -> impl Strategy<Value = Stream> {
     let millis = |range: std::ops::RangeInclusive<u64>| range.prop_map(Duration::from_millis);
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
-    (any::<[bool; 3]>(), times, 1usize..=64 << 20).prop_map(|(flags, times, proxy_buffer_size)| Stream {
+    let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
+    (any::<[bool; 3]>(), times, sizes).prop_map(|(flags, times, sizes)| Stream {
         ebpf_enable: flags[0],
         proxy_timeout: times.0,
         proxy_connect_timeout: times.1,
-        proxy_buffer_size,
+        proxy_buffer_size: sizes.0,
         proxy_half_close: flags[1],
         tcp_nodelay: flags[2],
         ebpf_timer_period: times.2,
+        ebpf_backlog_size: sizes.1,
     })
 }
 

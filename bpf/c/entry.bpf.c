@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * The entry to `pressure` (slot.bpf.c): attached once, to the cgroup of the master and its workers, so
+ * that its cost does not grow with the number of worker slots. Sends each event of an offloaded socket to
+ * its slot's program.
+ */
+#include <linux/bpf.h>
+#include <linux/types.h>
+#include <bpf/bpf_helpers.h>
+
+#include "abi.h"
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct place);
+} places SEC(".maps");
+
+/* Worker slot -> its `pressure` program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, __u32);
+} slots SEC(".maps");
+
+SEC("sockops")
+int entry(struct bpf_sock_ops *ops)
+{
+	struct bpf_sock *sk;
+	struct place *place;
+
+	switch (ops->op) {
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		break;
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+	case BPF_SOCK_OPS_RTT_CB:
+		sk = ops->sk;
+		place = sk ? bpf_sk_storage_get(&places, sk, 0, 0) : 0;
+		if (place)
+			bpf_tail_call(ops, &slots, place->slot);
+		break;
+	}
+	return 1;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * The programs of one worker slot: the verdict on every segment that arrives on an offloaded socket, and
+ * the back-pressure that keeps what the kernel holds for a slow reader within bounds.
+ *
+ * `verdict` runs once for each skb, from tcp_read_skb, under the lock of the receiving socket. It never
+ * redirects an empty skb (a bare FIN would end the other socket's egress), never forwards a byte twice,
+ * and leaves to user space what it cannot forward.
+ *
+ * `pressure` runs at the socket's own TCP events, also under its lock. A source whose target has too much
+ * outstanding is taken out of `sources` there: then its bytes stay in its receive queue, charged to it,
+ * its window closes, and the sender feels TCP's own back-pressure. User space puts it back.
+ */
+#include <linux/bpf.h>
+#include <linux/types.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+
+#include "abi.h"
+#include "kernel.h"
+#include "maps.h"
+
+/* sk_skb_adjust_room refuses more than this at once (net/core/filter.c, 6.12). */
+#define TRIM_STEP 4095
+/* An overlap is smaller than the largest skb: 64 KiB, or 512 KiB with BIG TCP. */
+#define TRIM_STEPS 129
+
+/* Puts the type into the object's BTF, which user space takes its layout from. */
+const volatile struct event event_layout;
+
+static __always_inline void tell(struct flow *flow, __u32 index, enum event_kind kind)
+{
+	struct event event = { .index = index, .kind = kind };
+	__u32 lane = flow->lane;
+	void *events = bpf_map_lookup_elem(&lanes, &lane);
+
+	/* A full ring loses nothing: the worker looks at paused flows by itself, if later. */
+	if (events)
+		bpf_ringbuf_output(events, &event, sizeof(event), 0);
+}
+
+static __always_inline void trouble(struct flow *flow, __u32 index, enum flow_flag flag)
+{
+	flow->flags |= flag;
+	tell(flow, index, EVENT_TROUBLE);
+}
+
+/* The first sequence number of the skb: TCP_SKB_CB(skb)->seq is the first word of its control block. */
+static __always_inline __u32 segment_seq(struct __sk_buff *skb)
+{
+	__u32 seq = 0;
+
+	bpf_probe_read_kernel(&seq, sizeof(seq), (void *)skb + bpf_core_field_offset(struct sk_buff, cb));
+	return seq;
+}
+
+/*
+ * Where the stream stands when the first segment is seen: everything before copied_seq was read by user
+ * space. A segment that it read in part is trimmed like any overlap.
+ */
+static __always_inline int start(struct __sk_buff *skb, struct flow *flow, struct tcp_sock *target)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct tcp_sock *source;
+
+	if (!sk)
+		return -1;
+	source = bpf_skc_to_tcp_sock(sk);
+	if (!source)
+		return -1;
+	flow->next_seq = source->copied_seq;
+	flow->acked_base = target->bytes_acked;
+	flow->flags |= FLOW_STARTED;
+	return 0;
+}
+
+/*
+ * Cuts off what was forwarded before: tcp_data_queue may queue a segment that begins before rcv_nxt,
+ * and tcp_read_skb hands it over whole.
+ */
+static __always_inline int trim(struct __sk_buff *skb, __u32 overlap)
+{
+	for (int i = 0; i < TRIM_STEPS && overlap; i++) {
+		__u32 step = overlap < TRIM_STEP ? overlap : TRIM_STEP;
+
+		if (bpf_skb_adjust_room(skb, -(__s32)step, 0, 0))
+			return -1;
+		overlap -= step;
+	}
+	return overlap ? -1 : 0;
+}
+
+/*
+ * Bytes that were redirected and that the target's peer has not acknowledged. One field of the target is
+ * read, so there is nothing to tear; bytes that user space sent before make it smaller, never larger.
+ */
+static __always_inline __s32 outstanding_bytes(struct flow *flow, struct tcp_sock *target)
+{
+	return (__s32)((__u32)flow->forwarded_bytes - ((__u32)target->bytes_acked - flow->acked_base));
+}
+
+static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u32 index, struct tcp_sock *target)
+{
+	struct cpu_total *total;
+	__u32 cpu, len;
+	__s32 behind;
+
+	if (!(flow->flags & FLOW_STARTED) && start(skb, flow, target))
+		return SK_PASS;
+
+	behind = (__s32)(flow->next_seq - segment_seq(skb));
+	if (behind < 0) {
+		trouble(flow, index, FLOW_GAP);
+		return SK_PASS;
+	}
+	if (behind) {
+		__u32 cut = (__u32)behind < skb->len ? (__u32)behind : skb->len;
+
+		if (trim(skb, cut)) {
+			trouble(flow, index, FLOW_TRIM_FAILED);
+			return SK_PASS;
+		}
+		flow->trimmed_bytes += cut;
+		if (!skb->len)
+			return SK_DROP;
+	}
+
+	if (bpf_sk_redirect_map(skb, &targets, index ^ 1, 0) != SK_PASS) {
+		trouble(flow, index, FLOW_NO_TARGET);
+		return SK_PASS;
+	}
+	len = skb->len;
+	flow->next_seq += len;
+	flow->forwarded_bytes += len;
+	flow->last_active_ns = bpf_ktime_get_coarse_ns();
+
+	cpu = bpf_get_smp_processor_id();
+	total = bpf_map_lookup_elem(&totals, &cpu);
+	if (total)
+		__sync_fetch_and_add(&total->forwarded_bytes[index & 1], len);
+
+	behind = outstanding_bytes(flow, target);
+	if (behind > (__s32)flow->largest_outstanding_bytes)
+		flow->largest_outstanding_bytes = behind;
+	if (behind > (__s32)flow->high_bytes && flow->pause == PAUSE_OFF) {
+		flow->wake = 1;
+		flow->pause = PAUSE_WANTED;
+	}
+	return SK_PASS;
+}
+
+SEC("sk_skb/stream_verdict")
+int verdict(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	__u32 *found = bpf_map_lookup_elem(&indices, &cookie);
+	struct tcp_sock *target;
+	struct bpf_sock *peer;
+	struct flow *flow;
+	__u32 index, other;
+	int answer = SK_PASS;
+
+	if (!found)
+		return SK_PASS;
+	index = *found;
+	other = index ^ 1;
+	flow = bpf_map_lookup_elem(&flows, &index);
+	if (!flow || flow->cookie != cookie)
+		return SK_PASS;
+	if (!skb->len)
+		return SK_DROP;
+
+	peer = bpf_map_lookup_elem(&targets, &other);
+	if (!peer) {
+		trouble(flow, index, FLOW_NO_TARGET);
+		return SK_PASS;
+	}
+	target = bpf_skc_to_tcp_sock(peer);
+	if (target)
+		answer = forward(skb, flow, index, target);
+	bpf_sk_release(peer);
+	return answer;
+}
+
+/*
+ * The socket is about to send a segment, most likely the ACK of what was just taken from it. If it is to
+ * be held back, this is the moment: its lock is held (bpf_skops_hdr_opt_len), so no verdict on it runs
+ * elsewhere; and where this call is nested in tcp_read_skb (tcp_eat_skb -> tcp_cleanup_rbuf -> ACK) the
+ * verdict on the present skb is made, and with an empty receive queue there is no next one that could
+ * find its program gone and be dropped.
+ */
+static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, __u32 index)
+{
+	if (flow->pause != PAUSE_WANTED || self->inet_conn.icsk_inet.sk.sk_receive_queue.qlen)
+		return;
+	if (__sync_val_compare_and_swap(&flow->pause, PAUSE_WANTED, PAUSE_ON) != PAUSE_WANTED)
+		return;
+	bpf_map_delete_elem(&sources, &index);
+	flow->pauses++;
+	tell(flow, index, EVENT_PAUSED);
+}
+
+/* The socket is the target of the flow at `other`: says when enough of it has been acknowledged. */
+static __always_inline void tell_drained(struct tcp_sock *self, struct flow *flow, __u32 other)
+{
+	if (!flow->wake || outstanding_bytes(flow, self) >= (__s32)flow->low_bytes)
+		return;
+	if (__sync_lock_test_and_set(&flow->wake, 0))
+		tell(flow, other, EVENT_DRAINED);
+}
+
+SEC("sockops")
+int pressure(struct bpf_sock_ops *ops)
+{
+	struct bpf_sock *sk = ops->sk;
+	struct tcp_sock *self;
+	struct place *place;
+	struct flow *flow;
+	__u32 index;
+
+	if (!sk)
+		return 1;
+	place = bpf_sk_storage_get(&places, sk, 0, 0);
+	self = bpf_skc_to_tcp_sock(sk);
+	if (!place || !self)
+		return 1;
+	index = place->index;
+	flow = bpf_map_lookup_elem(&flows, &index);
+	if (!flow || flow->cookie != bpf_get_socket_cookie(ops))
+		return 1;
+	if (ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+		hold_back(self, flow, index);
+	index ^= 1;
+	flow = bpf_map_lookup_elem(&flows, &index);
+	if (flow)
+		tell_drained(self, flow, index);
+	return 1;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,101 @@
+//! The cgroup that the `sock_ops` programs are attached to: one of the program's own below the one that it
+//! was started in, so that they see its sockets and nobody else's. Where none can be made (a read-only
+//! cgroup file system in a container), the one that it was started in.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// Begins the names of cgroups that masters make.
+const PREFIX: &str = "culvert-";
+
+/// A cgroup (version 2) that this process, and so every socket and worker that it makes, belongs to.
+pub struct Cgroup {
+    path: PathBuf,
+    directory: File,
+    /// The cgroup that it was started in, if `path` is one of our own.
+    parent: Option<PathBuf>,
+    /// The process that made it: a forked worker must not remove it.
+    maker: u32,
+}
+
+impl Cgroup {
+    /// Moves this process into a cgroup of its own, if that is allowed. With `stay`, uses the present one
+    /// instead: sockets that exist already belong to it, and it is seen by what is attached to it.
+    pub fn enter(stay: bool) -> Result<Cgroup> {
+        let present = present()?;
+        let own = if stay { None } else { make_own(&present) };
+        let path = own.clone().unwrap_or_else(|| present.clone());
+        let directory =
+            File::open(&path).with_context(|| format!("failed to open the cgroup {}", path.display()))?;
+        Ok(Cgroup {
+            path,
+            directory,
+            parent: own.map(|_| present),
+            maker: std::process::id(),
+        })
+    }
+
+    /// The cgroup's directory.
+    pub fn directory(&self) -> &File {
+        &self.directory
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if let Some(parent) = self.parent.as_ref().filter(|_| self.maker == std::process::id()) {
+            // What cannot be removed because a worker is still in it is removed by the next start.
+            let _ = join(parent);
+            let _ = fs::remove_dir(&self.path);
+        }
+    }
+}
+
+/// The directory of the cgroup that this process is in.
+fn present() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("failed to read /proc/self/mounts")?;
+    let root = mounts
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            Some((fields.next()?, fields.next()?))
+        })
+        .find(|(_, kind)| *kind == "cgroup2")
+        .map(|(path, _)| PathBuf::from(path))
+        .context("no cgroup2 file system is mounted, which sock_ops programs are attached through")?;
+    let groups = fs::read_to_string("/proc/self/cgroup").context("failed to read /proc/self/cgroup")?;
+    let own = groups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .unwrap_or("/");
+    Ok(root.join(own.trim_start_matches('/')))
+}
+
+fn make_own(present: &Path) -> Option<PathBuf> {
+    remove_abandoned(present);
+    let path = present.join(format!("{PREFIX}{}", std::process::id()));
+    match fs::create_dir(&path).and_then(|()| join(&path)) {
+        Ok(()) => Some(path),
+        Err(error) => {
+            log::debug!("no cgroup of our own ({error}), using {}", present.display());
+            let _ = fs::remove_dir(&path);
+            None
+        }
+    }
+}
+
+fn join(path: &Path) -> io::Result<()> {
+    fs::write(path.join("cgroup.procs"), std::process::id().to_string())
+}
+
+/// Removes what killed masters left. A cgroup with processes in it cannot be removed.
+fn remove_abandoned(present: &Path) {
+    for entry in fs::read_dir(present).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Back-pressure on offloaded sessions. The programs hold a source back when its target has too much
+//! outstanding, and say when that has drained; this file lets it go again. No byte is touched here.
+
+use std::os::fd::AsFd;
+
+use anyhow::Result;
+use culvert_bpf::{Event, EventKind, Events, LaneNumber, Pair, SlotMaps};
+use culvert_shared::ids::{Direction, Owner};
+
+use crate::clock;
+use crate::drive::{Next, Trouble};
+use crate::event_loop::{PRESSURE_TIMER, Worker};
+use crate::session::{Session, source, target};
+use crate::sockets;
+use crate::table::Token;
+
+/// How often sources that are held back are looked at although nothing was reported: a target that only
+/// retransmits reports nothing.
+const LOOK_MS: u64 = 100;
+/// The same for a worker that is told nothing at all, because every ring buffer of its slot has a reader.
+const LOOK_UNTOLD_MS: u64 = 5;
+
+/// What a worker knows of the flows of its pairs.
+pub struct Pressure {
+    lane: LaneNumber,
+    /// `None`: nothing is told, the clock is all there is.
+    events: Option<Events>,
+    /// The session of each pair.
+    tokens: Vec<Option<Token>>,
+    /// Flows that are held back, or were when they were last looked at.
+    paused: Vec<(Token, Direction)>,
+}
+
+impl Pressure {
+    /// Takes a ring buffer of the slot, if one is free.
+    pub fn open(maps: Option<&SlotMaps>, owner: Owner) -> Result<Pressure> {
+        let (lane, events) = match maps {
+            Some(maps) => maps.open_events(owner)?,
+            None => Default::default(),
+        };
+        let pairs = maps.map_or(0, SlotMaps::capacity) as usize;
+        Ok(Pressure {
+            lane,
+            events,
+            tokens: vec![None; pairs],
+            paused: Vec::new(),
+        })
+    }
+
+    /// What becomes readable when there is something to tell.
+    pub fn raw_fd(&self) -> Option<i32> {
+        self.events.as_ref().map(Events::raw_fd)
+    }
+
+    /// Where the programs put what they tell this worker.
+    pub fn lane(&self) -> LaneNumber {
+        self.lane
+    }
+
+    /// Says which session a pair belongs to.
+    pub fn bind(&mut self, pair: &Pair, token: Option<Token>) {
+        if let Some(place) = self.tokens.get_mut(pair.index() as usize) {
+            *place = token;
+        }
+    }
+}
+
+impl Worker {
+    pub(crate) fn take_kernel_events(&mut self) {
+        let events = self.pressure.events.as_mut().map_or(Vec::new(), Events::take);
+        for Event {
+            pair,
+            direction,
+            kind,
+        } in events
+        {
+            let Some(token) = self.pressure.tokens.get(pair as usize).copied().flatten() else {
+                continue;
+            };
+            self.with_session(token, |worker, session| match kind {
+                EventKind::Paused => {
+                    worker.note_paused(token, direction);
+                    worker.size_buffers(session, direction);
+                    worker.wait(session)
+                }
+                EventKind::Drained => worker.resume(token, session, direction),
+                EventKind::Trouble => {
+                    let flags = worker.flow(session, direction).flags;
+                    let what = format!("{}: the program met flags {flags:#x}", direction.name());
+                    Next::Close(worker.explain(session, Trouble::Integrity(what)))
+                }
+            });
+        }
+    }
+
+    fn note_paused(&mut self, token: Token, direction: Direction) {
+        if self.pressure.paused.is_empty() {
+            self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
+        }
+        if !self.pressure.paused.contains(&(token, direction)) {
+            self.pressure.paused.push((token, direction));
+        }
+    }
+
+    /// Sizes the buffers of a direction that is fast enough to be held back. The target's send buffer must
+    /// take all that may be outstanding: where it is full, sk_psock_backlog sleeps for a jiffy each time.
+    /// The source's receive buffer must not grow with a peer that is held back. The kernel doubles both
+    /// values (socket(7)), and caps them at net.core.wmem_max and rmem_max; where a cap would make a buffer
+    /// smaller than the kernel's own sizing does, it is left alone.
+    fn size_buffers(&self, session: &mut Session, direction: Direction) {
+        if std::mem::replace(&mut session.stream(direction).buffers_sized, true) {
+            return;
+        }
+        let bytes = self.config.servers[session.server].stream.ebpf_backlog_size as usize;
+        if let Some(socket) = session
+            .socket(target(direction))
+            .filter(|_| bytes <= self.limits.send_bytes)
+        {
+            let _ = sockets::set_send_buffer(socket.as_fd(), bytes);
+        }
+        if let Some(socket) = session
+            .socket(source(direction))
+            .filter(|_| bytes <= self.limits.receive_bytes)
+        {
+            let _ = sockets::set_receive_buffer(socket.as_fd(), bytes);
+        }
+    }
+
+    /// Lets a source go. One that has ended meanwhile is not taken by the kernel again: user space copies
+    /// what it has left, after what the kernel has taken.
+    fn resume(&mut self, token: Token, session: &mut Session, direction: Direction) -> Next {
+        let resumed = match (&self.maps, &session.pair, session.socket(source(direction))) {
+            (Some(maps), Some(pair), Some(socket)) => maps.resume(pair, direction, socket.as_fd()),
+            _ => true,
+        };
+        if resumed {
+            return self.wait(session);
+        }
+        session.stream(direction).settle();
+        self.stream(token, session)
+    }
+
+    /// Looks at the flows that are held back, by the clock.
+    pub(crate) fn look_at_paused(&mut self) {
+        let told = self.pressure.events.is_some();
+        let flows = if told {
+            std::mem::take(&mut self.pressure.paused)
+        } else {
+            let tokens = self.pressure.tokens.iter().flatten();
+            tokens
+                .flat_map(|token| Direction::BOTH.map(|direction| (*token, direction)))
+                .collect()
+        };
+        for (token, direction) in flows {
+            self.with_session(token, |worker, session| {
+                if worker.is_due(session, direction) {
+                    return worker.resume(token, session, direction);
+                }
+                if told && worker.flow(session, direction).paused {
+                    worker.note_paused(token, direction);
+                }
+                worker.wait(session)
+            });
+        }
+        self.arm_untold();
+    }
+
+    /// Starts the clock of a worker that is told nothing.
+    pub(crate) fn arm_untold(&mut self) {
+        if self.pressure.events.is_none() && self.pressure.tokens.iter().any(Option::is_some) {
+            self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_UNTOLD_MS);
+        }
+    }
+
+    fn is_due(&self, session: &Session, direction: Direction) -> bool {
+        match (&self.maps, &session.pair, session.socket(target(direction))) {
+            (Some(maps), Some(pair), Some(socket)) => maps.is_due(pair, direction, socket.as_fd()),
+            _ => false,
+        }
+    }
+}
