@@ -1,8 +1,8 @@
 //! The BPF side of the data path: the programs' user-space half, and the only crate that names libbpf-rs.
 //!
 //! `load` makes the maps of a worker slot and attaches the programs, `cgroup` is where (master); `pair` moves
-//! two sockets into the maps and reads their counters, `events` hears what the programs tell (worker); `abi` mirrors `c/abi.h`; `probe` tells what the
-//! running kernel offers.
+//! two sockets into the maps and reads their counters, `events` hears what the programs tell (worker); `abi` mirrors `c/abi.h`; `selftest` tries whether a kernel can be trusted
+//! with it, `probe` tells what the running kernel offers.
 
 mod abi;
 mod cgroup;
@@ -10,6 +10,7 @@ mod events;
 mod load;
 mod pair;
 mod probe;
+pub mod selftest;
 mod skel;
 
 pub use abi::flow_flag;

@@ -111,6 +111,12 @@ impl Totals {
             .sum()
     }
 
+    /// Begins at nothing again.
+    pub(crate) fn forget(&self) {
+        let all = self.0.iter().flat_map(|cpu| &cpu.forwarded_bytes);
+        all.for_each(|bytes| bytes.store(0, Relaxed));
+    }
+
     /// Bytes of both directions for each CPU that forwarded any, with its number.
     pub fn by_cpu(&self) -> impl Iterator<Item = (usize, u64)> {
         let sum = |cpu: &CpuTotal| cpu.forwarded_bytes.iter().map(|bytes| bytes.load(Relaxed)).sum();

@@ -23,8 +23,12 @@ pub fn probe() -> Vec<String> {
     };
     let unprivileged =
         read("/proc/sys/kernel/unprivileged_bpf_disabled").unwrap_or_else(|_| "unknown".into());
-    let offload = match crate::trial() {
-        Ok(()) => "programs load: sessions are forwarded in the kernel".to_owned(),
+    let offload = match crate::Bpf::open(false).map(|bpf| crate::selftest::run(&bpf)) {
+        Ok(Ok(took)) => format!(
+            "programs load, self-test passed in {} ms: sessions are forwarded in the kernel",
+            took.as_millis()
+        ),
+        Ok(Err(error)) => format!("not trusted: {error:#}"),
         Err(error) => format!("not to be had: {error:#}"),
     };
     vec![

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use culvert_bpf::{Bpf, SlotMaps, Totals};
+use culvert_bpf::{Bpf, SlotMaps, Totals, selftest};
 use culvert_shared::config::Config;
 
 /// What all slots have in common; empty where BPF is not to be had or not wanted.
 #[derive(Default)]
 pub struct Kernel {
     bpf: Option<Bpf>,
+    /// Why it is empty.
+    reason: Option<String>,
 }
 
 /// The maps of the slots of one configuration. Cloning shares them; maps are gone when the last set
@@ -17,6 +19,8 @@ pub struct Kernel {
 #[derive(Clone, Default)]
 pub struct MapTable {
     slots: Vec<Option<Entry>>,
+    /// Why there are no maps.
+    reason: Option<String>,
 }
 
 #[derive(Clone)]
@@ -31,15 +35,33 @@ pub fn wanted(config: &Config) -> bool {
 }
 
 impl Kernel {
-    /// Opens BPF if the configuration wants it. Where it is not to be had, that is said in the log and
-    /// the program serves by copying.
+    /// Opens BPF if the configuration wants it, and tries whether the kernel can be trusted with it. Where it
+    /// is not to be had, that is said in the log and the program serves by copying.
     /// `running`: listeners exist already, and have to be seen where they are.
     pub fn open_for(&mut self, config: &Config, running: bool) {
         if self.bpf.is_none() && wanted(config) {
-            match Bpf::open(running) {
-                Ok(bpf) => self.bpf = Some(bpf),
-                Err(error) => warn_unavailable(&error),
+            match open_trusted(running) {
+                Ok(bpf) => (self.bpf, self.reason) = (Some(bpf), None),
+                Err((error, remedy)) => self.do_without(&error, remedy),
             }
+        }
+    }
+
+    fn do_without(&mut self, error: &anyhow::Error, remedy: &str) {
+        log::warn!(
+            "in-kernel forwarding is not to be had, serving by copying in user space: {error:#}; {remedy}, or set \
+             ebpf_enable = false"
+        );
+        self.bpf = None;
+        self.reason = Some(format!("{error:#}"));
+    }
+
+    /// Nothing is forwarded in the kernel.
+    fn no_maps(&self, config: &Config) -> MapTable {
+        let unwanted = || Some("ebpf_enable = false everywhere".to_owned()).filter(|_| !wanted(config));
+        MapTable {
+            slots: vec![None; config.worker_cpus.len()],
+            reason: unwanted().or_else(|| self.reason.clone()),
         }
     }
 
@@ -55,9 +77,7 @@ impl Kernel {
     pub fn maps_for(&self, config: &Config, current: &MapTable) -> Result<MapTable> {
         let slots = config.worker_cpus.len();
         let Some(bpf) = self.bpf.as_ref().filter(|_| wanted(config)) else {
-            return Ok(MapTable {
-                slots: vec![None; slots],
-            });
+            return Ok(self.no_maps(config));
         };
         let mut next = MapTable::default();
         for slot in 0..slots {
@@ -85,26 +105,32 @@ impl Kernel {
         self.open_for(config, false);
         self.maps_for(config, &MapTable::default())
             .unwrap_or_else(|error| {
-                warn_unavailable(&error);
-                self.bpf = None;
-                MapTable {
-                    slots: vec![None; config.worker_cpus.len()],
-                }
+                self.do_without(&error, GIVE_RIGHTS);
+                self.no_maps(config)
             })
     }
 }
 
-fn warn_unavailable(error: &anyhow::Error) {
-    log::warn!(
-        "in-kernel forwarding is not to be had, serving by copying in user space: {error:#}; run as root or with \
-         CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, or set ebpf_enable = false"
-    );
+const GIVE_RIGHTS: &str = "run as root or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
+const CHANGE_KERNEL: &str = "this kernel is not trusted with it: run another one";
+
+/// BPF, on a kernel that has passed the self-test; or why not, and what helps.
+fn open_trusted(running: bool) -> Result<Bpf, (anyhow::Error, &'static str)> {
+    let bpf = Bpf::open(running).map_err(|error| (error, GIVE_RIGHTS))?;
+    let took = selftest::run(&bpf).map_err(|error| (error, CHANGE_KERNEL))?;
+    log::info!("the kernel has passed the self-test in {} ms", took.as_millis());
+    Ok(bpf)
 }
 
 impl MapTable {
     /// The maps of a slot.
     pub fn slot(&self, slot: usize) -> Option<Arc<SlotMaps>> {
         self.entry(slot).map(|entry| Arc::clone(&entry.maps))
+    }
+
+    /// Why it has none.
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
     }
 
     fn entry(&self, slot: usize) -> Option<&Entry> {

@@ -153,6 +153,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         peer_rows: generation.assigned.peers.clone(),
         board: Arc::clone(board),
         maps,
+        relay_reason: generation.maps.reason().map(str::to_owned),
         totals: totals.clone(),
         control,
     })

@@ -15,11 +15,17 @@
 //! | `upstream` | servers for the proxy to connect to |
 //! | `sockets` | what std does not offer: resets, full accept queues, FIN glued to data, repaired sequence numbers |
 //! | `process` | `/proc` of a process |
+//! | `end` | one end of a session that behaves as a script says |
+//! | `pair` | one session with both ends in the test's hands, and writers that say how far they have come |
+//! | `memory` | what the kernel's TCP holds, and the memory of the machine |
 //! | `program` | other programs: run to the end, or kept running |
 
 // Each test binary uses its own part of the harness.
 #![allow(dead_code, unused_imports)]
 
+pub mod end;
+pub mod memory;
+pub mod pair;
 pub mod pattern;
 pub mod plan;
 pub mod ports;
@@ -31,6 +37,7 @@ pub mod status;
 pub mod upstream;
 pub mod watchdog;
 
+pub use pair::{Front, Towards, Writer};
 pub use pattern::{Ending, Received, exchange, receive, receive_exactly, send};
 pub use plan::{Plan, Scratch, Target};
 pub use ports::Port;
@@ -85,6 +92,11 @@ impl Flag {
             }
         }
         AtTheEnd(self)
+    }
+
+    /// Raises it now.
+    pub fn raise(&self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 
     /// Whether it is up.

@@ -108,6 +108,7 @@ impl Worker {
         session.upstream = Some(Upstream {
             socket,
             tcp,
+            was_connecting: under_way,
             name: address.to_string(),
             row,
         });

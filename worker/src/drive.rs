@@ -142,6 +142,10 @@ impl Worker {
 
     fn pass_end_on(&mut self, session: &mut Session, direction: Direction) -> Result<(), Trouble> {
         session.last_active_ms = clock::now_ms();
+        if session.is_finished() {
+            // Closing it, which comes next, says the same.
+            return Ok(());
+        }
         let side = target(direction);
         match session
             .socket(side)

@@ -26,7 +26,11 @@ impl Worker {
         session.datapath = match self.offload(token, session) {
             Ok(Joined::Both) => {
                 session.streams.iter_mut().for_each(|stream| stream.offload());
-                if let Some(upstream) = &session.upstream {
+                if let Some(upstream) = session
+                    .upstream
+                    .as_ref()
+                    .filter(|upstream| upstream.was_connecting)
+                {
                     // It can only fail for want of memory; then the session ends by its idle timeout.
                     let _ = self
                         .sockets
@@ -126,8 +130,6 @@ impl Worker {
         let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else {
             return Ok(());
         };
-        // It can only fail on a socket that is no longer one; the look below then says so.
-        let _ = socket::set_receive_low_water(fd, 1);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         match nix::sys::socket::recv(fd.as_raw_fd(), &mut [0], flags) {
             Ok(0) => {
@@ -186,26 +188,19 @@ impl Worker {
         let Some(fd) = session.socket(side).map(|socket| socket.as_fd()) else {
             return Ok(true);
         };
-        let taken = socket::written_bytes(fd)
-            .map_err(|error| {
-                Trouble::Socket(Failed {
-                    side,
-                    errno: errno_of(&error),
-                })
-            })?
-            // The SYN that opens a connection is acknowledged like a byte; that of an accepted one is not
-            // counted (tcp_create_openreq_child starts behind it).
-            .map(|bytes| {
-                if side == Side::Upstream {
-                    bytes.saturating_sub(1)
-                } else {
-                    bytes
-                }
-            });
-        let Some(taken) = taken else { return Ok(false) };
         let forwarded = self.flow(session, direction).forwarded_bytes;
+        // The SYN that opens a connection is acknowledged like a byte; that of an accepted one is not
+        // counted (tcp_create_openreq_child starts behind it).
+        let syn = u64::from(side == Side::Upstream);
+        let sent = syn + session.streams[direction.index()].written_bytes + forwarded;
+        let taken = socket::written_bytes(fd, sent).map_err(|error| {
+            Trouble::Socket(Failed {
+                side,
+                errno: errno_of(&error),
+            })
+        })?;
+        let Some(taken) = taken else { return Ok(false) };
         let stream = session.stream(direction);
-        let sent = stream.written_bytes + forwarded;
         if taken > sent {
             return Err(Trouble::Integrity(format!(
                 "{}: {taken} bytes in the target's TCP, {sent} sent to it",

@@ -20,6 +20,11 @@ const LOOK_MS: u64 = 100;
 /// The same for a worker that is told nothing at all, because every ring buffer of its slot has a reader.
 const LOOK_UNTOLD_MS: u64 = 5;
 
+/// The smallest receive buffer for a source that is held back from time to time. With a smaller one the last
+/// ACK that is sent while it is let go (from its socket backlog, which tcp_space subtracts) closes the
+/// window, and nobody opens it for 200 ms.
+const RECEIVE_BYTES_MIN: usize = 2 << 20;
+
 /// What a worker knows of the flows of its pairs.
 pub struct Pressure {
     lane: LaneNumber,
@@ -103,26 +108,31 @@ impl Worker {
     }
 
     /// Sizes the buffers of a direction that is fast enough to be held back. The target's send buffer must
-    /// take all that may be outstanding: where it is full, sk_psock_backlog sleeps for a jiffy each time.
-    /// The source's receive buffer must not grow with a peer that is held back. The kernel doubles both
+    /// take all that may be outstanding, and what the source gathered while it was held back: where it is
+    /// full, sk_psock_backlog sleeps for a jiffy each time. So the source's receive buffer must not grow with
+    /// a peer that is held back. The kernel doubles both
     /// values (socket(7)), and caps them at net.core.wmem_max and rmem_max; where a cap would make a buffer
     /// smaller than the kernel's own sizing does, it is left alone.
     fn size_buffers(&self, session: &mut Session, direction: Direction) {
         if std::mem::replace(&mut session.stream(direction).buffers_sized, true) {
             return;
         }
-        let bytes = self.config.servers[session.server].stream.ebpf_backlog_size as usize;
+        let backlog = self.config.servers[session.server].stream.ebpf_backlog_size as usize;
+        let (send, receive) = (
+            backlog.max(RECEIVE_BYTES_MIN),
+            (backlog / 2).max(RECEIVE_BYTES_MIN),
+        );
         if let Some(socket) = session
             .socket(target(direction))
-            .filter(|_| bytes <= self.limits.send_bytes)
+            .filter(|_| send <= self.limits.send_bytes)
         {
-            let _ = sockets::set_send_buffer(socket.as_fd(), bytes);
+            let _ = sockets::set_send_buffer(socket.as_fd(), send);
         }
         if let Some(socket) = session
             .socket(source(direction))
-            .filter(|_| bytes <= self.limits.receive_bytes)
+            .filter(|_| receive <= self.limits.receive_bytes)
         {
-            let _ = sockets::set_receive_buffer(socket.as_fd(), bytes);
+            let _ = sockets::set_receive_buffer(socket.as_fd(), receive);
         }
     }
 

@@ -156,6 +156,8 @@ pub struct Upstream {
     pub socket: OwnedFd,
     /// Whether it is TCP; a unix socket is not.
     pub tcp: bool,
+    /// Whether the end of the connection attempt had to be waited for.
+    pub was_connecting: bool,
     /// What it is connected to, for people.
     pub name: String,
     /// The peer's row on the board, if the configuration names the peer.

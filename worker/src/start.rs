@@ -29,6 +29,8 @@ pub struct WorkerStart {
     pub board: Arc<Shared<Board>>,
     /// The slot's maps; `None` where BPF is not to be had.
     pub maps: Option<Arc<SlotMaps>>,
+    /// Why there are none.
+    pub relay_reason: Option<String>,
     /// The bytes that the kernel forwarded, whole program; `None` where BPF is not to be had.
     pub totals: Option<Arc<Totals>>,
     /// The worker's end of the pair to the master.

@@ -66,6 +66,7 @@ impl Worker {
             "generation": load(&board.generation),
             "uptime_seconds": now_unix_ms.saturating_sub(load(&board.started_unix_ms)) / 1000,
             "datapath": if self.maps.is_some() { "sockmap" } else { "relay" },
+            "datapath_reason": self.relay_reason,
             "workers": workers,
             "worker_restarts": load(&board.worker_restarts),
             "reloads": {

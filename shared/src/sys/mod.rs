@@ -2,6 +2,7 @@
 
 pub mod fdpass;
 pub mod process;
+pub mod repair;
 pub mod shm;
 pub mod signals;
 pub mod socket;

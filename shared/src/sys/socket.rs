@@ -61,12 +61,16 @@ pub fn unacknowledged_bytes(fd: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(bytes.max(0) as u64)
 }
 
-/// Every byte ever written to the TCP socket: acknowledged ones and those still queued. Exact, because
-/// the two readings are repeated until no acknowledgement came between them; `None` when they kept
-/// coming, which a caller takes as "ask again". `tcpi_bytes_sent` is no substitute: a segment whose
-/// transmission failed locally is counted twice (__tcp_transmit_skb, 6.12).
-pub fn written_bytes(fd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+/// Every byte ever written to the TCP socket: acknowledged ones and those still queued. `expected` is what
+/// it may be at most: when all of that is acknowledged, one reading tells. Otherwise the two readings are
+/// repeated until no acknowledgement came between them; `None` when they kept coming, which a caller takes
+/// as "ask again". `tcpi_bytes_sent` is no substitute: a segment whose transmission failed locally is
+/// counted twice (__tcp_transmit_skb, 6.12).
+pub fn written_bytes(fd: BorrowedFd<'_>, expected: u64) -> io::Result<Option<u64>> {
     let mut before = tcp_info(fd)?.bytes_acked;
+    if before == expected {
+        return Ok(Some(before));
+    }
     for _ in 0..4 {
         let queued = unacknowledged_bytes(fd)?;
         let after = tcp_info(fd)?.bytes_acked;

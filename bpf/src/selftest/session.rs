@@ -1,0 +1,444 @@
+//! A session of the self-test: two connections over loopback and the pair that joins them. All four
+//! sockets are in the test's hands; every wait ends at the step's deadline.
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use culvert_shared::ids::Direction;
+use culvert_shared::sys::{repair, socket};
+use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::sockopt::{Linger, RcvBuf, SndBuf, TcpMaxSeg};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, setsockopt};
+
+use crate::flow_flag;
+use crate::pair::{FlowState, Joined, LaneNumber, Pair, SlotMaps, Terms};
+
+/// How long a condition that nothing reports is left alone between two looks.
+pub(super) const LOOK: Duration = Duration::from_micros(200);
+
+/// The segments of connections with small buffers. Loopback's own are of 64 KiB: with a window that is no
+/// larger, the sender waits for its probe timer (tcp_snd_wnd_test).
+const SEGMENT_BYTES: u32 = 4096;
+
+/// `client` - `downstream` = pair = `upstream` - `server`.
+pub struct Session<'a> {
+    /// The maps that the pair is in.
+    pub maps: &'a SlotMaps,
+    /// The pair.
+    pub pair: Pair,
+    /// Connected to `downstream`.
+    pub client: Socket,
+    /// The pair's socket towards the client.
+    pub downstream: Socket,
+    /// The pair's socket towards the server.
+    pub upstream: Socket,
+    /// Connected to `upstream`.
+    pub server: Socket,
+    pub(super) deadline: Instant,
+}
+
+/// One end of a connection; non-blocking.
+pub struct Socket {
+    stream: TcpStream,
+    name: &'static str,
+    /// Bytes read from it so far.
+    received: usize,
+    deadline: Instant,
+}
+
+impl<'a> Session<'a> {
+    /// Connects all four, with `buffer_bytes` as each one's SO_SNDBUF and SO_RCVBUF if given.
+    pub(super) fn connect(
+        maps: &'a SlotMaps,
+        pair: Pair,
+        deadline: Instant,
+        buffer_bytes: Option<usize>,
+    ) -> Result<Session<'a>> {
+        let [client, downstream] = connection(["client", "downstream"], deadline, buffer_bytes)?;
+        let [upstream, server] = connection(["upstream", "server"], deadline, buffer_bytes)?;
+        Ok(Session {
+            maps,
+            pair,
+            client,
+            downstream,
+            upstream,
+            server,
+            deadline,
+        })
+    }
+
+    /// Hands both sockets to the kernel.
+    pub(super) fn join(&self, backlog_bytes: u32, lane: LaneNumber) -> Result<()> {
+        let terms = Terms {
+            now_ns: 0,
+            backlog_bytes,
+            lane,
+        };
+        let sockets = [self.downstream.stream.as_fd(), self.upstream.stream.as_fd()];
+        match self.maps.join(&self.pair, sockets, &terms) {
+            Ok(Joined::Both) => Ok(()),
+            Ok(Joined::ToUpstreamOnly) => bail!("upstream: the kernel refused it as a source"),
+            Err(error) => Err(error).context("the kernel refused the sockets"),
+        }
+    }
+
+    /// Lets the source of a direction go that was held back.
+    pub(super) fn resume(&self, direction: Direction) -> bool {
+        let source = match direction {
+            Direction::ToUpstream => &self.downstream,
+            Direction::ToDownstream => &self.upstream,
+        };
+        self.maps.resume(&self.pair, direction, source.stream.as_fd())
+    }
+
+    pub(super) fn flow(&self, direction: Direction) -> FlowState {
+        self.maps.flow(&self.pair, direction)
+    }
+
+    /// Waits until the program has counted `bytes` for a direction (they can be at their end a moment
+    /// before), and looks at what it has met.
+    pub(super) fn counted(&self, direction: Direction, bytes: usize) -> Result<()> {
+        wait_until(self.deadline, || {
+            self.flow(direction).forwarded_bytes == bytes as u64
+        });
+        let FlowState {
+            forwarded_bytes,
+            flags,
+            ..
+        } = self.flow(direction);
+        let way = direction.name();
+        ensure!(
+            forwarded_bytes == bytes as u64,
+            "{way}: {bytes} bytes were sent, the program counts {forwarded_bytes} forwarded"
+        );
+        let met = flags & (flow_flag::GAP | flow_flag::NO_TARGET | flow_flag::TRIM_FAILED);
+        ensure!(
+            met == 0,
+            "{way}: the program met flags {met:#x}, none were expected"
+        );
+        Ok(())
+    }
+
+    /// Puts the client `bytes` back in what it sends.
+    pub(super) fn with_client_rewound(mut self, bytes: u32) -> Result<Session<'a>> {
+        let new = repair::rewind(self.client.stream.into(), bytes)?;
+        self.client.stream = prepared(TcpStream::from(new))?;
+        Ok(self)
+    }
+
+    /// Ends both streams, as user space does once everything is at the other end: nothing may come before it.
+    pub(super) fn finish(self) -> Result<Pair> {
+        let Session {
+            maps,
+            pair,
+            mut client,
+            downstream,
+            upstream,
+            mut server,
+            ..
+        } = self;
+        for (ours, theirs) in [(&downstream, &mut client), (&upstream, &mut server)] {
+            ours.end_stream();
+            theirs.receive_end()?;
+        }
+        maps.part([downstream.stream.as_fd(), upstream.stream.as_fd()]);
+        Ok(pair)
+    }
+}
+
+impl Socket {
+    /// The socket, for a test of the self-test.
+    pub fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Writes all of it.
+    pub(super) fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut sent = 0;
+        while sent < bytes.len() {
+            if self.wait_for(PollFlags::POLLOUT).is_err() {
+                bail!(
+                    "{}: {sent} of {} bytes could be sent in time",
+                    self.name,
+                    bytes.len()
+                );
+            }
+            sent += self.offer(&bytes[sent..])?;
+        }
+        Ok(())
+    }
+
+    /// Writes what fits.
+    pub(super) fn offer(&mut self, bytes: &[u8]) -> Result<usize> {
+        match self.stream.write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            result => result.with_context(|| format!("{}: failed to send", self.name)),
+        }
+    }
+
+    /// Sends so few bytes and the end of the stream that they go in one segment.
+    pub(super) fn send_with_end(&mut self, bytes: &[u8]) -> Result<()> {
+        let flags = MsgFlags::from_bits_retain(libc::MSG_MORE) | MsgFlags::MSG_NOSIGNAL;
+        let sent = nix::sys::socket::send(self.stream.as_raw_fd(), bytes, flags)
+            .with_context(|| format!("{}: failed to send", self.name))?;
+        ensure!(
+            sent == bytes.len(),
+            "{}: {sent} of {} bytes could be sent",
+            self.name,
+            bytes.len()
+        );
+        self.end_stream();
+        Ok(())
+    }
+
+    /// Ends what it sends. It can only fail on a connection that is gone, which its peer then notices.
+    pub(super) fn end_stream(&self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// Reads exactly these bytes.
+    pub(super) fn receive(&mut self, expected: &[u8]) -> Result<()> {
+        let mut came = 0;
+        while came < expected.len() {
+            if self.wait_for(PollFlags::POLLIN).is_err() {
+                bail!("{}: {came} of {} bytes came in time", self.name, expected.len());
+            }
+            came += self.take(&expected[came..])?;
+        }
+        Ok(())
+    }
+
+    /// Reads what is there, which must be the beginning of `expected`; returns how much it was.
+    pub(super) fn take(&mut self, expected: &[u8]) -> Result<usize> {
+        let mut buffer = [0; 16 * 1024];
+        let room = expected.len().min(buffer.len());
+        let came = match self.stream.read(&mut buffer[..room]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+            result => result.with_context(|| format!("{}: failed to receive", self.name))?,
+        };
+        ensure!(
+            came > 0 || room == 0,
+            "{}: the stream ended after {} bytes, more were expected",
+            self.name,
+            self.received
+        );
+        same(&expected[..came], &buffer[..came], self.received).with_context(|| self.name)?;
+        self.received += came;
+        Ok(came)
+    }
+
+    /// Reads the end of the stream.
+    pub(super) fn receive_end(&mut self) -> Result<()> {
+        if self.wait_for(PollFlags::POLLIN).is_err() {
+            bail!("{}: the end of the stream did not come in time", self.name);
+        }
+        let mut byte = [0];
+        let came = self.stream.read(&mut byte);
+        let came = came.with_context(|| format!("{}: failed to receive the end of the stream", self.name))?;
+        ensure!(
+            came == 0,
+            "{}: {:#04x} came after byte {}, the end of the stream was expected",
+            self.name,
+            byte[0],
+            self.received
+        );
+        Ok(())
+    }
+
+    /// Waits until so many bytes have arrived, read or not.
+    pub(super) fn await_arrival(&self, bytes: usize) -> Result<()> {
+        let arrived = || socket::tcp_info(self.stream.as_fd()).map_or(0, |info| info.bytes_received);
+        let in_time = wait_until(self.deadline, || arrived() >= bytes as u64);
+        ensure!(
+            in_time,
+            "{}: {} of {bytes} bytes arrived in time",
+            self.name,
+            arrived()
+        );
+        Ok(())
+    }
+
+    /// Bytes that its TCP has taken to send, the SYN of one that asked for its connection included. Exact
+    /// while the peer does not read.
+    pub(super) fn written_bytes(&self) -> Result<u64> {
+        let fd = self.stream.as_fd();
+        let acked = socket::tcp_info(fd).map(|info| info.bytes_acked);
+        acked
+            .and_then(|acked| Ok(acked + socket::unacknowledged_bytes(fd)?))
+            .with_context(|| format!("{}: failed to ask for its state", self.name))
+    }
+
+    /// An error of the socket is a failure.
+    pub(super) fn must_be_well(&self) -> Result<()> {
+        match self.stream.take_error().context("failed to read SO_ERROR")? {
+            None => Ok(()),
+            Some(error) => bail!(
+                "{}: the socket has an error, none was expected: {error}",
+                self.name
+            ),
+        }
+    }
+
+    fn wait_for(&self, what: PollFlags) -> nix::Result<()> {
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.stream.as_fd(), what)], timeout) {
+                Ok(0) => return Err(Errno::ETIMEDOUT),
+                Err(Errno::EINTR) => {}
+                result => return result.map(|_| ()),
+            }
+        }
+    }
+}
+
+/// Looks again and again until it is true; false when the deadline came first.
+pub(super) fn wait_until(deadline: Instant, mut condition: impl FnMut() -> bool) -> bool {
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// A connection over loopback: the end that asked for it and the one that was accepted.
+fn connection(
+    names: [&'static str; 2],
+    deadline: Instant,
+    buffer_bytes: Option<usize>,
+) -> Result<[Socket; 2]> {
+    let why = "on loopback (127.0.0.1)";
+    let listener =
+        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).with_context(|| format!("failed to bind {why}"))?;
+    listener
+        .set_nonblocking(true)
+        .context("failed to make a listener non-blocking")?;
+    let address = listener.local_addr().context("failed to read a local address")?;
+    // Accepted sockets inherit the listener's sizes.
+    size(&listener, buffer_bytes)?;
+    let SocketAddr::V4(to) = address else {
+        bail!("{address} is no IPv4 address");
+    };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let asked = nix::sys::socket::socket(AddressFamily::Inet, SockType::Stream, flags, None)
+        .context("failed to create a socket")?;
+    size(&asked, buffer_bytes)?;
+    match nix::sys::socket::connect(asked.as_raw_fd(), &SockaddrIn::from(to)) {
+        Ok(()) | Err(Errno::EINPROGRESS) => {}
+        Err(errno) => return Err(errno).with_context(|| format!("failed to connect {why}")),
+    }
+    let asked = prepared(TcpStream::from(asked))?;
+    let own = asked.local_addr().context("failed to read a local address")?;
+    let mut accepted = None;
+    wait_until(deadline, || {
+        // Anybody on this host may connect.
+        accepted = listener.accept().ok().filter(|(_, from)| *from == own);
+        accepted.is_some()
+    });
+    let (accepted, _) = accepted.with_context(|| format!("no connection to accept came in time {why}"))?;
+    let accepted = prepared(accepted)?;
+    let [first, second] = names;
+    Ok([(asked, first), (accepted, second)].map(|(stream, name)| Socket {
+        stream,
+        name,
+        received: 0,
+        deadline,
+    }))
+}
+
+fn size(socket: &impl AsFd, buffer_bytes: Option<usize>) -> Result<()> {
+    let Some(bytes) = buffer_bytes else {
+        return Ok(());
+    };
+    setsockopt(socket, SndBuf, &bytes)
+        .and_then(|()| setsockopt(socket, RcvBuf, &bytes))
+        .and_then(|()| setsockopt(socket, TcpMaxSeg, &SEGMENT_BYTES))
+        .context("failed to size a socket's buffers")
+}
+
+fn prepared(stream: TcpStream) -> Result<TcpStream> {
+    // Closing it leaves nothing behind, no TIME_WAIT either.
+    let reset = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    stream
+        .set_nodelay(true)
+        .and_then(|()| stream.set_nonblocking(true))
+        .and_then(|()| setsockopt(&stream, Linger, &reset).map_err(io::Error::from))
+        .context("failed to prepare a socket")?;
+    Ok(stream)
+}
+
+/// A stream that differs from itself at every small shift, and from those of other seeds.
+pub(super) fn pattern(seed: u32, bytes: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(2).wrapping_add(1);
+    let mut next = || {
+        // Marsaglia's xorshift: any state but zero will do.
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state as u8
+    };
+    (0..bytes).map(|_| next()).collect()
+}
+
+/// Compares; `from` is where the bytes stand in their stream.
+fn same(expected: &[u8], came: &[u8], from: usize) -> Result<()> {
+    let at = expected
+        .iter()
+        .zip(came)
+        .position(|(expected, came)| expected != came);
+    let Some(at) = at else { return Ok(()) };
+    let show = |bytes: &[u8]| -> String {
+        let shown = bytes[at..].iter().take(8);
+        shown
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    bail!(
+        "from byte {} on {} was expected, {} came",
+        from + at,
+        show(expected),
+        show(came)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_byte_is_named_with_its_place_and_what_was_expected() {
+        assert!(same(&[1, 2, 3], &[1, 2, 3], 0).is_ok());
+        let error = same(&[1, 2, 3], &[1, 2, 4], 100).unwrap_err().to_string();
+        assert_eq!(error, "from byte 102 on 03 was expected, 04 came");
+    }
+
+    #[test]
+    fn a_pattern_never_equals_itself_shifted() {
+        let stream = pattern(1, 4096);
+        for shift in 1..64 {
+            assert_ne!(stream[shift..], stream[..stream.len() - shift]);
+        }
+        assert_ne!(stream, pattern(2, 4096));
+    }
+
+    #[test]
+    fn a_wait_ends_at_its_deadline() {
+        let deadline = Instant::now() + Duration::from_millis(5);
+        assert!(!wait_until(deadline, || false));
+        assert!(Instant::now() >= deadline);
+        assert!(wait_until(deadline, || true));
+    }
+}

@@ -1,0 +1,165 @@
+//! The self-test passes on this kernel, and each of its steps notices what it is there for. What is spoilt
+//! is spoilt in the kernel's own maps, so that the kernel itself does the wrong thing. Needs root.
+
+use std::fs;
+use std::os::fd::{AsFd, RawFd};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use culvert_bpf::selftest::{Session, run, run_meddled};
+use culvert_bpf::{Bpf, SlotMaps};
+use culvert_shared::ids::Direction;
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+
+/// What is spoilt is mostly noticed when a step's time is over.
+const STEP_TIME: Duration = Duration::from_secs(1);
+
+/// The process changes its cgroup, so one test at a time.
+static ONE: Mutex<()> = Mutex::new(());
+
+// Places of the maps in `SlotMaps::fds`.
+const SOURCES: usize = 0;
+const TARGETS: usize = 1;
+const FLOWS: usize = 3;
+
+// Offsets in `struct flow` (c/abi.h).
+const NEXT_SEQ: usize = 32;
+const LANE: usize = 72;
+
+fn map(maps: &SlotMaps, place: usize) -> MapHandle {
+    let fd: RawFd = maps.fds()[place];
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).expect("what the descriptor is");
+    let id = info.lines().find_map(|line| line.strip_prefix("map_id:"));
+    let id = id.expect("a map").trim().parse().expect("a number");
+    MapHandle::from_map_id(id).expect("opening a map needs CAP_SYS_ADMIN")
+}
+
+fn key(session: &Session<'_>, direction: Direction) -> [u8; 4] {
+    (2 * session.pair.index() + direction as u32).to_ne_bytes()
+}
+
+/// Changes one word of a flow.
+fn change(session: &Session<'_>, direction: Direction, offset: usize, new: impl FnOnce(u32) -> u32) {
+    let flows = map(session.maps, FLOWS);
+    let key = key(session, direction);
+    let mut flow = flows
+        .lookup(&key, MapFlags::ANY)
+        .expect("looking up")
+        .expect("a flow");
+    let word = &mut flow[offset..offset + 4];
+    let old = u32::from_ne_bytes((&*word).try_into().expect("four bytes"));
+    word.copy_from_slice(&new(old).to_ne_bytes());
+    flows.update(&key, &flow, MapFlags::ANY).expect("updating");
+}
+
+/// Takes the socket where a direction begins out of a sockmap.
+fn remove(session: &Session<'_>, place: usize, direction: Direction) {
+    map(session.maps, place)
+        .delete(&key(session, direction))
+        .expect("deleting");
+}
+
+/// Does the self-test, spoiling one step; returns what it said.
+fn spoilt(step: &str, spoil: impl Fn(&Session<'_>)) -> String {
+    let _one = ONE.lock().unwrap_or_else(|error| error.into_inner());
+    let bpf = Bpf::open(false).expect("needs root");
+    let mut was_there = false;
+    let result = run_meddled(&bpf, STEP_TIME, &mut |name, session| {
+        if name == step {
+            was_there = true;
+            spoil(session);
+        }
+    });
+    assert!(was_there, "the self-test came as far as {step}: {result:?}");
+    let said = format!("{:#}", result.expect_err("the self-test was to fail"));
+    println!("{said}");
+    assert!(said.contains(&format!("failed at {step}: ")), "{said}");
+    said
+}
+
+#[test]
+fn this_kernel_passes_quickly_and_nothing_of_it_is_counted_as_traffic() {
+    let _one = ONE.lock().unwrap_or_else(|error| error.into_inner());
+    let bpf = Bpf::open(false).expect("needs root");
+    let took = run(&bpf).expect("passing");
+    println!("{took:?}");
+    assert!(took < Duration::from_secs(1), "it took {took:?}");
+    for direction in Direction::BOTH {
+        assert_eq!(bpf.totals().forwarded_bytes(direction), 0);
+    }
+}
+
+#[test]
+fn it_leaves_no_descriptor_behind() {
+    let _one = ONE.lock().unwrap_or_else(|error| error.into_inner());
+    let count = || fs::read_dir("/proc/self/fd").expect("descriptors").count();
+    let bpf = Bpf::open(false).expect("needs root");
+    let before = count();
+    for _ in 0..3 {
+        run(&bpf).expect("passing");
+    }
+    assert_eq!(count(), before);
+}
+
+#[test]
+fn a_pair_whose_bytes_are_not_forwarded_fails_at_activation() {
+    let said = spoilt("activation", |session| {
+        remove(session, TARGETS, Direction::ToDownstream)
+    });
+    assert!(said.contains("server: "), "{said}");
+}
+
+#[test]
+fn bytes_that_come_twice_fail_at_overlap() {
+    // The program takes the next segment's old bytes for new ones.
+    let said = spoilt("overlap", |session| {
+        change(session, Direction::ToUpstream, NEXT_SEQ, |seq| {
+            seq.wrapping_sub(4)
+        })
+    });
+    assert!(said.contains("server: from byte 8 on"), "{said}");
+}
+
+#[test]
+fn a_target_that_a_fin_has_ended_fails_at_end_of_stream() {
+    // What redirecting an empty segment does to its target.
+    let said = spoilt("end of stream", |session| {
+        let _ = session.upstream.stream().shutdown(std::net::Shutdown::Write);
+    });
+    assert!(said.contains("upstream: "), "{said}");
+}
+
+#[test]
+fn the_other_direction_cut_off_fails_at_end_of_stream() {
+    let said = spoilt("end of stream", |session| {
+        remove(session, SOURCES, Direction::ToDownstream)
+    });
+    assert!(said.contains("client: 0 of 4000 bytes came"), "{said}");
+}
+
+#[test]
+fn a_backlog_that_is_thrown_away_fails_at_partial_send() {
+    let said = spoilt("partial send", |session| {
+        for place in [SOURCES, TARGETS] {
+            remove(session, place, Direction::ToDownstream);
+        }
+    });
+    assert!(said.contains("server: "), "{said}");
+}
+
+#[test]
+fn a_source_that_is_never_held_back_fails_at_pause_and_resume() {
+    let said = spoilt("pause and resume", |session| {
+        let ends = [&session.downstream, &session.upstream];
+        session.maps.part(ends.map(|end| end.stream().as_fd()));
+    });
+    assert!(said.contains("was to be held back"), "{said}");
+}
+
+#[test]
+fn a_program_that_does_not_say_when_a_target_has_drained_fails_at_pause_and_resume() {
+    let said = spoilt("pause and resume", |session| {
+        change(session, Direction::ToUpstream, LANE, |_| u32::MAX)
+    });
+    assert!(said.contains("0 times the program said"), "{said}");
+}

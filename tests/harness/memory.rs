@@ -1,0 +1,24 @@
+//! What the machine's memory is taken by, as `/proc` shows it. Reads only; the figures are the whole machine's.
+
+/// Bytes that all TCP sockets of the machine are charged for. What no socket is charged for is not in here.
+pub fn tcp_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/net/sockstat").expect("reading /proc/net/sockstat");
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("TCP:"))
+        .expect("a line for TCP");
+    let mut words = line.split_whitespace().skip_while(|word| *word != "mem");
+    let pages: u64 = words
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .expect("TCP's pages");
+    pages * 4096
+}
+
+/// Bytes that could be had without swapping.
+pub fn available_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").expect("reading /proc/meminfo");
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.expect("MemAvailable") * 1024
+}

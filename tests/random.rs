@@ -1,0 +1,319 @@
+//! Random sessions through the real binary against a model of what TCP owes its users: every byte and then FIN, or
+//! an exact prefix and then RST. Every session follows from one number, its seed.
+//!
+//! | variable | effect |
+//! |---|---|
+//! | `TEST_RANDOM_SECONDS` | how long it goes on; 8 unless set |
+//! | `TEST_RANDOM_GIB` | larger sessions, until so many GiB have been carried |
+//! | `TEST_RANDOM_SEED` | this session alone, again and again for as long as the other variables say |
+
+mod harness;
+
+use std::fmt::Write;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use harness::end::{Gap, Half, Outcome, Script, Start, play};
+use harness::{Ending, Flag, Front, Plan, connect};
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+const GIB: u64 = 1024 * MIB;
+
+const IPS: [&str; 2] = ["127.0.0.1", "::1"];
+/// What a listener's sessions are carried by.
+const PATHS: [&str; 3] = ["", "ebpf_backlog_size = \"64k\"", "ebpf_enable = false"];
+/// Listeners: every path between every two kinds of addresses. A session's seed says which it uses.
+const LANES: u64 = 12;
+
+/// A sequence of numbers that follows from its seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// Below `limit`.
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
+
+    /// Once in `times`.
+    fn once_in(&mut self, times: u64) -> bool {
+        self.below(times) == 0
+    }
+
+    /// From 1 to `limit`, each order of magnitude as likely as the others.
+    fn any_size(&mut self, limit: u64) -> u64 {
+        let bits = self.below(u64::from(limit.ilog2()) + 1);
+        let base = 1 << bits;
+        (base + self.below(base)).min(limit)
+    }
+
+    fn milliseconds(&mut self, limit: u64) -> Duration {
+        Duration::from_millis(self.below(limit))
+    }
+
+    fn stream_bytes(&mut self, large: bool) -> u64 {
+        match self.below(if large { 20 } else { 10 }) {
+            0 => 0,
+            1..=2 => self.any_size(200),
+            3..=5 => self.any_size(200 * KIB),
+            6..=8 => self.any_size(4 * MIB),
+            9 => self.any_size(32 * MIB),
+            _ => self.any_size(512 * MIB),
+        }
+    }
+
+    fn half(&mut self, seed: u64, bytes: u64) -> Half {
+        let largest = if self.once_in(3) {
+            self.any_size(256 * KIB)
+        } else {
+            64 * KIB
+        };
+        // Pieces of a byte are for streams that end within seconds all the same.
+        let piece = largest.max(bytes / 20_000 + 1);
+        let gap = self.once_in(3).then(|| {
+            // Waits of a second and a half in all at most.
+            let times = 1 + self.below(30);
+            Gap {
+                every: bytes / times + 1,
+                pause: self.milliseconds(1500 / times),
+            }
+        });
+        Half {
+            seed,
+            bytes,
+            piece: piece as usize,
+            gap,
+        }
+    }
+}
+
+/// The scripts of a session's two ends: the client's and the upstream's.
+fn scripts(seed: u64, large: bool) -> [Script; 2] {
+    let mut random = Random(seed);
+    let lengths = [random.stream_bytes(large), random.stream_bytes(large)];
+    let seeds = [random.next(), random.next()];
+    let mut ends = [0, 1].map(|end| {
+        let other = 1 - end;
+        Script {
+            out: random.half(seeds[end], lengths[end]),
+            into: random.half(seeds[other], lengths[other]),
+            start: Start::After(if random.once_in(2) {
+                Duration::ZERO
+            } else {
+                random.milliseconds(30)
+            }),
+            glued: random.once_in(4),
+            reset_after: None,
+            // Less than a segment moves a few times a second at best (silly-window avoidance).
+            receive_buffer: random
+                .once_in(4)
+                .then(|| (4096 + random.below(256 * KIB)).max(lengths[other] / 8) as usize),
+        }
+    });
+    // At most one end waits for the other, or they would wait for ever.
+    if random.once_in(2) {
+        let waiting = usize::from(!random.once_in(3));
+        ends[waiting].start = if random.once_in(2) {
+            Start::Answering
+        } else {
+            Start::AfterEnd
+        };
+    }
+    if random.once_in(4) {
+        let resetting = random.below(2) as usize;
+        ends[resetting].reset_after = Some(random.below(lengths[0] + lengths[1] + 1));
+    }
+    ends
+}
+
+/// What is wrong with what `reader` saw of the stream that `writer` sent.
+fn judge(writer: &Outcome, script: &Script, reader: &Outcome) -> Result<(), String> {
+    let got = &reader.received;
+    if let Some(offset) = got.wrong_at {
+        return Err(format!("the byte at {offset} is not the sender's"));
+    }
+    if got.bytes > writer.written {
+        return Err(format!("{} bytes received, {} sent", got.bytes, writer.written));
+    }
+    let whole = writer.ended && got.bytes == script.out.bytes;
+    match got.ending {
+        Ending::Fin if whole => Ok(()),
+        Ending::Fin => Err("a clean end of a stream that is not whole".to_owned()),
+        Ending::Reset if writer.reset => Ok(()),
+        Ending::Reset => Err("a reset that nobody sent".to_owned()),
+        Ending::Enough if reader.reset => Ok(()),
+        Ending::Enough => Err("the reader stopped by itself".to_owned()),
+        Ending::Silent => Err("neither bytes nor an end for long".to_owned()),
+    }?;
+    match reader.write_error {
+        Some(errno) if !writer.reset => Err(format!("writing failed ({errno}) although nobody had reset")),
+        _ => Ok(()),
+    }
+}
+
+/// What all sessions together did.
+#[derive(Default)]
+struct Tally {
+    sessions: AtomicU64,
+    resets: AtomicU64,
+    /// By direction: to_upstream, to_downstream.
+    written: [AtomicU64; 2],
+    received: [AtomicU64; 2],
+    failures: Mutex<Vec<String>>,
+}
+
+impl Tally {
+    fn received_bytes(&self) -> u64 {
+        self.received
+            .iter()
+            .map(|bytes| bytes.load(Ordering::Relaxed))
+            .sum()
+    }
+
+    fn has_failed(&self) -> bool {
+        !self.failures.lock().expect("the list").is_empty()
+    }
+}
+
+/// One session, from its seed to the verdict.
+fn session(seed: u64, large: bool, front: &Front, tally: &Tally) {
+    let scripts = scripts(seed, large);
+    let connected = Flag::default();
+    let client = connect(front.address);
+    let outcomes = std::thread::scope(|scope| {
+        let playing = scope.spawn(|| play(&scripts[0], client, &connected));
+        let upstream = front.accept();
+        connected.raise();
+        let upstream = play(&scripts[1], upstream, &connected);
+        [playing.join().expect("the client"), upstream]
+    });
+    tally.sessions.fetch_add(1, Ordering::Relaxed);
+    for end in 0..2 {
+        let (writer, reader) = (&outcomes[end], &outcomes[1 - end]);
+        tally.written[end].fetch_add(writer.written, Ordering::Relaxed);
+        tally.received[end].fetch_add(reader.received.bytes, Ordering::Relaxed);
+        tally.resets.fetch_add(u64::from(writer.reset), Ordering::Relaxed);
+        if let Err(what) = judge(writer, &scripts[end], reader) {
+            let way = ["to_upstream", "to_downstream"][end];
+            let mut text = format!("{way}: {what}; to see it again: TEST_RANDOM_SEED={seed}");
+            if large {
+                text.push_str(" TEST_RANDOM_GIB=1");
+            }
+            for (name, end) in [("client", 0), ("upstream", 1)] {
+                let _ = write!(text, "\n  {name}: {:?}\n    {:?}", scripts[end], outcomes[end]);
+            }
+            tally.failures.lock().expect("the list").push(text);
+        }
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} must be a whole number, and is {text}")),
+    )
+}
+
+#[test]
+fn random_sessions_are_whole_and_end_in_fin_or_are_a_prefix_and_end_in_reset() {
+    let gib = number("TEST_RANDOM_GIB");
+    let large = gib.is_some();
+    let replayed = number("TEST_RANDOM_SEED");
+    let seconds = number("TEST_RANDOM_SECONDS").unwrap_or(if large { 24 * 3600 } else { 8 });
+    let wanted = gib.map_or(u64::MAX, |gib| gib * GIB);
+
+    let mut plan = Plan::new()
+        .workers(2)
+        .lifetime(Duration::from_secs(seconds + 120));
+    // The log of many thousand sessions is of no use.
+    plan = plan.global("error_log = { path = \"stderr\", level = \"warn\" }");
+    let fronts: Vec<_> = (0..LANES as usize)
+        .map(|lane| Front::between(&mut plan, IPS[lane % 2], IPS[lane / 2 % 2], PATHS[lane / 4]))
+        .collect();
+    let proxy = plan.start();
+
+    let base = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |time| time.as_nanos() as u64);
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let tally = Tally::default();
+    let goes_on = || Instant::now() < end && tally.received_bytes() < wanted && !tally.has_failed();
+    std::thread::scope(|scope| {
+        for (lane, front) in fronts.iter().enumerate() {
+            let (tally, goes_on, lane) = (&tally, &goes_on, lane as u64);
+            if replayed.is_some_and(|seed| seed % LANES != lane) {
+                continue;
+            }
+            let mut random = Random(base ^ lane);
+            scope.spawn(move || {
+                while goes_on() {
+                    let seed = replayed.unwrap_or_else(|| random.next() / 2 / LANES * LANES + lane);
+                    session(seed, large, front, tally);
+                }
+            });
+        }
+    });
+
+    let failures = tally.failures.into_inner().expect("the list");
+    let sessions = tally.sessions.into_inner();
+    eprintln!(
+        "{sessions} sessions, {} resets, {:.1} GiB, {} failures",
+        tally.resets.into_inner(),
+        tally
+            .received
+            .iter()
+            .map(|bytes| bytes.load(Ordering::Relaxed))
+            .sum::<u64>() as f64
+            / GIB as f64,
+        failures.len()
+    );
+    assert!(
+        failures.is_empty(),
+        "{} of {sessions} sessions failed:\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
+
+    let status = proxy.settle();
+    eprintln!(
+        "{:?} by the kernel, {:?} copied, {} pauses, {}",
+        status.sockmap(),
+        status.relay(),
+        status.number("/pauses"),
+        status.json()["closes"]
+    );
+    assert_eq!(
+        status.number("/closes/integrity"),
+        0,
+        "the kernel's counters did not add up"
+    );
+    assert_eq!(
+        status.fallbacks(),
+        status.number("/fallbacks/early_end"),
+        "{:#}",
+        status.json()
+    );
+    let carried = status.carried();
+    for (way, bytes) in [carried.to_upstream, carried.to_downstream]
+        .into_iter()
+        .enumerate()
+    {
+        let (read, sent) = (&tally.received[way], &tally.written[way]);
+        let (read, sent) = (read.load(Ordering::Relaxed), sent.load(Ordering::Relaxed));
+        assert!(
+            (read..=sent).contains(&bytes),
+            "{bytes} bytes counted, {sent} sent and {read} received"
+        );
+    }
+    assert!(sessions > 0, "no session was played");
+}
