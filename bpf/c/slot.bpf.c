@@ -74,20 +74,35 @@ static __always_inline int start(struct __sk_buff *skb, struct flow *flow, struc
 	return 0;
 }
 
+/* What is left to cut off an skb. */
+struct cut {
+	struct __sk_buff *skb;
+	__u32 left;
+};
+
+static long trim_step(__u32 round, void *context)
+{
+	struct cut *cut = context;
+	__u32 step = cut->left < TRIM_STEP ? cut->left : TRIM_STEP;
+
+	if (!step || bpf_skb_adjust_room(cut->skb, -(__s32)step, 0, 0))
+		return 1;
+	cut->left -= step;
+	return 0;
+}
+
 /*
  * Cuts off what was forwarded before: tcp_data_queue may queue a segment that begins before rcv_nxt,
- * and tcp_read_skb hands it over whole.
+ * and tcp_read_skb hands it over whole. bpf_loop (Linux 5.17), because the verifier would walk a loop in
+ * the program round by round, which takes a quarter of a second for each worker slot.
  */
 static __always_inline int trim(struct __sk_buff *skb, __u32 overlap)
 {
-	for (int i = 0; i < TRIM_STEPS && overlap; i++) {
-		__u32 step = overlap < TRIM_STEP ? overlap : TRIM_STEP;
+	struct cut cut = { .skb = skb, .left = overlap };
 
-		if (bpf_skb_adjust_room(skb, -(__s32)step, 0, 0))
-			return -1;
-		overlap -= step;
-	}
-	return overlap ? -1 : 0;
+	if (bpf_loop(TRIM_STEPS, trim_step, &cut, 0) < 0)
+		return -1;
+	return cut.left ? -1 : 0;
 }
 
 /*
