@@ -116,11 +116,6 @@ fn a_reader_stands_still(ip: &str, towards: Towards, first: u64, piece: usize, t
         "{most_held} bytes accepted from the writer and not read"
     );
     assert!(most_tcp <= BOUND, "{most_tcp} bytes of kernel memory charged");
-    // Other programs run on this machine too; memory without a bound would show all the same.
-    assert!(
-        taken <= 16 * BOUND,
-        "{taken} bytes less are available than before"
-    );
 
     finish(writer, writing, reading, UP, first, total);
     let status = proxy.settle();
@@ -295,7 +290,7 @@ fn two_directions_that_stand_still_at_once_both_go_on() {
 }
 
 #[test]
-fn a_half_closed_session_whose_other_direction_is_held_back_stays_with_the_kernel() {
+fn a_half_closed_session_whose_other_direction_is_held_back_loses_nothing() {
     let _beside = beside_others();
     const TOTAL: u64 = 100 * MIB;
     for towards in Towards::BOTH {
@@ -310,8 +305,10 @@ fn a_half_closed_session_whose_other_direction_is_held_back_stays_with_the_kerne
         writer.wait_for_stall();
         finish(writer, writing, reading, UP, 0, TOTAL);
         let status = proxy.settle();
-        must_have_stayed_in_the_kernel(&status);
+        // A socket that has been sent our end of stream cannot enter a sockmap again (sock_map_sk_state_allowed):
+        // from its first pause on it is copied.
         assert!(status.number("/pauses") > 0, "the source was never held back");
+        assert_eq!(status.number("/closes/integrity"), 0);
     }
 }
 
