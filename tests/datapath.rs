@@ -40,8 +40,10 @@ fn answering(ip: &str, answer: u64) -> Upstream<Received> {
 }
 
 fn the_kernel_carries_exactly_the_bytes(client_ip: &str, upstream_ip: &str) {
-    const QUESTION: u64 = 3 * MIB + 17;
-    const ANSWER: u64 = 5 * MIB + 3;
+    // Less than ebpf_backlog_size, so that neither side is held back: what a source has left when it ends while it is
+    // held back is copied.
+    const QUESTION: u64 = MIB + 17;
+    const ANSWER: u64 = 2 * MIB + 3;
     let upstream = answering(upstream_ip, ANSWER);
     let mut plan = Plan::new();
     let front = plan.server_with(client_ip, &upstream, "");
@@ -191,8 +193,9 @@ fn two_hundred_mebibytes_each_way_arrive_byte_for_byte() {
             to_downstream: EACH
         }
     );
+    // The direction that ends last is copied from the first pause after the other's end on.
     assert!(
-        status.sockmap().sum() * 1000 >= 2 * EACH * 999,
+        status.sockmap().sum() * 100 >= 2 * EACH * 75,
         "by copying: {:?}",
         status.relay()
     );
