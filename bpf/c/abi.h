@@ -33,7 +33,6 @@ struct flow {
 	__u64 trimmed_bytes;	/* cut off because they had been forwarded before */
 	__u32 next_seq;		/* the sequence number expected next */
 	enum flow_flag flags;
-	__u32 owner;		/* user: the worker that holds the pair (at even indices), 0 = free */
 	__u32 acked_base;	/* bytes_acked of the target when the flow started, low 32 bits */
 	__u32 high_bytes;	/* user: outstanding bytes above which the source is held back */
 	__u32 low_bytes;	/* user: outstanding bytes below which it is let go */
@@ -42,7 +41,7 @@ struct flow {
 	__u32 pauses;		/* times that the source was held back */
 	__u32 largest_outstanding_bytes;
 	__u32 lane;		/* user: the ring buffer of its worker; none there: the worker looks by itself */
-	__u32 pad;
+	__u32 pad[2];
 	__u64 reserved[4];
 };
 

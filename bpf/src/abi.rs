@@ -17,7 +17,6 @@ pub struct Flow {
     pub trimmed_bytes: AtomicU64,
     pub next_seq: AtomicU32,
     pub flags: AtomicU32,
-    pub owner: AtomicU32,
     pub acked_base: AtomicU32,
     pub high_bytes: AtomicU32,
     pub low_bytes: AtomicU32,
@@ -26,7 +25,7 @@ pub struct Flow {
     pub pauses: AtomicU32,
     pub largest_outstanding_bytes: AtomicU32,
     pub lane: AtomicU32,
-    pub pad: AtomicU32,
+    pub pad: [AtomicU32; 2],
     pub reserved: [AtomicU64; 4],
 }
 
@@ -51,7 +50,6 @@ const _: () = {
     assert!(offset_of!(Flow, trimmed_bytes) == offset_of!(types::flow, trimmed_bytes));
     assert!(offset_of!(Flow, next_seq) == offset_of!(types::flow, next_seq));
     assert!(offset_of!(Flow, flags) == offset_of!(types::flow, flags));
-    assert!(offset_of!(Flow, owner) == offset_of!(types::flow, owner));
     assert!(offset_of!(Flow, acked_base) == offset_of!(types::flow, acked_base));
     assert!(offset_of!(Flow, high_bytes) == offset_of!(types::flow, high_bytes));
     assert!(offset_of!(Flow, low_bytes) == offset_of!(types::flow, low_bytes));

@@ -16,5 +16,5 @@ mod skel;
 pub use abi::flow_flag;
 pub use events::{Event, EventKind, Events};
 pub use load::{Bpf, Totals, trial};
-pub use pair::{FlowState, Joined, LaneNumber, Pair, PairPool, SlotMaps, Terms};
+pub use pair::{FlowState, Joined, LaneNumber, SlotMaps, Terms};
 pub use probe::{libbpf_version, probe};

@@ -1,19 +1,19 @@
 //! Pairs: two sockets of one session in the maps of a worker slot. Takes, joins, reads and frees them;
 //! never reads or writes their data, and needs no capability.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
 use anyhow::{Context, Result};
 use culvert_shared::ids::{Direction, Owner};
+use culvert_shared::sessions::Place;
 use culvert_shared::sys::shm::Shared;
 use culvert_shared::sys::socket;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::abi::{Flow, flow_pause, place};
+use crate::abi::{self, Flow, flow_pause};
 use crate::events::{Events, LANES, Lane};
 use crate::load::Entry;
 use crate::skel::slot::SlotMaps as SkeletonMaps;
@@ -31,17 +31,6 @@ pub struct SlotMaps {
     /// What the entry program knows the slot's program by.
     number: u32,
     entry: Arc<Entry>,
-}
-
-/// A pair that this worker owns. Given back with [`PairPool::give_back`].
-#[derive(Debug, PartialEq, Eq)]
-pub struct Pair(u32);
-
-impl Pair {
-    /// Its index in the slot's maps.
-    pub fn index(&self) -> u32 {
-        self.0
-    }
 }
 
 /// One direction of a pair as the program left it.
@@ -151,9 +140,9 @@ impl SlotMaps {
     ///
     /// The order matters: both sockets are targets before one becomes a source, so no byte can find its
     /// target missing; and the kick comes last, for what arrived before its socket was a source.
-    pub fn join(&self, pair: &Pair, sockets: [BorrowedFd<'_>; 2], terms: &Terms) -> io::Result<Joined> {
+    pub fn join(&self, place: Place, sockets: [BorrowedFd<'_>; 2], terms: &Terms) -> io::Result<Joined> {
         for (side, fd) in sockets.iter().enumerate() {
-            let flow = &self.flows[self.index(pair, side)];
+            let flow = &self.flows[self.index(place, side)];
             flow.cookie.store(socket::cookie(*fd)?, Relaxed);
             flow.forwarded_bytes.store(0, Relaxed);
             flow.trimmed_bytes.store(0, Relaxed);
@@ -167,7 +156,7 @@ impl SlotMaps {
             }
             flow.flags.store(0, Release);
         }
-        let joined = self.insert(pair, sockets);
+        let joined = self.insert(place, sockets);
         match &joined {
             // Refused only for what is not a socket (sk_setsockopt), and these two are.
             Ok(_) => sockets
@@ -175,15 +164,15 @@ impl SlotMaps {
                 .for_each(|fd| drop(socket::set_receive_low_water(fd, 1))),
             Err(_) => {
                 self.part(sockets);
-                self.remove(pair);
+                self.release(place);
             }
         }
         joined
     }
 
-    fn insert(&self, pair: &Pair, sockets: [BorrowedFd<'_>; 2]) -> io::Result<Joined> {
+    fn insert(&self, place: Place, sockets: [BorrowedFd<'_>; 2]) -> io::Result<Joined> {
         for (side, fd) in sockets.iter().enumerate() {
-            let index = self.index(pair, side);
+            let index = self.index(place, side);
             let cookie = self.flows[index].cookie.load(Relaxed);
             update(
                 &self.indices,
@@ -193,12 +182,12 @@ impl SlotMaps {
             update(
                 self.entry.places(),
                 &fd.as_raw_fd().to_ne_bytes(),
-                &place(self.number, index as u32),
+                &abi::place(self.number, index as u32),
             )?;
         }
         for map in [&self.targets, &self.sources] {
             for (side, fd) in sockets.iter().enumerate() {
-                let result = self.insert_socket(map, self.index(pair, side), *fd);
+                let result = self.insert_socket(map, self.index(place, side), *fd);
                 // Not an error for the caller: the other socket is a source by now, bytes may be on their way.
                 if result.is_err() && side == 1 && std::ptr::eq(map, &self.sources) {
                     return Ok(Joined::ToUpstreamOnly);
@@ -220,8 +209,8 @@ impl SlotMaps {
     /// Lets a source go that was held back, and makes the kernel look at what it has gathered. False: the
     /// kernel does not take it again (it has received the end of its stream), what it has gathered is left
     /// to user space.
-    pub fn resume(&self, pair: &Pair, direction: Direction, source: BorrowedFd<'_>) -> bool {
-        let index = self.index(pair, direction.index());
+    pub fn resume(&self, place: Place, direction: Direction, source: BorrowedFd<'_>) -> bool {
+        let index = self.index(place, direction.index());
         let flow = &self.flows[index];
         flow.wake.store(0, Relaxed);
         if flow
@@ -231,19 +220,58 @@ impl SlotMaps {
         {
             return true;
         }
-        // Nobody else writes it now: the program does so only for a source that is in the map.
-        flow.pause.store(flow_pause::OFF, Release);
+        // In this order: whoever takes the session over when this worker dies in between finds the source in
+        // the map, or still held back. While `pause` is on, the program forwards and does not hold back.
         if self.insert_socket(&self.sources, index, source).is_err() {
+            flow.pause.store(flow_pause::OFF, Release);
             return false;
         }
+        flow.pause.store(flow_pause::OFF, Release);
         let _ = socket::set_receive_low_water(source, 1);
         true
     }
 
+    /// Makes this worker the one that is told about a pair, and that goes on where another one left off.
+    /// `carried` are the directions that the kernel forwards. After a worker's death (`died`) it is not known
+    /// how far it came: a source that it was about to let go is held back again, and both are looked at.
+    pub fn adopt(
+        &self,
+        place: Place,
+        sockets: [BorrowedFd<'_>; 2],
+        terms: &Terms,
+        carried: [bool; 2],
+        died: bool,
+    ) {
+        for (side, fd) in sockets.into_iter().enumerate() {
+            let index = self.index(place, side);
+            let flow = &self.flows[index];
+            flow.high_bytes.store(terms.backlog_bytes, Relaxed);
+            flow.low_bytes.store(terms.backlog_bytes / 2, Relaxed);
+            // Before `pause` is read by the caller: either it sees a pause, or the program sees the lane.
+            flow.lane.store(terms.lane.0, SeqCst);
+            if !died || !carried[side] {
+                continue;
+            }
+            let key = (index as u32).to_ne_bytes();
+            let is_source = self
+                .sources
+                .lookup(&key, MapFlags::ANY)
+                .is_ok_and(|found| found.is_some());
+            if is_source {
+                let _ = flow
+                    .pause
+                    .compare_exchange(flow_pause::ON, flow_pause::OFF, AcqRel, Relaxed);
+            } else {
+                flow.pause.store(flow_pause::ON, SeqCst);
+            }
+            let _ = socket::set_receive_low_water(fd, 1);
+        }
+    }
+
     /// Whether a source is held back although its target has drained: to be asked by the clock, because a
     /// target that only retransmits reports nothing (RTT_CB needs a round-trip sample).
-    pub fn is_due(&self, pair: &Pair, direction: Direction, target: BorrowedFd<'_>) -> bool {
-        let flow = &self.flows[self.index(pair, direction.index())];
+    pub fn is_due(&self, place: Place, direction: Direction, target: BorrowedFd<'_>) -> bool {
+        let flow = &self.flows[self.index(place, direction.index())];
         if flow.pause.load(Acquire) == flow_pause::OFF {
             return false;
         }
@@ -269,21 +297,23 @@ impl SlotMaps {
         }
     }
 
-    /// Takes the pair out of all maps and forgets its cookies. Sockets that are closed have left the
-    /// sockmaps by themselves (sock_map_close), before which no verdict on them can be running.
-    fn remove(&self, pair: &Pair) {
+    /// Takes a pair out of all maps and forgets its cookies: for one that was not joined wholly, or whose
+    /// worker died. The sockets are closed, or nothing was forwarded.
+    pub fn release(&self, place: Place) {
         for side in 0..2 {
-            let index = self.index(pair, side);
+            let index = self.index(place, side);
             let key = (index as u32).to_ne_bytes();
             let _ = self.sources.delete(&key);
             let _ = self.targets.delete(&key);
         }
-        self.forget(pair);
+        self.forget(place);
     }
 
-    fn forget(&self, pair: &Pair) {
+    /// Forgets the cookies of a pair whose sockets are closed: they have left the sockmaps by themselves
+    /// (sock_map_close), before which no verdict on them can be running.
+    pub fn forget(&self, place: Place) {
         for side in 0..2 {
-            let cookie = self.flows[self.index(pair, side)].cookie.swap(0, Relaxed);
+            let cookie = self.flows[self.index(place, side)].cookie.swap(0, Relaxed);
             if cookie != 0 {
                 let _ = self.indices.delete(&cookie.to_ne_bytes());
             }
@@ -291,33 +321,25 @@ impl SlotMaps {
     }
 
     /// What the program counted for one direction.
-    pub fn flow(&self, pair: &Pair, direction: Direction) -> FlowState {
-        let flow = &self.flows[self.index(pair, direction.index())];
+    pub fn flow(&self, place: Place, direction: Direction) -> FlowState {
+        let flow = &self.flows[self.index(place, direction.index())];
         FlowState {
             forwarded_bytes: flow.forwarded_bytes.load(Acquire),
             last_active_ns: flow.last_active_ns.load(Relaxed),
             trimmed_bytes: flow.trimmed_bytes.load(Relaxed),
             flags: flow.flags.load(Relaxed),
             pauses: flow.pauses.load(Relaxed),
-            paused: flow.pause.load(Acquire) == flow_pause::ON,
+            paused: flow.pause.load(SeqCst) == flow_pause::ON,
         }
     }
 
-    /// Frees what a worker left behind when it died. Its sockets are closed by then.
-    pub fn release_owner(&self, owner: Owner) {
-        for index in 0..self.capacity {
-            let pair = Pair(index);
-            let mark = &self.flows[self.index(&pair, 0)].owner;
-            if mark.load(Acquire) == owner.0 {
-                self.remove(&pair);
-                mark.store(0, Release);
-            }
-        }
+    /// Frees the ring buffer of a worker that is gone.
+    pub fn release_events(&self, owner: Owner) {
         self.lanes.iter().for_each(|lane| lane.release(owner));
     }
 
-    fn index(&self, pair: &Pair, side: usize) -> usize {
-        2 * pair.0 as usize + side
+    fn index(&self, place: Place, side: usize) -> usize {
+        2 * place.0 as usize + side
     }
 }
 
@@ -327,57 +349,4 @@ fn update(map: &MapHandle, key: &[u8], value: &[u8]) -> io::Result<()> {
             libbpf_rs::ErrorKind::OutOfMemory => io::ErrorKind::OutOfMemory.into(),
             _ => io::Error::other(error.to_string()),
         })
-}
-
-/// The pairs that one worker may take. Another worker of the slot, draining, may hold some of them: the
-/// owner mark in the shared flow decides, so the same pair never goes to two.
-pub struct PairPool {
-    owner: Owner,
-    free: Vec<u32>,
-    /// Seen in the hands of another worker; asked again when `free` is empty, oldest first.
-    elsewhere: VecDeque<u32>,
-}
-
-/// Pairs of other workers that one call to [`PairPool::take`] asks again at most.
-const ASK_AGAIN: usize = 8;
-
-impl PairPool {
-    /// A pool over all pairs of the slot.
-    pub fn new(maps: &SlotMaps, owner: Owner) -> PairPool {
-        PairPool {
-            owner,
-            free: (0..maps.capacity).rev().collect(),
-            elsewhere: VecDeque::new(),
-        }
-    }
-
-    /// Takes a pair; `None` when all are in use.
-    pub fn take(&mut self, maps: &SlotMaps) -> Option<Pair> {
-        while let Some(index) = self.free.pop() {
-            if self.claim(maps, index) {
-                return Some(Pair(index));
-            }
-            self.elsewhere.push_back(index);
-        }
-        for _ in 0..ASK_AGAIN.min(self.elsewhere.len()) {
-            let index = self.elsewhere.pop_front()?;
-            if self.claim(maps, index) {
-                return Some(Pair(index));
-            }
-            self.elsewhere.push_back(index);
-        }
-        None
-    }
-
-    fn claim(&self, maps: &SlotMaps, index: u32) -> bool {
-        let mark = &maps.flows[maps.index(&Pair(index), 0)].owner;
-        mark.compare_exchange(0, self.owner.0, AcqRel, Relaxed).is_ok()
-    }
-
-    /// Gives a pair back whose sockets are closed.
-    pub fn give_back(&mut self, maps: &SlotMaps, pair: Pair) {
-        maps.forget(&pair);
-        maps.flows[maps.index(&pair, 0)].owner.store(0, Release);
-        self.free.push(pair.0);
-    }
 }

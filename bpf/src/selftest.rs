@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use culvert_shared::ids::{Direction, Owner};
+use culvert_shared::sessions::Place;
 
 use crate::events::{EventKind, Events};
 use crate::load::Bpf;
-use crate::pair::{LaneNumber, PairPool, SlotMaps};
+use crate::pair::{LaneNumber, SlotMaps};
 use session::{LOOK, pattern};
 
 pub use session::{Session, Socket};
@@ -46,7 +47,7 @@ pub type Meddle<'a> = &'a mut dyn FnMut(&str, &Session<'_>);
 
 struct Bench<'a> {
     maps: &'a SlotMaps,
-    pairs: PairPool,
+    free: Vec<Place>,
     lane: LaneNumber,
     events: Events,
     step: &'static str,
@@ -76,7 +77,7 @@ pub fn run_meddled(bpf: &Bpf, step_time: Duration, meddle: Meddle<'_>) -> Result
     let (lane, events) = maps.open_events(owner)?;
     let mut bench = Bench {
         maps: &maps,
-        pairs: PairPool::new(&maps, owner),
+        free: (0..PAIRS).map(Place).collect(),
         lane,
         events: events.context("the ring buffers of a new slot have readers")?,
         step: "",
@@ -98,8 +99,8 @@ pub fn run_meddled(bpf: &Bpf, step_time: Duration, meddle: Meddle<'_>) -> Result
 
 impl<'a> Bench<'a> {
     fn connect(&mut self, buffer_bytes: Option<usize>) -> Result<Session<'a>> {
-        let pair = self.pairs.take(self.maps).context("all pairs are in use")?;
-        Session::connect(self.maps, pair, self.deadline, buffer_bytes)
+        let place = self.free.pop().context("all pairs are in use")?;
+        Session::connect(self.maps, place, self.deadline, buffer_bytes)
     }
 
     fn meddle(&mut self, session: &Session<'_>) {
@@ -108,8 +109,9 @@ impl<'a> Bench<'a> {
 
     /// Both streams end here.
     fn finish(&mut self, session: Session<'_>) -> Result<()> {
-        let pair = session.finish()?;
-        self.pairs.give_back(self.maps, pair);
+        let place = session.finish()?;
+        self.maps.forget(place);
+        self.free.push(place);
         Ok(())
     }
 }

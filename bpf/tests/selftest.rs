@@ -35,7 +35,7 @@ fn map(maps: &SlotMaps, place: usize) -> MapHandle {
 }
 
 fn key(session: &Session<'_>, direction: Direction) -> [u8; 4] {
-    (2 * session.pair.index() + direction as u32).to_ne_bytes()
+    (2 * session.place.0 + direction as u32).to_ne_bytes()
 }
 
 /// Changes one word of a flow.

@@ -18,7 +18,6 @@ use crate::check;
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::kernel::Kernel;
-use crate::limits;
 use crate::pidfile::PidFile;
 use crate::supervise::Master;
 
@@ -50,7 +49,6 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let log = ErrorLog::open(&config.error_log)?;
     log.install()?;
 
-    limits::raise_descriptors(&config)?;
     let pid_file = PidFile::acquire(&config.pid)?;
 
     let board = Arc::new(Shared::<Board>::anonymous(1)?);
@@ -62,6 +60,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
     let mut kernel = Kernel::default();
     let generation = Generation::first(config, &mut kernel)?;
+    board[0].kept_limit.store(generation.keeper_room, Relaxed);
 
     log::info!(
         "culvert {} serves with {} workers, process {}",

@@ -8,7 +8,7 @@ use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_worker::Listener;
 
-use crate::kernel::{Kernel, MapTable};
+use crate::kernel::{Kernel, StoreTable};
 use crate::limits;
 use crate::listen::Listeners;
 use crate::rights;
@@ -24,10 +24,12 @@ pub struct Generation {
     pub user: Option<User>,
     /// The listening sockets.
     pub listeners: Listeners,
-    /// The BPF maps.
-    pub maps: MapTable,
+    /// The stores of its slots.
+    pub stores: StoreTable,
     /// The rows on the board.
     pub assigned: Assigned,
+    /// How many sessions the master may keep.
+    pub keeper_room: u64,
     rows: Rows,
 }
 
@@ -38,17 +40,19 @@ impl Generation {
     /// A limit is too low, or an address cannot be bound.
     pub fn first(config: Config, kernel: &mut Kernel) -> Result<Generation> {
         check_workers(&config)?;
+        let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = Rows::default();
         let assigned = rows.assign(&config)?;
-        let maps = kernel.first_maps_for(&config);
+        let stores = kernel.first_stores_for(&config)?;
         let listeners = Listeners::default().next(&config)?;
         Ok(Generation {
             number: 1,
             user: rights::target_user(&config),
             config: Arc::new(config),
             listeners,
-            maps,
+            stores,
             assigned,
+            keeper_room,
             rows,
         })
     }
@@ -59,19 +63,20 @@ impl Generation {
     /// As for the first one, and when maps cannot be made although BPF works.
     pub fn next(&self, config: Config, kernel: &mut Kernel) -> Result<Generation> {
         check_workers(&config)?;
-        limits::raise_descriptors(&config)?;
+        let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
         kernel.open_for(&config, true);
-        let maps = kernel.maps_for(&config, &self.maps)?;
+        let stores = kernel.stores_for(&config, &self.stores)?;
         let listeners = self.listeners.next(&config)?;
         Ok(Generation {
             number: self.number + 1,
             user: rights::target_user(&config),
             config: Arc::new(config),
             listeners,
-            maps,
+            stores,
             assigned,
+            keeper_room,
             rows,
         })
     }

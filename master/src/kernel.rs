@@ -1,10 +1,13 @@
-//! The BPF maps of the worker slots, where BPF is to be had. Held by the master, so they outlive workers.
+//! The stores of the worker slots: the tables of their sessions and, where BPF is to be had, their maps. Held
+//! by the master, so they outlive workers.
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use culvert_bpf::{Bpf, SlotMaps, Totals, selftest};
+use culvert_bpf::{Bpf, Totals, selftest};
 use culvert_shared::config::Config;
+use culvert_shared::sys::shm::Shared;
+use culvert_worker::Store;
 
 /// What all slots have in common; empty where BPF is not to be had or not wanted.
 #[derive(Default)]
@@ -12,21 +15,26 @@ pub struct Kernel {
     bpf: Option<Bpf>,
     /// Why it is empty.
     reason: Option<String>,
+    /// The number of the newest store.
+    last_store: u32,
 }
 
-/// The maps of the slots of one configuration. Cloning shares them; maps are gone when the last set
-/// that has them is dropped and no worker has them any more.
+/// The stores of the slots of one configuration. Cloning shares them; a store is gone when the last set that
+/// has it is dropped and no worker has it any more.
 #[derive(Clone, Default)]
-pub struct MapTable {
-    slots: Vec<Option<Entry>>,
+pub struct StoreTable {
+    slots: Vec<SlotStores>,
     /// Why there are no maps.
     reason: Option<String>,
 }
 
+/// The stores that the workers of one slot care for.
 #[derive(Clone)]
-struct Entry {
-    worker_connections: u32,
-    maps: Arc<SlotMaps>,
+struct SlotStores {
+    /// Where the slot's new sessions go.
+    own: Arc<Store>,
+    /// Those of slots that are no more, or that had another size, with sessions left in them.
+    inherited: Vec<Arc<Store>>,
 }
 
 /// Whether any server is to be forwarded in the kernel.
@@ -56,58 +64,74 @@ impl Kernel {
         self.reason = Some(format!("{error:#}"));
     }
 
-    /// Nothing is forwarded in the kernel.
-    fn no_maps(&self, config: &Config) -> MapTable {
-        let unwanted = || Some("ebpf_enable = false everywhere".to_owned()).filter(|_| !wanted(config));
-        MapTable {
-            slots: vec![None; config.worker_cpus.len()],
-            reason: unwanted().or_else(|| self.reason.clone()),
-        }
-    }
-
     /// The bytes that the kernel forwarded.
     pub fn totals(&self) -> Option<Arc<Totals>> {
         self.bpf.as_ref().map(Bpf::totals)
     }
 
-    /// The maps that `config` needs: those of `current` that fit, and new ones for the rest.
+    /// The stores that `config` needs: those of `current` that fit, and new ones for the rest. Those that do
+    /// not fit are cared for as long as sessions are left in them.
     ///
     /// # Errors
     /// New ones could not be made although BPF works in this program.
-    pub fn maps_for(&self, config: &Config, current: &MapTable) -> Result<MapTable> {
-        let slots = config.worker_cpus.len();
-        let Some(bpf) = self.bpf.as_ref().filter(|_| wanted(config)) else {
-            return Ok(self.no_maps(config));
+    pub fn stores_for(&mut self, config: &Config, current: &StoreTable) -> Result<StoreTable> {
+        let with_maps = self.bpf.is_some() && wanted(config);
+        let unwanted = || Some("ebpf_enable = false everywhere".to_owned()).filter(|_| !wanted(config));
+        let mut next = StoreTable {
+            slots: Vec::new(),
+            reason: unwanted().or_else(|| self.reason.clone()).filter(|_| !with_maps),
         };
-        let mut next = MapTable::default();
-        for slot in 0..slots {
-            let kept = current
-                .entry(slot)
-                .filter(|entry| entry.worker_connections == config.worker_connections);
-            let entry = match kept {
-                Some(entry) => entry.clone(),
-                None => Entry {
-                    worker_connections: config.worker_connections,
-                    maps: Arc::new(
-                        bpf.load_slot(config.worker_connections)
-                            .with_context(|| format!("failed to make the maps of worker slot {slot}"))?,
-                    ),
-                },
+        for slot in 0..config.worker_cpus.len() {
+            let fits = |store: &&Arc<Store>| {
+                store.records.len() == config.worker_connections as usize && store.maps.is_some() == with_maps
             };
-            next.slots.push(Some(entry));
+            let kept = current.slots.get(slot).map(|stores| &stores.own).filter(fits);
+            let own = match kept {
+                Some(store) => Arc::clone(store),
+                None => Arc::new(
+                    self.make_store(config.worker_connections, with_maps)
+                        .with_context(|| format!("failed to make the maps of worker slot {slot}"))?,
+                ),
+            };
+            next.slots.push(SlotStores {
+                own,
+                inherited: Vec::new(),
+            });
+        }
+        let slots = next.slots.len();
+        let left: Vec<Arc<Store>> = current
+            .all()
+            .filter(|store| store.is_used() && !next.slots.iter().any(|slot| slot.own.id == store.id))
+            .cloned()
+            .collect();
+        for (at, store) in left.into_iter().enumerate() {
+            next.slots[at % slots].inherited.push(store);
         }
         Ok(next)
     }
 
-    /// As [`Kernel::maps_for`] at the start, when there is nothing yet to fall back on: without maps for
+    fn make_store(&mut self, worker_connections: u32, with_maps: bool) -> Result<Store> {
+        let bpf = self.bpf.as_ref().filter(|_| with_maps);
+        let maps = bpf.map(|bpf| bpf.load_slot(worker_connections)).transpose()?;
+        self.last_store += 1;
+        Ok(Store {
+            id: self.last_store,
+            records: Shared::anonymous(worker_connections as usize)?,
+            maps: maps.map(Arc::new),
+        })
+    }
+
+    /// As [`Kernel::stores_for`] at the start, when there is nothing yet to fall back on: without maps for
     /// every slot, all of them serve by copying.
-    pub fn first_maps_for(&mut self, config: &Config) -> MapTable {
+    ///
+    /// # Errors
+    /// There is no memory for them even without maps.
+    pub fn first_stores_for(&mut self, config: &Config) -> Result<StoreTable> {
         self.open_for(config, false);
-        self.maps_for(config, &MapTable::default())
-            .unwrap_or_else(|error| {
-                self.do_without(&error, GIVE_RIGHTS);
-                self.no_maps(config)
-            })
+        self.stores_for(config, &StoreTable::default()).or_else(|error| {
+            self.do_without(&error, GIVE_RIGHTS);
+            self.stores_for(config, &StoreTable::default())
+        })
     }
 }
 
@@ -122,18 +146,23 @@ fn open_trusted(running: bool) -> Result<Bpf, (anyhow::Error, &'static str)> {
     Ok(bpf)
 }
 
-impl MapTable {
-    /// The maps of a slot.
-    pub fn slot(&self, slot: usize) -> Option<Arc<SlotMaps>> {
-        self.entry(slot).map(|entry| Arc::clone(&entry.maps))
+impl StoreTable {
+    /// The stores of a slot: its own, then those that it cares for besides.
+    pub fn of_slot(&self, slot: usize) -> Vec<Arc<Store>> {
+        let stores = self.slots.get(slot).into_iter();
+        stores
+            .flat_map(|stores| std::iter::once(&stores.own).chain(&stores.inherited))
+            .cloned()
+            .collect()
     }
 
-    /// Why it has none.
+    /// Why a slot has no maps.
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
     }
 
-    fn entry(&self, slot: usize) -> Option<&Entry> {
-        self.slots.get(slot).and_then(Option::as_ref)
+    fn all(&self) -> impl Iterator<Item = &Arc<Store>> {
+        let slots = self.slots.iter();
+        slots.flat_map(|stores| std::iter::once(&stores.own).chain(&stores.inherited))
     }
 }

@@ -41,31 +41,49 @@ fn need(config: &Config) -> Need {
     }
 }
 
-/// Raises the limit of this process, which its workers inherit.
+/// Raises the limit of this process, which its workers inherit. Says how many sessions the master may keep so
+/// that they outlive their workers: it holds two descriptors for each.
 ///
 /// # Errors
 /// The configuration needs more than the system allows.
-pub fn raise_descriptors(config: &Config) -> Result<()> {
+pub fn raise_descriptors(config: &Config) -> Result<u64> {
     let need = need(config);
-    let wanted = need.worker.max(need.master);
+    let all = config.worker_cpus.len() as u64 * u64::from(config.worker_connections);
+    let limit = raise(config, need, need.worker.max(need.master + 2 * all))?;
+    let room = limit.saturating_sub(need.master) / 2;
+    if room < all {
+        log::warn!(
+            "of {all} sessions ({} workers with worker_connections = {}) only {room} can outlive their worker: the \
+             master needs two descriptors for each of them, and the limit is {limit}; {REMEDY}",
+            config.worker_cpus.len(),
+            config.worker_connections,
+        );
+    }
+    Ok(room.min(all))
+}
+
+/// Raises the limit to `wanted`, or as far as it goes; returns what it is then.
+fn raise(config: &Config, need: Need, wanted: u64) -> Result<u64> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("failed to read the descriptor limit")?;
     if hard < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_ok() {
-        return Ok(());
+        return Ok(wanted);
     }
     if soft < hard {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
             .with_context(|| format!("failed to raise the descriptor limit from {soft} to {hard}"))?;
     }
-    check(config, need, hard.max(soft))
+    check(config, need, hard.max(soft))?;
+    Ok(hard.max(soft))
 }
 
+const REMEDY: &str = "raise the limit (ulimit -Hn; LimitNOFILE= in a systemd unit; fs.nr_open bounds both)";
+
 fn check(config: &Config, need: Need, limit: u64) -> Result<()> {
-    let remedy = "raise the limit (ulimit -Hn; LimitNOFILE= in a systemd unit; fs.nr_open bounds both)";
     if need.worker > limit {
         let fits = limit.saturating_sub(need.worker - 2 * u64::from(config.worker_connections)) / 2;
         bail!(
             "worker_connections = {} needs {} descriptors in each worker (2 for each session, {} listeners, a \
-             reserve), but the limit is {limit}: lower worker_connections to at most {fits}, or {remedy}",
+             reserve), but the limit is {limit}: lower worker_connections to at most {fits}, or {REMEDY}",
             config.worker_connections,
             need.worker,
             need.listeners,
@@ -74,7 +92,7 @@ fn check(config: &Config, need: Need, limit: u64) -> Result<()> {
     if need.master > limit {
         bail!(
             "{} listeners in {} worker processes need {} descriptors in the master, but the limit is {limit}: \
-             lower worker_processes or the number of listeners, or {remedy}",
+             lower worker_processes or the number of listeners, or {REMEDY}",
             need.listeners,
             config.worker_cpus.len(),
             need.master,

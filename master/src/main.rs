@@ -1,7 +1,8 @@
 //! The master: configuration → listeners → BPF → workers → supervision.
 //!
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
-//! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`; `spawn` makes a
+//! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`;
+//! `keeper` holds what sessions need to outlive their workers; `spawn` makes a
 //! `worker` of it, which `rights` disarms first.
 
 #![forbid(unsafe_code)]
@@ -12,6 +13,7 @@ mod boot;
 mod check;
 mod error_log;
 mod generation;
+mod keeper;
 mod kernel;
 mod limits;
 mod listen;

@@ -162,6 +162,7 @@ impl Master {
         // What only the old generation had is closed before its workers are told: they take what waits
         // in a socket, then close theirs, and with it the address is free or refuses at once.
         self.current = generation;
+        self.board[0].kept_limit.store(self.current.keeper_room, Relaxed);
         if let Err(error) = self.current.listeners.apply(&self.current.config) {
             log::warn!("a listener keeps its old settings: {error:#}");
         }
@@ -172,7 +173,7 @@ impl Master {
             .iter_mut()
             .filter(|worker| worker.generation != number)
         {
-            worker.drain(limit, now);
+            worker.hand_over(limit, now);
         }
         self.board[0].generation.store(number, Relaxed);
         Board::add(&self.board[0].reloads_succeeded, 1);

@@ -66,8 +66,9 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
     } = blueprint;
     let row = free_row(&board[0])?;
     let (ours, theirs) = fdpass::pair()?;
-    let maps = generation.maps.slot(slot);
-    let pairs = maps.as_ref().map_or(0, |maps| maps.capacity());
+    let stores = generation.stores.of_slot(slot);
+    let maps = stores.first().and_then(|own| own.maps.as_ref());
+    let pairs = maps.map_or(0, |maps| maps.capacity());
     board[0].workers[row].claim(
         slot,
         generation.number,
@@ -84,7 +85,7 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
                 row,
                 owner,
                 generation: generation.number,
-                maps,
+                stores,
                 control: ours,
             };
             Ok(Worker::new(born, Instant::now()))
@@ -137,10 +138,11 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
     prctl::set_name(&name).context("failed to name the process")?;
 
     let listeners = generation.worker_listeners(slot)?;
-    let maps = generation.maps.slot(slot);
+    let stores = generation.stores.of_slot(slot);
     let mut keep: Vec<RawFd> = vec![control.as_raw_fd(), log.install()?];
     keep.extend(listeners.iter().map(|listener| listener.socket.as_raw_fd()));
-    keep.extend(maps.iter().flat_map(|maps| maps.fds()));
+    let maps = stores.iter().filter_map(|store| store.maps.as_ref());
+    keep.extend(maps.flat_map(|maps| maps.fds()));
     process::close_all_except(&keep);
 
     rights::drop_all(generation.user.as_ref())?;
@@ -152,8 +154,8 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         listeners,
         peer_rows: generation.assigned.peers.clone(),
         board: Arc::clone(board),
-        maps,
-        relay_reason: generation.maps.reason().map(str::to_owned),
+        stores,
+        relay_reason: generation.stores.reason().map(str::to_owned),
         totals: totals.clone(),
         control,
     })

@@ -21,6 +21,7 @@ use crate::args::Args;
 use crate::backoff::Backoff;
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
+use crate::keeper::Keeper;
 use crate::kernel::Kernel;
 use crate::listen::Listeners;
 use crate::pidfile::PidFile;
@@ -72,6 +73,8 @@ pub struct Master {
     pub slots: Vec<SlotCare>,
     /// Where the log goes.
     pub log: ErrorLog,
+    /// The sessions that outlive their workers.
+    pub keeper: Keeper,
     /// The pid file.
     pub pid_file: PidFile,
     /// What the program is doing.
@@ -102,6 +105,7 @@ impl Master {
             workers: Vec::new(),
             slots,
             log,
+            keeper: Keeper::default(),
             pid_file,
             phase: Phase::Serving,
             last_owner: 0,
@@ -122,6 +126,7 @@ impl Master {
             for worker in &mut self.workers {
                 worker.hear(now);
             }
+            self.take_mail();
             while let Some(info) = signals.read_signal().context("failed to read a signal")? {
                 let from_kernel = info.ssi_code == nix::libc::SI_KERNEL;
                 if let Ok(signal) = Signal::try_from(info.ssi_signo as i32) {
@@ -153,12 +158,13 @@ impl Master {
     fn wait(&self, signals: &SignalFd) -> Result<()> {
         let now = Instant::now();
         let mut sources = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        sources.extend(
-            self.workers
-                .iter()
-                .filter_map(Worker::control)
-                .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
-        );
+        sources.extend(self.workers.iter().filter_map(|worker| {
+            let wanted = match worker.to_adopt.is_empty() {
+                true => PollFlags::POLLIN,
+                false => PollFlags::POLLIN | PollFlags::POLLOUT,
+            };
+            worker.control().map(|fd| PollFd::new(fd, wanted))
+        }));
         let deadlines = self.workers.iter().filter_map(|worker| worker.state().deadline());
         let replacements = self.slots.iter().filter_map(|slot| slot.replace_at);
         let pending = self.pending.iter().map(|pending| pending.deadline);
@@ -275,11 +281,11 @@ impl Master {
         let Some(at) = self.workers.iter().position(|worker| worker.pid == pid) else {
             return;
         };
+        // What it said before it died counts.
+        self.workers[at].hear(now);
+        self.take_mail();
         let worker = self.workers.swap_remove(at);
-        // Its sockets are closed by now, so whatever it left in the maps is free to be taken.
-        if let Some(maps) = &worker.maps {
-            maps.release_owner(worker.owner);
-        }
+        self.bury_sessions(&worker);
         self.board[0].workers[worker.row].clear();
         let (slot, how) = (worker.slot, ending(status));
         if worker.is_leaving() {

@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use culvert_shared::config::{
-    Action, Address, Balance, Config, ErrorLog, Listen, LogTarget, Peer, Server, Stream, Target, Upstream,
+    Action, Address, Balance, Config, ErrorLog, Listen, LogTarget, OnReload, Peer, Server, Stream, Target,
+    Upstream,
 };
 
 /// One server for each listener, all proxying to the first upstream; one worker on CPU 0.
@@ -18,6 +19,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         tcp_nodelay: true,
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
+        on_reload: OnReload::Keep,
     };
     Config {
         user: None,
@@ -43,6 +45,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                     .collect(),
             })
             .collect(),
+        stream: stream.clone(),
         servers: listeners
             .iter()
             .map(|listen| Server {

@@ -4,13 +4,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use culvert_bpf::SlotMaps;
 use culvert_shared::ids::Owner;
 use culvert_shared::message::{ToMaster, ToWorker};
 use culvert_shared::sys::fdpass;
+use culvert_worker::Store;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::keeper::Queue;
 
 /// How long a worker has to obey [`ToWorker::Stop`]: it only resets what is open.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -60,8 +62,12 @@ pub struct Worker {
     pub owner: Owner,
     /// Its generation.
     pub generation: u64,
-    /// The maps that it uses; kept until it is gone, because its pairs are released by the master.
-    pub maps: Option<Arc<SlotMaps>>,
+    /// The stores that it cares for; kept until it is gone, because the master frees its places then.
+    pub stores: Vec<Arc<Store>>,
+    /// What it said of its sessions, with the sockets that came along; taken by [`crate::keeper`].
+    pub mail: Vec<(ToMaster, Vec<OwnedFd>)>,
+    /// Sessions that it is to adopt and was not yet told of.
+    pub to_adopt: Queue,
     /// When it was forked.
     pub started: Instant,
     state: State,
@@ -82,7 +88,7 @@ pub struct Born {
     /// As in [`Worker`].
     pub generation: u64,
     /// As in [`Worker`].
-    pub maps: Option<Arc<SlotMaps>>,
+    pub stores: Vec<Arc<Store>>,
     /// The master's end of the pair.
     pub control: OwnedFd,
 }
@@ -96,7 +102,7 @@ impl Worker {
             row,
             owner,
             generation,
-            maps,
+            stores,
             control,
         } = born;
         Worker {
@@ -105,7 +111,9 @@ impl Worker {
             row,
             owner,
             generation,
-            maps,
+            stores,
+            mail: Vec::new(),
+            to_adopt: Queue::new(),
             started: now,
             state: State::Starting,
             leaving: false,
@@ -137,6 +145,7 @@ impl Worker {
                 Ok(received) if !received.message.is_empty() => match ToMaster::decode(&received.message) {
                     Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
                     Some(ToMaster::Ready) => {}
+                    Some(message) => self.mail.push((message, received.descriptors)),
                     None => log::error!(
                         "worker {} (process {}) sent an unknown message",
                         self.slot,
@@ -158,6 +167,19 @@ impl Worker {
         if matches!(self.state, State::Starting | State::Serving) {
             self.say(ToWorker::Drain, None);
             self.state = State::Draining(limit.map(|limit| now + limit));
+        }
+    }
+
+    /// Tells it to let go of its sessions and exit; those that cannot be moved may end within `limit`.
+    pub fn hand_over(&mut self, limit: Option<Duration>, now: Instant) {
+        self.leaving = true;
+        match self.state {
+            State::Starting | State::Serving => {
+                self.say(ToWorker::HandOver, None);
+                self.state = State::Draining(limit.map(|limit| now + limit));
+            }
+            State::Draining(_) => self.say(ToWorker::HandOver, None),
+            State::Stopping(_) | State::Killed => {}
         }
     }
 
@@ -222,7 +244,7 @@ impl Worker {
 
     fn say(&mut self, message: ToWorker, descriptor: Option<BorrowedFd<'_>>) {
         let Some(control) = &self.control else { return };
-        match fdpass::send(control.as_fd(), &message.encode(), descriptor) {
+        match fdpass::send(control.as_fd(), &message.encode(), descriptor.as_slice()) {
             Ok(()) => {}
             // Dying; its death is reported by SIGCHLD.
             Err(Errno::EPIPE | Errno::ECONNRESET) => {}
@@ -252,7 +274,7 @@ mod tests {
             row: 0,
             owner: Owner(1),
             generation: 1,
-            maps: None,
+            stores: Vec::new(),
             control,
         };
         (Worker::new(born, now), theirs, now)
@@ -269,7 +291,7 @@ mod tests {
         let (mut worker, theirs, now) = worker();
         worker.hear(now);
         assert_eq!(worker.state(), State::Starting);
-        fdpass::send(theirs.as_fd(), &ToMaster::Ready.encode(), None).unwrap();
+        fdpass::send(theirs.as_fd(), &ToMaster::Ready.encode(), &[]).unwrap();
         worker.hear(now);
         assert_eq!(worker.state(), State::Serving);
     }

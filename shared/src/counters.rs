@@ -81,6 +81,10 @@ reasons! {
         Resource = "resource",
         /// The kernel's counters did not add up; the session was reset.
         Integrity = "integrity",
+        /// Its worker died, and the session could not be taken over.
+        WorkerDied = "worker_died",
+        /// Its listener or its peer is gone since a reload, and `on_reload` is `"close"`.
+        Removed = "removed",
         /// The status document was written.
         Status = "status",
     }
@@ -103,6 +107,12 @@ pub struct Board {
     pub sessions: AtomicU64,
     /// Sessions that entered the kernel.
     pub sessions_offloaded: AtomicU64,
+    /// Sessions that the master keeps, so that they outlive their worker.
+    pub kept: AtomicU64,
+    /// How many it may keep: its limit on descriptors decides.
+    pub kept_limit: AtomicU64,
+    /// Sessions that a worker took over from another one.
+    pub adopted: AtomicU64,
     /// Times that a source was held back, over ended sessions.
     pub pauses: AtomicU64,
     /// Log lines dropped because the log could not keep up.

@@ -7,4 +7,5 @@ pub mod counters;
 pub mod ids;
 pub mod logging;
 pub mod message;
+pub mod sessions;
 pub mod sys;

@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Context, Result};
 use culvert_shared::config::Action;
@@ -152,14 +154,18 @@ impl Worker {
         let (server, row, local) = (listening.server, listening.row, listening.address);
         let now_ms = clock::now_ms();
         let ends = Ends { remote, local };
-        self.sessions_started += 1;
-        let session = Session::new(self.sessions_started, downstream, ends, row, server, now_ms);
+        let settings = Rc::clone(&self.settings[server]);
+        let proxied = self.config.servers[server].action != Action::Status;
+        let number = match proxied {
+            true => 1 + self.board[0].sessions.fetch_add(1, Relaxed),
+            false => 0,
+        };
+        let mut session = Session::new(number, downstream, ends, row, settings, now_ms);
+        session.server = Some(server);
         Board::add(&self.board[0].listeners[row].accepted, 1);
         let token = self.table.reserve();
         self.table.put(token, Box::new(session));
-        let proxied = self.config.servers[server].action != Action::Status;
         if proxied {
-            Board::add(&self.board[0].sessions, 1);
             WorkerRow::up(&self.gauges().sessions);
             WorkerRow::up(&self.gauges().listener_active[row]);
         }

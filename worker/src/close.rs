@@ -3,7 +3,6 @@
 
 use std::os::fd::AsFd;
 
-use culvert_shared::config::Action;
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
 
@@ -16,21 +15,29 @@ use crate::table::{Side, Token};
 impl Worker {
     /// Ends a session that was taken out of the table.
     pub(crate) fn close(&mut self, token: Token, mut session: Session, reason: CloseReason) {
+        self.stop_keeping(&session);
         for side in [Side::Downstream, Side::Upstream] {
-            if self.ends_in_order(&session, side, reason)
-                && let Some(socket) = session.socket(side)
-            {
+            let Some(socket) = session.socket(side) else {
+                continue;
+            };
+            if self.ends_in_order(&session, side, reason) {
                 // A failure leaves the reset in place, which errs on the safe side.
                 let _ = sockets::reset_on_close(socket.as_fd(), false);
+            } else if session.seat.is_some_and(|seat| seat.kept) {
+                // The master has the socket too, so closing ours alone would not reset it. Unix sockets know no
+                // reset; they end when the master closes them.
+                let _ = culvert_shared::sys::socket::reset(socket.as_fd());
             }
         }
-        if self.config.servers[session.server].action != Action::Status {
+        if !session.is_status {
             self.account(&session, reason);
         }
         self.part(&session);
-        let pair = session.pair.take();
+        let seat = session.seat.take();
         drop(session);
-        self.free_pair(pair);
+        if let Some(seat) = seat {
+            self.free_seat(seat);
+        }
         self.table.release(token);
         self.make_room();
     }

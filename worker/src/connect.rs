@@ -28,7 +28,8 @@ impl Worker {
             return Next::Close(CloseReason::Resource);
         }
         let config = std::sync::Arc::clone(&self.config);
-        let Action::Proxy(target) = &config.servers[session.server].action else {
+        let action = session.server.map(|server| &config.servers[server].action);
+        let Some(Action::Proxy(target)) = action else {
             return Next::Close(CloseReason::NoRoute);
         };
         if matches!(target, Target::Variable(_))
@@ -85,7 +86,7 @@ impl Worker {
     ) -> Result<Next, Errno> {
         let (socket, under_way) = start_connecting(address)?;
         let tcp = matches!(address, Address::Tcp(_));
-        let settings = &self.config.servers[session.server].stream;
+        let settings = std::rc::Rc::clone(&session.settings);
         if tcp {
             sockets::reset_on_close(socket.as_fd(), true)?;
             if settings.tcp_nodelay {

@@ -23,24 +23,31 @@ impl Worker {
                     return self.drain();
                 }
             };
-            match (ToWorker::decode(&received.message), received.descriptor) {
-                (Some(ToWorker::Drain), _) => self.drain(),
-                (Some(ToWorker::Stop), _) => self.stopping = true,
-                (Some(ToWorker::Log), Some(descriptor)) => logging::set_output(descriptor),
-                _ if received.message.is_empty() => {
+            let mut descriptors = received.descriptors.into_iter();
+            match ToWorker::decode(&received.message) {
+                Some(ToWorker::Drain) => self.drain(),
+                Some(ToWorker::HandOver) => self.hand_over(),
+                Some(ToWorker::Adopt(sessions)) => self.adopt(sessions, descriptors),
+                Some(ToWorker::Stop) => self.stopping = true,
+                Some(ToWorker::Log) => {
+                    if let Some(descriptor) = descriptors.next() {
+                        logging::set_output(descriptor);
+                    }
+                }
+                None if received.message.is_empty() => {
                     if !self.draining {
                         log::error!("the master is gone, finishing {} sessions", self.table.len());
                         self.drain();
                     }
                     return;
                 }
-                (message, _) => log::warn!("ignoring an unknown message of the master: {message:?}"),
+                None => log::warn!("ignoring an unknown message of the master"),
             }
         }
     }
 
     /// Takes no new sessions and finishes the old ones, at most for `worker_shutdown_timeout`.
-    fn drain(&mut self) {
+    pub(crate) fn drain(&mut self) {
         if self.draining {
             return;
         }

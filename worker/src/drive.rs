@@ -3,7 +3,6 @@
 
 use std::os::fd::AsFd;
 
-use culvert_shared::config::Action;
 use culvert_shared::counters::CloseReason;
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::socket;
@@ -94,8 +93,7 @@ impl Worker {
             }
         }
         if session.is_finished() {
-            let served = self.config.servers[session.server].action == Action::Status;
-            return Next::Close(if served {
+            return Next::Close(if session.is_status {
                 CloseReason::Status
             } else {
                 CloseReason::Finished
@@ -142,8 +140,8 @@ impl Worker {
 
     fn pass_end_on(&mut self, session: &mut Session, direction: Direction) -> Result<(), Trouble> {
         session.last_active_ms = clock::now_ms();
-        if session.is_finished() {
-            // Closing it, which comes next, says the same.
+        if session.is_finished() && !session.seat.is_some_and(|seat| seat.kept) {
+            // Closing it, which comes next, says the same, unless the master has the socket too.
             return Ok(());
         }
         let side = target(direction);
@@ -178,8 +176,7 @@ impl Worker {
     /// With `proxy_half_close` off, the end of one stream is the end of the session, as soon as its
     /// reader has acknowledged all of it.
     fn end_half_closed(&self, session: &Session) -> Option<Next> {
-        let settings = &self.config.servers[session.server].stream;
-        if settings.proxy_half_close || session.upstream.is_none() {
+        if session.settings.proxy_half_close || session.upstream.is_none() {
             return None;
         }
         let ended = Direction::BOTH
@@ -198,7 +195,7 @@ impl Worker {
         if session.upstream.is_none() {
             return session.started_ms + STATUS_PATIENCE_MS;
         }
-        let settings = &self.config.servers[session.server].stream;
+        let settings = &session.settings;
         let kernel_ms = self.kernel_active_ms(session);
         let deadline = session.last_active_ms.max(kernel_ms) + settings.proxy_timeout.as_millis() as u64;
         deadline.next_multiple_of((settings.ebpf_timer_period.as_millis() as u64).max(1))

@@ -2,13 +2,15 @@
 //! timers between. Hands each event to the file that knows what it means.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use culvert_bpf::{PairPool, SlotMaps, Totals};
-use culvert_shared::config::Config;
+use culvert_bpf::Totals;
+use culvert_shared::config::{self, Config};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use culvert_shared::ids::{Direction, Owner};
 use culvert_shared::message::ToMaster;
 use culvert_shared::sys::{fdpass, shm::Shared};
 use mio::unix::SourceFd;
@@ -20,12 +22,13 @@ use crate::accept::Listening;
 use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
-use crate::pressure::Pressure;
+use crate::keep::Keeping;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
 use crate::sockets::{BufferLimits, Sockets};
 use crate::start::WorkerStart;
+use crate::store::Ward;
 use crate::table::{Side, Table, Token};
 use crate::timer::Wheel;
 
@@ -39,7 +42,9 @@ pub(crate) const ACCEPT_TIMER: u32 = 0;
 pub(crate) const DRAIN_TIMER: u32 = 1;
 /// The timer that looks at sources that are held back.
 pub(crate) const PRESSURE_TIMER: u32 = 2;
-const FIRST_SESSION: u32 = 3;
+/// The timer that gives sessions that have lived long enough to the master's keeping.
+pub(crate) const KEEP_TIMER: u32 = 3;
+const FIRST_SESSION: u32 = 4;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -49,11 +54,18 @@ pub struct Worker {
     pub(crate) config: Arc<Config>,
     pub(crate) board: Arc<Shared<Board>>,
     pub(crate) row: usize,
-    pub(crate) maps: Option<Arc<SlotMaps>>,
+    pub(crate) owner: Owner,
+    /// The settings of each server.
+    pub(crate) settings: Vec<Rc<config::Stream>>,
+    /// The row of each listener and its server.
+    pub(crate) rows: Vec<(usize, usize)>,
+    /// The stores that it cares for, its own slot's first.
+    pub(crate) wards: Vec<Ward>,
     pub(crate) relay_reason: Option<String>,
     pub(crate) totals: Option<Arc<Totals>>,
-    pub(crate) pairs: Option<PairPool>,
-    pub(crate) pressure: Pressure,
+    /// Flows that are held back, or were when they were last looked at.
+    pub(crate) paused: Vec<(Token, Direction)>,
+    pub(crate) keeping: Keeping,
     pub(crate) peer_rows: Vec<Vec<usize>>,
     pub(crate) poll: Poll,
     pub(crate) sockets: Sockets,
@@ -69,7 +81,6 @@ pub struct Worker {
     more_events: bool,
     pub(crate) scratch: Scratch,
     pub(crate) limits: BufferLimits,
-    pub(crate) sessions_started: u64,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
 }
@@ -90,12 +101,21 @@ impl Worker {
                 Interest::READABLE,
             )
             .context("failed to watch the master's socket")?;
-        let pressure = Pressure::open(start.maps.as_deref(), start.owner)?;
-        if let Some(fd) = pressure.raw_fd() {
+        let wards = start
+            .stores
+            .into_iter()
+            .map(|store| Ward::open(store, start.owner))
+            .collect::<Result<Vec<Ward>>>()?;
+        for fd in wards.iter().filter_map(|ward| ward.reader.raw_fd()) {
             registry
                 .register(&mut SourceFd(&fd), KERNEL, Interest::READABLE)
                 .context("failed to watch the events of the BPF programs")?;
         }
+        let rows = start
+            .listeners
+            .iter()
+            .map(|listener| (listener.row, listener.server))
+            .collect();
         let listeners = Listening::open_all(start.listeners)?;
         let hostname =
             nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
@@ -109,14 +129,22 @@ impl Worker {
                 .iter()
                 .map(|group| weights(&group.peers))
                 .collect(),
-            pairs: start.maps.as_ref().map(|maps| PairPool::new(maps, start.owner)),
+            settings: start
+                .config
+                .servers
+                .iter()
+                .map(|server| Rc::new(server.stream.clone()))
+                .collect(),
             scratch: Scratch::new(&start.config),
             limits: BufferLimits::read(),
             config: start.config,
             board: start.board,
-            pressure,
             row: start.row,
-            maps: start.maps,
+            owner: start.owner,
+            wards,
+            rows,
+            paused: Vec::new(),
+            keeping: Keeping::default(),
             relay_reason: start.relay_reason,
             totals: start.totals,
             peer_rows: start.peer_rows,
@@ -128,7 +156,6 @@ impl Worker {
             wheel: Wheel::new(clock::now_ms()),
             again: VecDeque::new(),
             more_events: false,
-            sessions_started: 0,
             draining: false,
             stopping: false,
         })
@@ -139,7 +166,7 @@ impl Worker {
         let mut events = Events::with_capacity(256);
         let mut due = Vec::new();
         self.listen()?;
-        fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), None)
+        fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {
             if let Err(error) = self.poll.poll(&mut events, self.patience())
@@ -172,6 +199,7 @@ impl Worker {
             for timer in due.drain(..) {
                 self.fire(timer);
             }
+            self.tell_master();
         }
         for token in self.table.tokens() {
             self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));
@@ -180,7 +208,7 @@ impl Worker {
     }
 
     fn is_done(&self) -> bool {
-        self.stopping || (self.draining && self.table.len() == 0)
+        self.stopping || (self.draining && self.table.len() == 0 && self.keeping.is_told())
     }
 
     /// How long the poll may sleep.
@@ -221,7 +249,15 @@ impl Worker {
         let Some(mut session) = self.table.take(token) else {
             return;
         };
-        match work(self, &mut session) {
+        let next = work(self, &mut session);
+        if !matches!(next, Next::Close(_)) {
+            self.save(&session);
+        }
+        match next {
+            Next::Wait(_) if self.is_to_leave(&mut session) => {
+                self.wheel.cancel(timer_of(token));
+                self.leave(token, session);
+            }
             Next::Wait(wake_ms) => {
                 self.wheel.set(timer_of(token), wake_ms);
                 self.table.put(token, session);
@@ -243,6 +279,7 @@ impl Worker {
         match timer {
             ACCEPT_TIMER => self.end_rest(),
             PRESSURE_TIMER => self.look_at_paused(),
+            KEEP_TIMER => self.keep_due(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

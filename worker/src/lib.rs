@@ -2,11 +2,13 @@
 //!
 //! A session's way, file by file: `accept` → `table` (its slot) → `route` → `balance` → `connect` →
 //! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies) → `close` (totals, reason, log line).
+//! `keep` lets a session outlive this process, `adopt` takes over what another one left.
 //! `drive` decides what is done next, `session` holds the states, `event_loop` the only poll.
 
 #![forbid(unsafe_code)]
 
 mod accept;
+mod adopt;
 mod balance;
 mod clock;
 mod close;
@@ -14,6 +16,7 @@ mod connect;
 mod control;
 mod drive;
 mod event_loop;
+mod keep;
 mod offload;
 mod pressure;
 mod relay;
@@ -22,7 +25,9 @@ mod session;
 mod sockets;
 mod start;
 mod status;
+mod store;
 mod table;
 mod timer;
 
 pub use start::{Listener, WorkerStart, run};
+pub use store::Store;

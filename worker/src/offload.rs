@@ -3,9 +3,11 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use culvert_bpf::{Joined, Terms, flow_flag};
+use culvert_bpf::{Joined, SlotMaps, Terms, flow_flag};
 use culvert_shared::counters::{Board, FallbackReason, WorkerRow};
 use culvert_shared::ids::Direction;
+use culvert_shared::message::SessionId;
+use culvert_shared::sessions::Place;
 use culvert_shared::sys::socket;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
@@ -15,6 +17,7 @@ use crate::drive::{Next, Trouble};
 use crate::event_loop::Worker;
 use crate::session::{Datapath, Failed, Session, source, target};
 use crate::sockets::Interest;
+use crate::store::{Seat, Ward};
 use crate::table::{Side, Token};
 
 /// What the program must never have met on a flow that is to end cleanly.
@@ -56,40 +59,41 @@ impl Worker {
             Board::add(&self.board[0].sessions_offloaded, 1);
             WorkerRow::up(&self.gauges().offloaded);
         }
+        self.note_young(token);
         self.stream(token, session)
     }
 
     fn offload(&mut self, token: Token, session: &mut Session) -> Result<Joined, Datapath> {
         let refuse = |reason| Err(Datapath::Fallback(reason));
-        let settings = &self.config.servers[session.server].stream;
-        if !settings.ebpf_enable {
+        if !session.settings.ebpf_enable {
             return Err(Datapath::Relay);
         }
-        let (Some(maps), Some(pairs)) = (&self.maps, &mut self.pairs) else {
+        let Some(maps) = self.wards[OWN].store.maps.clone() else {
             return refuse(FallbackReason::BpfUnavailable);
         };
         let Some(upstream) = session.upstream.as_ref().filter(|upstream| upstream.tcp) else {
             return refuse(FallbackReason::NotTcp);
         };
-        let Some(pair) = pairs.take(maps) else {
+        let Some(seat) = self.wards[OWN].take_seat() else {
             return refuse(FallbackReason::SlotsUsedUp);
         };
+        let place = seat.id.place;
         let ends = [session.downstream.as_fd(), upstream.socket.as_fd()];
         let terms = Terms {
             now_ns: clock::now_ns(),
-            backlog_bytes: settings.ebpf_backlog_size,
-            lane: self.pressure.lane(),
+            backlog_bytes: session.settings.ebpf_backlog_size,
+            lane: self.wards[OWN].reader.lane(),
         };
-        match maps.join(&pair, ends, &terms) {
+        match maps.join(place, ends, &terms) {
             Ok(joined) => {
-                self.pressure.bind(&pair, Some(token));
-                session.pair = Some(pair);
+                self.wards[OWN].tokens[place.0 as usize] = Some(token);
+                session.seat = Some(Seat { joined: true, ..seat });
                 self.arm_untold();
                 WorkerRow::up(&self.gauges().pairs);
                 Ok(joined)
             }
             Err(error) => {
-                pairs.give_back(maps, pair);
+                self.wards[OWN].give_back(place);
                 // sock_map_sk_state_allowed takes established sockets only.
                 if ends
                     .iter()
@@ -150,7 +154,7 @@ impl Worker {
     /// met nothing on the way. Anything else means that bytes were lost, and the session is reset.
     pub(crate) fn check_received(&self, session: &Session, direction: Direction) -> Result<(), Trouble> {
         let side = source(direction);
-        let Some(fd) = session.socket(side).filter(|_| session.pair.is_some()) else {
+        let Some(fd) = session.socket(side).filter(|_| session.joined().is_some()) else {
             return Ok(());
         };
         let failed = |error: std::io::Error| {
@@ -181,7 +185,7 @@ impl Worker {
         session: &mut Session,
         direction: Direction,
     ) -> Result<bool, Trouble> {
-        if session.pair.is_none() {
+        if session.joined().is_none() {
             return Ok(true);
         }
         let side = target(direction);
@@ -222,28 +226,53 @@ impl Worker {
 
     /// What the kernel counted for one direction; zeros for a session that it never had.
     pub(crate) fn flow(&self, session: &Session, direction: Direction) -> culvert_bpf::FlowState {
-        match (&self.maps, &session.pair) {
-            (Some(maps), Some(pair)) => maps.flow(pair, direction),
-            _ => Default::default(),
+        match self.pair(session) {
+            Some((maps, place)) => maps.flow(place, direction),
+            None => Default::default(),
         }
+    }
+
+    /// Where the kernel has a session, if it does.
+    pub(crate) fn pair(&self, session: &Session) -> Option<(&SlotMaps, Place)> {
+        let seat = session.joined()?;
+        let maps = self.wards[seat.ward].store.maps.as_deref()?;
+        Some((maps, seat.id.place))
     }
 
     /// Cuts the ties between a session's sockets and its pair, before they are closed.
     pub(crate) fn part(&mut self, session: &Session) {
-        if let (Some(maps), Some(pair), Some(upstream)) = (&self.maps, &session.pair, &session.upstream) {
+        if let (Some((maps, _)), Some(upstream)) = (self.pair(session), &session.upstream) {
             maps.part([session.downstream.as_fd(), upstream.socket.as_fd()]);
-            self.pressure.bind(pair, None);
         }
     }
+}
 
-    /// Gives the pair of a session back. Its sockets must be closed: only then can no verdict on them be
+/// The store of the worker's own slot, where its new sessions go.
+const OWN: usize = 0;
+
+impl Ward {
+    /// Takes a place; `None`: all are in use.
+    pub(crate) fn take_seat(&mut self) -> Option<Seat> {
+        let place = self.places.take(&self.store.records)?;
+        Some(Seat {
+            ward: OWN,
+            id: SessionId {
+                store: self.store.id,
+                place,
+                generation: self.store.record(place)?.generation(),
+            },
+            joined: false,
+            kept: false,
+        })
+    }
+
+    /// Gives a place back. The sockets of its pair must be closed: only then can no verdict on them be
     /// running, and the pair's counters be another's.
-    pub(crate) fn free_pair(&mut self, pair: Option<culvert_bpf::Pair>) {
-        if let (Some(maps), Some(pairs), Some(pair)) = (&self.maps, &mut self.pairs, pair) {
-            pairs.give_back(maps, pair);
-            WorkerRow::down(&self.gauges().pairs);
-            WorkerRow::down(&self.gauges().offloaded);
+    pub(crate) fn give_back(&mut self, place: Place) {
+        if let Some(maps) = &self.store.maps {
+            maps.forget(place);
         }
+        self.places.give_back(&self.store.records, place);
     }
 }
 

@@ -4,7 +4,7 @@
 use std::os::fd::AsFd;
 
 use anyhow::Result;
-use culvert_bpf::{Event, EventKind, Events, LaneNumber, Pair, SlotMaps};
+use culvert_bpf::{Event, EventKind, Events, LaneNumber, SlotMaps};
 use culvert_shared::ids::{Direction, Owner};
 
 use crate::clock;
@@ -12,6 +12,7 @@ use crate::drive::{Next, Trouble};
 use crate::event_loop::{PRESSURE_TIMER, Worker};
 use crate::session::{Session, source, target};
 use crate::sockets;
+use crate::store::Ward;
 use crate::table::Token;
 
 /// How often sources that are held back are looked at although nothing was reported: a target that only
@@ -25,31 +26,21 @@ const LOOK_UNTOLD_MS: u64 = 5;
 /// window, and nobody opens it for 200 ms.
 const RECEIVE_BYTES_MIN: usize = 2 << 20;
 
-/// What a worker knows of the flows of its pairs.
-pub struct Pressure {
+/// What the programs of one store tell its worker.
+pub struct Reader {
     lane: LaneNumber,
     /// `None`: nothing is told, the clock is all there is.
     events: Option<Events>,
-    /// The session of each pair.
-    tokens: Vec<Option<Token>>,
-    /// Flows that are held back, or were when they were last looked at.
-    paused: Vec<(Token, Direction)>,
 }
 
-impl Pressure {
-    /// Takes a ring buffer of the slot, if one is free.
-    pub fn open(maps: Option<&SlotMaps>, owner: Owner) -> Result<Pressure> {
+impl Reader {
+    /// Takes a ring buffer of the store, if one is free.
+    pub fn open(maps: Option<&SlotMaps>, owner: Owner) -> Result<Reader> {
         let (lane, events) = match maps {
             Some(maps) => maps.open_events(owner)?,
             None => Default::default(),
         };
-        let pairs = maps.map_or(0, SlotMaps::capacity) as usize;
-        Ok(Pressure {
-            lane,
-            events,
-            tokens: vec![None; pairs],
-            paused: Vec::new(),
-        })
+        Ok(Reader { lane, events })
     }
 
     /// What becomes readable when there is something to tell.
@@ -61,49 +52,49 @@ impl Pressure {
     pub fn lane(&self) -> LaneNumber {
         self.lane
     }
-
-    /// Says which session a pair belongs to.
-    pub fn bind(&mut self, pair: &Pair, token: Option<Token>) {
-        if let Some(place) = self.tokens.get_mut(pair.index() as usize) {
-            *place = token;
-        }
-    }
 }
 
 impl Worker {
     pub(crate) fn take_kernel_events(&mut self) {
-        let events = self.pressure.events.as_mut().map_or(Vec::new(), Events::take);
-        for Event {
-            pair,
-            direction,
-            kind,
-        } in events
-        {
-            let Some(token) = self.pressure.tokens.get(pair as usize).copied().flatten() else {
-                continue;
-            };
-            self.with_session(token, |worker, session| match kind {
-                EventKind::Paused => {
-                    worker.note_paused(token, direction);
-                    worker.size_buffers(session, direction);
-                    worker.wait(session)
+        for ward in 0..self.wards.len() {
+            let events = self.wards[ward].reader.events.as_mut();
+            for event in events.map_or(Vec::new(), Events::take) {
+                if let Some(token) = self.wards[ward]
+                    .tokens
+                    .get(event.pair as usize)
+                    .copied()
+                    .flatten()
+                {
+                    self.take_kernel_event(token, event);
                 }
-                EventKind::Drained => worker.resume(token, session, direction),
-                EventKind::Trouble => {
-                    let flags = worker.flow(session, direction).flags;
-                    let what = format!("{}: the program met flags {flags:#x}", direction.name());
-                    Next::Close(worker.explain(session, Trouble::Integrity(what)))
-                }
-            });
+            }
         }
     }
 
-    fn note_paused(&mut self, token: Token, direction: Direction) {
-        if self.pressure.paused.is_empty() {
+    fn take_kernel_event(&mut self, token: Token, event: Event) {
+        let direction = event.direction;
+        self.with_session(token, |worker, session| match event.kind {
+            EventKind::Paused => {
+                worker.note_paused(token, direction);
+                worker.size_buffers(session, direction);
+                worker.wait(session)
+            }
+            EventKind::Drained => worker.resume(token, session, direction),
+            EventKind::Trouble => {
+                let flags = worker.flow(session, direction).flags;
+                let what = format!("{}: the program met flags {flags:#x}", direction.name());
+                Next::Close(worker.explain(session, Trouble::Integrity(what)))
+            }
+        });
+    }
+
+    /// A flow is held back, from now on or since before this worker had it.
+    pub(crate) fn note_paused(&mut self, token: Token, direction: Direction) {
+        if self.paused.is_empty() {
             self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
-        if !self.pressure.paused.contains(&(token, direction)) {
-            self.pressure.paused.push((token, direction));
+        if !self.paused.contains(&(token, direction)) {
+            self.paused.push((token, direction));
         }
     }
 
@@ -117,7 +108,7 @@ impl Worker {
         if std::mem::replace(&mut session.stream(direction).buffers_sized, true) {
             return;
         }
-        let backlog = self.config.servers[session.server].stream.ebpf_backlog_size as usize;
+        let backlog = session.settings.ebpf_backlog_size as usize;
         let (send, receive) = (
             backlog.max(RECEIVE_BYTES_MIN),
             (backlog / 2).max(RECEIVE_BYTES_MIN),
@@ -139,8 +130,8 @@ impl Worker {
     /// Lets a source go. One that has ended meanwhile is not taken by the kernel again: user space copies
     /// what it has left, after what the kernel has taken.
     fn resume(&mut self, token: Token, session: &mut Session, direction: Direction) -> Next {
-        let resumed = match (&self.maps, &session.pair, session.socket(source(direction))) {
-            (Some(maps), Some(pair), Some(socket)) => maps.resume(pair, direction, socket.as_fd()),
+        let resumed = match (self.pair(session), session.socket(source(direction))) {
+            (Some((maps, place)), Some(socket)) => maps.resume(place, direction, socket.as_fd()),
             _ => true,
         };
         if resumed {
@@ -152,21 +143,18 @@ impl Worker {
 
     /// Looks at the flows that are held back, by the clock.
     pub(crate) fn look_at_paused(&mut self) {
-        let told = self.pressure.events.is_some();
-        let flows = if told {
-            std::mem::take(&mut self.pressure.paused)
-        } else {
-            let tokens = self.pressure.tokens.iter().flatten();
-            tokens
-                .flat_map(|token| Direction::BOTH.map(|direction| (*token, direction)))
-                .collect()
-        };
+        let mut flows = std::mem::take(&mut self.paused);
+        for ward in self.wards.iter().filter(|ward| ward.reader.events.is_none()) {
+            for token in ward.tokens.iter().flatten() {
+                flows.extend(Direction::BOTH.map(|direction| (*token, direction)));
+            }
+        }
         for (token, direction) in flows {
             self.with_session(token, |worker, session| {
                 if worker.is_due(session, direction) {
                     return worker.resume(token, session, direction);
                 }
-                if told && worker.flow(session, direction).paused {
+                if worker.flow(session, direction).paused {
                     worker.note_paused(token, direction);
                 }
                 worker.wait(session)
@@ -177,14 +165,15 @@ impl Worker {
 
     /// Starts the clock of a worker that is told nothing.
     pub(crate) fn arm_untold(&mut self) {
-        if self.pressure.events.is_none() && self.pressure.tokens.iter().any(Option::is_some) {
+        let untold = |ward: &Ward| ward.reader.events.is_none() && ward.tokens.iter().any(Option::is_some);
+        if self.wards.iter().any(untold) {
             self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_UNTOLD_MS);
         }
     }
 
     fn is_due(&self, session: &Session, direction: Direction) -> bool {
-        match (&self.maps, &session.pair, session.socket(target(direction))) {
-            (Some(maps), Some(pair), Some(socket)) => maps.is_due(pair, direction, socket.as_fd()),
+        match (self.pair(session), session.socket(target(direction))) {
+            (Some((maps, place)), Some(socket)) => maps.is_due(place, direction, socket.as_fd()),
             _ => false,
         }
     }

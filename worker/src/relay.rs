@@ -44,7 +44,7 @@ pub enum Pumped {
 impl Worker {
     /// Copies one direction until a socket has to be waited for, or the turn is over.
     pub(crate) fn pump(&mut self, session: &mut Session, direction: Direction) -> Result<Pumped, Failed> {
-        let limit = self.config.servers[session.server].stream.proxy_buffer_size;
+        let limit = session.settings.proxy_buffer_size.min(self.scratch.0.len());
         let (from, to) = (source(direction), target(direction));
         for _ in 0..TURN_BUDGET {
             if !self.flush(session, direction)? {
@@ -59,6 +59,7 @@ impl Worker {
             let Some(socket) = session.socket(from) else {
                 return Ok(Pumped::Blocked);
             };
+            self.begin_copying(session);
             let buffer = &mut self.scratch.0[..limit];
             let read = match sockets::receive(socket.as_fd(), buffer) {
                 Ok(0) => {
@@ -106,6 +107,7 @@ impl Worker {
             let Some(socket) = session.socket(to) else {
                 return Ok(true);
             };
+            self.begin_copying(session);
             let written = match sockets::send(
                 socket.as_fd(),
                 session.streams[direction.index()].pending.as_slices().0,

@@ -3,13 +3,15 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
-use culvert_bpf::Pair;
+use culvert_shared::config::Stream as Settings;
 use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
 use nix::errno::Errno;
 
 use crate::route::Ends;
+use crate::store::Seat;
 use crate::table::Side;
 
 /// Where one direction stands. Its source is the socket that the bytes come from, its target the other.
@@ -24,6 +26,7 @@ use crate::table::Side;
 ///                                                                          Ended
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Way {
     /// User space reads the source and writes the target.
     Relay,
@@ -56,7 +59,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn new() -> Stream {
+    /// A direction in which nothing has moved yet.
+    pub fn new() -> Stream {
         Stream {
             way: Way::Relay,
             source_ended: false,
@@ -186,8 +190,12 @@ pub struct Session {
     pub ends: Ends,
     /// The index of its listener.
     pub listener: usize,
-    /// The index of its server in the configuration.
-    pub server: usize,
+    /// The index of its server in the configuration; `None`: the server is gone since a reload.
+    pub server: Option<usize>,
+    /// The settings in force.
+    pub settings: Rc<Settings>,
+    /// It is served a status document, and is no proxied session.
+    pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
     pub upstream: Option<Upstream>,
     /// The group and the peers of it that were tried.
@@ -200,8 +208,8 @@ pub struct Session {
     pub ready: [Readiness; 2],
     /// Whether the kernel carries it.
     pub datapath: Datapath,
-    /// Its place in the sockmap.
-    pub pair: Option<Pair>,
+    /// Its place in a store.
+    pub seat: Option<Seat>,
     /// When it was accepted.
     pub started_ms: u64,
     /// When user space last saw a byte move.
@@ -219,7 +227,7 @@ impl Session {
         downstream: OwnedFd,
         ends: Ends,
         listener: usize,
-        server: usize,
+        settings: Rc<Settings>,
         now_ms: u64,
     ) -> Session {
         Session {
@@ -227,14 +235,16 @@ impl Session {
             downstream,
             ends,
             listener,
-            server,
+            server: None,
+            settings,
+            is_status: false,
             upstream: None,
             tried: None,
             phase: Phase::Streaming,
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],
             datapath: Datapath::Pending,
-            pair: None,
+            seat: None,
             started_ms: now_ms,
             last_active_ms: now_ms,
             acknowledged_bytes: None,
@@ -253,6 +263,16 @@ impl Session {
     /// One of its directions.
     pub fn stream(&mut self, direction: Direction) -> &mut Stream {
         &mut self.streams[direction.index()]
+    }
+
+    /// Its place, if its sockets are in the maps of the store.
+    pub fn joined(&self) -> Option<Seat> {
+        self.seat.filter(|seat| seat.joined)
+    }
+
+    /// Whether user space holds bytes that it has read and not yet written.
+    pub fn holds_bytes(&self) -> bool {
+        self.streams.iter().any(|stream| !stream.pending.is_empty())
     }
 
     /// Whether both streams have ended.

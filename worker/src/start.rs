@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use culvert_bpf::{SlotMaps, Totals};
+use culvert_bpf::Totals;
 use culvert_shared::config::Config;
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
 use culvert_shared::logging;
 use culvert_shared::sys::shm::Shared;
+
+use crate::store::Store;
 
 /// Everything a worker needs; made by the master before the fork, or in the child right after it.
 pub struct WorkerStart {
@@ -27,8 +29,8 @@ pub struct WorkerStart {
     pub peer_rows: Vec<Vec<usize>>,
     /// The board.
     pub board: Arc<Shared<Board>>,
-    /// The slot's maps; `None` where BPF is not to be had.
-    pub maps: Option<Arc<SlotMaps>>,
+    /// The slot's own store, then those of other slots that it is to care for.
+    pub stores: Vec<Arc<Store>>,
     /// Why there are none.
     pub relay_reason: Option<String>,
     /// The bytes that the kernel forwarded, whole program; `None` where BPF is not to be had.

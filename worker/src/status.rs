@@ -27,6 +27,7 @@ impl Worker {
         {
             return Next::Close(CloseReason::Resource);
         }
+        session.is_status = true;
         session.datapath = Datapath::Relay;
         session.ready[Side::Downstream.index()].readable = true;
         session.ready[Side::Downstream.index()].writable = true;
@@ -65,7 +66,7 @@ impl Worker {
             "version": env!("CARGO_PKG_VERSION"),
             "generation": load(&board.generation),
             "uptime_seconds": now_unix_ms.saturating_sub(load(&board.started_unix_ms)) / 1000,
-            "datapath": if self.maps.is_some() { "sockmap" } else { "relay" },
+            "datapath": if self.wards[0].store.maps.is_some() { "sockmap" } else { "relay" },
             "datapath_reason": self.relay_reason,
             "workers": workers,
             "worker_restarts": load(&board.worker_restarts),
@@ -81,6 +82,8 @@ impl Worker {
                 "relayed": active.saturating_sub(offloaded),
                 "total": load(&board.sessions),
                 "total_offloaded": load(&board.sessions_offloaded),
+                "kept": load(&board.kept),
+                "adopted": load(&board.adopted),
             },
             "bytes": {
                 "sockmap": by_direction(|way| self.totals.as_ref().map_or(0, |totals| totals.forwarded_bytes(way))),

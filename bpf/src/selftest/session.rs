@@ -16,7 +16,8 @@ use nix::sys::socket::sockopt::{Linger, RcvBuf, SndBuf, TcpMaxSeg};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, setsockopt};
 
 use crate::flow_flag;
-use crate::pair::{FlowState, Joined, LaneNumber, Pair, SlotMaps, Terms};
+use crate::pair::{FlowState, Joined, LaneNumber, SlotMaps, Terms};
+use culvert_shared::sessions::Place;
 
 /// How long a condition that nothing reports is left alone between two looks.
 pub(super) const LOOK: Duration = Duration::from_micros(200);
@@ -29,8 +30,8 @@ const SEGMENT_BYTES: u32 = 4096;
 pub struct Session<'a> {
     /// The maps that the pair is in.
     pub maps: &'a SlotMaps,
-    /// The pair.
-    pub pair: Pair,
+    /// The pair's place.
+    pub place: Place,
     /// Connected to `downstream`.
     pub client: Socket,
     /// The pair's socket towards the client.
@@ -55,7 +56,7 @@ impl<'a> Session<'a> {
     /// Connects all four, with `buffer_bytes` as each one's SO_SNDBUF and SO_RCVBUF if given.
     pub(super) fn connect(
         maps: &'a SlotMaps,
-        pair: Pair,
+        place: Place,
         deadline: Instant,
         buffer_bytes: Option<usize>,
     ) -> Result<Session<'a>> {
@@ -63,7 +64,7 @@ impl<'a> Session<'a> {
         let [upstream, server] = connection(["upstream", "server"], deadline, buffer_bytes)?;
         Ok(Session {
             maps,
-            pair,
+            place,
             client,
             downstream,
             upstream,
@@ -80,7 +81,7 @@ impl<'a> Session<'a> {
             lane,
         };
         let sockets = [self.downstream.stream.as_fd(), self.upstream.stream.as_fd()];
-        match self.maps.join(&self.pair, sockets, &terms) {
+        match self.maps.join(self.place, sockets, &terms) {
             Ok(Joined::Both) => Ok(()),
             Ok(Joined::ToUpstreamOnly) => bail!("upstream: the kernel refused it as a source"),
             Err(error) => Err(error).context("the kernel refused the sockets"),
@@ -93,11 +94,11 @@ impl<'a> Session<'a> {
             Direction::ToUpstream => &self.downstream,
             Direction::ToDownstream => &self.upstream,
         };
-        self.maps.resume(&self.pair, direction, source.stream.as_fd())
+        self.maps.resume(self.place, direction, source.stream.as_fd())
     }
 
     pub(super) fn flow(&self, direction: Direction) -> FlowState {
-        self.maps.flow(&self.pair, direction)
+        self.maps.flow(self.place, direction)
     }
 
     /// Waits until the program has counted `bytes` for a direction (they can be at their end a moment
@@ -132,10 +133,10 @@ impl<'a> Session<'a> {
     }
 
     /// Ends both streams, as user space does once everything is at the other end: nothing may come before it.
-    pub(super) fn finish(self) -> Result<Pair> {
+    pub(super) fn finish(self) -> Result<Place> {
         let Session {
             maps,
-            pair,
+            place,
             mut client,
             downstream,
             upstream,
@@ -147,7 +148,7 @@ impl<'a> Session<'a> {
             theirs.receive_end()?;
         }
         maps.part([downstream.stream.as_fd(), upstream.stream.as_fd()]);
-        Ok(pair)
+        Ok(place)
     }
 }
 

@@ -63,7 +63,7 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         .unwrap_or_default();
     let error_log = check.error_log(root);
     let upstreams = check.upstreams(root);
-    let (upstreams, servers) = Servers::new(&mut check, upstreams).read(root);
+    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams).read(root);
     Config {
         user,
         worker_cpus,
@@ -73,6 +73,7 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         pid,
         error_log,
         upstreams,
+        stream,
         servers,
     }
 }

@@ -39,6 +39,9 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     // As much as Linux lets a socket's own send buffer grow to (tcp_wmem, 4 MiB): below it a fast stream over a
     // long way would be slower than without a proxy.
     ("stream.ebpf_backlog_size", Default::Text("4m")),
+    // A reload that takes a listener away says that nobody new shall come, not that those who are there shall go:
+    // what nginx does too, as long as its old workers may live.
+    ("stream.on_reload", Default::Text("keep")),
 ];
 
 /// A default as a file would write it.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
-use super::{Action, Balance, Config, LogTarget, Part, Server, Target, Template};
+use super::{Action, Balance, Config, LogTarget, OnReload, Part, Server, Stream, Target, Template};
 use super::{cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
@@ -47,6 +47,8 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         "error_log = {{ path = {target}, level = {} }}",
         quoted(&level)
     )?;
+    writeln!(out, "\n[stream]")?;
+    write_stream(out, &config.stream)?;
     for upstream in config
         .upstreams
         .iter()
@@ -91,7 +93,10 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
         }
         Action::Proxy(Target::Variable(template)) => write_template(out, template)?,
     }
-    let stream = &server.stream;
+    write_stream(out, &server.stream)
+}
+
+fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
     writeln!(out, "ebpf_enable = {}", stream.ebpf_enable)?;
     writeln!(
         out,
@@ -119,6 +124,12 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
         out,
         "ebpf_backlog_size = {}",
         quoted(&write_size(stream.ebpf_backlog_size as usize))
+    )?;
+    let on_reload = OnReload::ALL.iter().find(|(_, what)| *what == stream.on_reload);
+    writeln!(
+        out,
+        "on_reload = {}",
+        quoted(on_reload.map_or("", |(name, _)| name))
     )
 }
 

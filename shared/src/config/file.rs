@@ -59,6 +59,7 @@ pub(super) const STREAM: &[Key] = &[
     value("tcp_nodelay"),
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
+    value("on_reload"),
 ];
 
 /// `[[upstream]]`.
@@ -85,6 +86,7 @@ const SERVER: &[Key] = &[
     value("tcp_nodelay"),
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
+    value("on_reload"),
 ];
 
 /// Names that users of the nginx module bring along, with ours.

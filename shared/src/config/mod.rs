@@ -87,6 +87,8 @@ pub struct Config {
     pub error_log: ErrorLog,
     /// Upstream groups, in file order.
     pub upstreams: Vec<Upstream>,
+    /// What `[stream]` says, for sessions whose server is gone.
+    pub stream: Stream,
     /// Servers, in file order.
     pub servers: Vec<Server>,
 }
@@ -251,4 +253,21 @@ pub struct Stream {
     pub ebpf_timer_period: Duration,
     /// Bytes that may be outstanding towards one side of an offloaded session before the other is held back.
     pub ebpf_backlog_size: u32,
+    /// What becomes of a session whose listener or peer is gone after a reload.
+    pub on_reload: OnReload,
+}
+
+/// What becomes of a session whose listener or peer is gone after a reload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReload {
+    /// It goes on until it ends by itself.
+    Keep,
+    /// It is reset.
+    Close,
+}
+
+impl OnReload {
+    /// All of them, with the words that a file uses.
+    pub(crate) const ALL: [(&'static str, OnReload); 2] =
+        [("keep", OnReload::Keep), ("close", OnReload::Close)];
 }

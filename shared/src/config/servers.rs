@@ -12,7 +12,9 @@ use super::file::nearest;
 use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
-use super::{Action, Address, Balance, Listen, Part, Peer, Server, Stream, Target, Template, Upstream};
+use super::{
+    Action, Address, Balance, Listen, OnReload, Part, Peer, Server, Stream, Target, Template, Upstream,
+};
 use super::{address, defaults, units};
 
 /// The kernel caps it at net.core.somaxconn; more than a million waiting connections help nobody.
@@ -49,8 +51,8 @@ impl<'c, 'a> Servers<'c, 'a> {
         }
     }
 
-    /// All upstreams and all servers.
-    pub(super) fn read(mut self, root: &Map<String, Value>) -> (Vec<Upstream>, Vec<Server>) {
+    /// All upstreams, what `[stream]` says, and all servers.
+    pub(super) fn read(mut self, root: &Map<String, Value>) -> (Vec<Upstream>, Stream, Vec<Server>) {
         let nothing = Map::new();
         let inherited = match root.get("stream").map(|value| &value.kind) {
             Some(ValueKind::Table(table)) => table,
@@ -67,6 +69,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             tcp_nodelay: true,
             ebpf_timer_period: hour,
             ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
+            on_reload: OnReload::Keep,
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
         let tables = self.check.tables(root, "server");
@@ -86,7 +89,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             stream: self.stream(table, &key, &inherited),
         });
         let servers = servers.collect();
-        (self.upstreams, servers)
+        (self.upstreams, inherited, servers)
     }
 
     fn stream(&mut self, table: &Map<String, Value>, key: &str, inherited: &Stream) -> Stream {
@@ -105,6 +108,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             tcp_nodelay,
             ebpf_timer_period,
             ebpf_backlog_size,
+            on_reload,
         } = *inherited;
         Stream {
             ebpf_enable: check
@@ -131,6 +135,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_backlog_size: check
                 .at(table, key, "ebpf_backlog_size", backlog)
                 .map_or(ebpf_backlog_size, |bytes| bytes as u32),
+            on_reload: check
+                .at(table, key, "on_reload", valid::on_reload)
+                .unwrap_or(on_reload),
         }
     }
 

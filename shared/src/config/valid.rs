@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use config::ValueKind;
 
+use super::OnReload;
 use super::diagnostic::Fault;
 
 /// One value as given.
@@ -102,6 +103,16 @@ pub(super) fn auto_or_number(given: Given, range: RangeInclusive<u32>) -> Result
         (Some(_), None) => Err(Fault::new("neither \"auto\" nor a number", remedy)),
         (None, None) => Err(given.wrong_type(remedy)),
     }
+}
+
+/// What becomes of sessions that a reload leaves without their listener or peer.
+pub(super) fn on_reload(given: Given) -> Result<OnReload, Fault> {
+    const REMEDY: &str = "allowed: \"keep\", \"close\"";
+    let word = text(given, "\"keep\"")?;
+    let found = OnReload::ALL.iter().find(|(name, _)| *name == word);
+    found
+        .map(|(_, what)| *what)
+        .ok_or_else(|| Fault::new("neither \"keep\" nor \"close\"", REMEDY))
 }
 
 /// Text that is not empty.

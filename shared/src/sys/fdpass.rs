@@ -12,7 +12,9 @@ use nix::sys::socket::{
 };
 
 /// The longest message, in bytes.
-const MESSAGE_BYTES: usize = 64;
+const MESSAGE_BYTES: usize = 4096;
+/// The most descriptors of one message; the kernel's limit is 253 (SCM_MAX_FD, net/scm.h).
+pub const MAX_DESCRIPTORS: usize = 250;
 
 /// Makes a connected pair; messages keep their boundaries, both ends are non-blocking and close on exec.
 pub fn pair() -> Result<(OwnedFd, OwnedFd)> {
@@ -25,9 +27,9 @@ pub fn pair() -> Result<(OwnedFd, OwnedFd)> {
     .context("failed to create a socket pair between master and worker")
 }
 
-/// Sends one message, with a descriptor if one is given.
-pub fn send(socket: BorrowedFd<'_>, message: &[u8], descriptor: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
-    let raw: Vec<RawFd> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
+/// Sends one message, with at most [`MAX_DESCRIPTORS`].
+pub fn send(socket: BorrowedFd<'_>, message: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    let raw: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
     sendmsg::<()>(
@@ -44,31 +46,31 @@ pub fn send(socket: BorrowedFd<'_>, message: &[u8], descriptor: Option<BorrowedF
 pub struct Received {
     /// The bytes.
     pub message: Vec<u8>,
-    /// The descriptor that came with them.
-    pub descriptor: Option<OwnedFd>,
+    /// The descriptors that came with them; fewer than were sent when this process may open no more.
+    pub descriptors: Vec<OwnedFd>,
 }
 
 /// Receives one message, or `EAGAIN`.
 pub fn receive(socket: BorrowedFd<'_>) -> Result<Received, Errno> {
     let mut buffer = [0u8; MESSAGE_BYTES];
-    let mut space = cmsg_space!(RawFd);
+    let mut space = cmsg_space!([RawFd; MAX_DESCRIPTORS]);
     let mut parts = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
     let received = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
     let bytes = received.bytes;
-    let mut descriptor = None;
+    let mut descriptors = Vec::new();
     for control in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = control {
             for fd in raw {
                 // SAFETY: the kernel has just installed this descriptor for us (unix_detach_fds), and
                 // nobody else knows its number.
-                descriptor = Some(unsafe { OwnedFd::from_raw_fd(fd) });
+                descriptors.push(unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }
     }
     Ok(Received {
         message: buffer[..bytes].to_vec(),
-        descriptor,
+        descriptors,
     })
 }
 
@@ -79,14 +81,15 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn a_descriptor_travels_with_its_message() {
+    fn descriptors_travel_with_their_message() {
         let (left, right) = pair().unwrap();
         let (mut reader, writer) = std::io::pipe().unwrap();
-        send(left.as_fd(), b"log", Some(writer.as_fd())).unwrap();
+        send(left.as_fd(), b"log", &[writer.as_fd(), writer.as_fd()]).unwrap();
         drop(writer);
         let received = receive(right.as_fd()).unwrap();
         assert_eq!(received.message, b"log");
-        let mut file = std::fs::File::from(received.descriptor.unwrap());
+        assert_eq!(received.descriptors.len(), 2);
+        let mut file = std::fs::File::from(received.descriptors.into_iter().next().unwrap());
         file.write_all(b"x").unwrap();
         drop(file);
         let mut text = String::new();

@@ -2,14 +2,17 @@
 //!
 //! Owns the mapping; never the meaning of what is in it.
 
+use std::ffi::CStr;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use nix::unistd::ftruncate;
 
 /// Types that may lie in shared memory.
 ///
@@ -52,6 +55,16 @@ impl<T: Shareable> Shared<T> {
             mapped_bytes: bytes,
             owns: PhantomData,
         })
+    }
+
+    /// As [`Shared::anonymous`], in a memory file that another program can map (memfd_create(2)): the memory
+    /// lives as long as its descriptor or a mapping. `name` is for people, who see it in /proc.
+    pub fn in_file(name: &CStr, len: usize) -> Result<(Shared<T>, OwnedFd)> {
+        let bytes = Self::bytes(len)?;
+        let file = memfd_create(name, MFdFlags::MFD_CLOEXEC).context("failed to create a memory file")?;
+        ftruncate(&file, bytes.get() as i64)
+            .with_context(|| format!("failed to make a memory file of {bytes} bytes"))?;
+        Ok((Self::of_fd(file.as_fd(), len)?, file))
     }
 
     /// Maps `len` values of a BPF array map created with `BPF_F_MMAPABLE` (or of a memory file).

@@ -102,6 +102,27 @@ pub fn set_receive_low_water(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
     }
 }
 
+/// Resets a connection although other processes have its socket too, for whom closing would do nothing:
+/// connecting to nowhere disconnects (tcp_disconnect, 6.12).
+pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `sockaddr` is plain numbers, for which all zeros is a valid value.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
+    // SAFETY: the kernel reads `size_of` bytes of `nowhere`, which lives across the call.
+    let result = unsafe {
+        libc::connect(
+            fd.as_raw_fd(),
+            std::ptr::from_ref(&nowhere),
+            size_of::<libc::sockaddr>() as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// The socket's cookie: unique while the system runs (`SO_COOKIE`, sock_gen_cookie).
 pub fn cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = 0u64;

@@ -135,6 +135,7 @@ fn the_least_configuration_has_every_default() {
         tcp_nodelay: true,
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
+        on_reload: OnReload::Keep,
     };
     let expected = Config {
         user: None,
@@ -151,6 +152,7 @@ fn the_least_configuration_has_every_default() {
             balance: Balance::RoundRobin,
             peers,
         }],
+        stream: stream.clone(),
         servers: vec![Server {
             listen: vec![Listen {
                 address: ([0, 0, 0, 0], 8080).into(),

@@ -9,7 +9,7 @@ fn stream() -> impl Strategy<Value = Stream> {
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
     let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
-    (any::<[bool; 3]>(), times, sizes).prop_map(|(flags, times, sizes)| Stream {
+    (any::<[bool; 4]>(), times, sizes).prop_map(|(flags, times, sizes)| Stream {
         ebpf_enable: flags[0],
         proxy_timeout: times.0,
         proxy_connect_timeout: times.1,
@@ -18,6 +18,7 @@ fn stream() -> impl Strategy<Value = Stream> {
         tcp_nodelay: flags[2],
         ebpf_timer_period: times.2,
         ebpf_backlog_size: sizes.1,
+        on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
     })
 }
 
@@ -59,6 +60,7 @@ prop_compose! {
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
         groups in prop::collection::vec(prop::collection::vec((peer_address(), 1u32..=65_535), 1..4), 1..4),
+        stream in stream(),
         servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
     ) -> Config {
         let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, peers)| Upstream {
@@ -69,7 +71,7 @@ prop_compose! {
         let named = upstreams.len();
         let mut port = 1000;
         let mut built = Vec::new();
-        for (way, stream, listeners, backlog) in servers {
+        for (way, own, listeners, backlog) in servers {
             let listen = (0..listeners).map(|n| {
                 port += 1;
                 let ip: std::net::IpAddr = if n == 0 { [127, 0, 0, 1].into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
@@ -98,7 +100,7 @@ prop_compose! {
                     Action::Proxy(Target::Variable(Template(parts)))
                 }
             };
-            built.push(Server { listen, action, stream });
+            built.push(Server { listen, action, stream: own });
         }
         Config {
             user: user.map(|(name, id)| User { name: name.to_owned(), uid: id, gid: id }),
@@ -111,6 +113,7 @@ prop_compose! {
                 level,
             },
             upstreams,
+            stream,
             servers: built,
         }
     }

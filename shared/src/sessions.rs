@@ -1,0 +1,539 @@
+//! The sessions of a worker slot, in memory that the master makes: what a worker has to know of a session to
+//! take it over from another one that has left or died. Places and plain numbers; no socket is touched here.
+//!
+//! A worker takes a place for each session that the kernel forwards, or that is to outlive it. Who holds a
+//! place is decided by its owner mark alone, so that no place is ever in two hands.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use crate::counters::FallbackReason;
+use crate::ids::Owner;
+use crate::sys::shm::Shareable;
+
+/// The longest name of an upstream that a record holds; a unix socket's path is shorter (unix(7)).
+const NAME_BYTES: usize = 112;
+/// Where the words of a record are; the order of [`Saved`].
+mod at {
+    pub const NUMBER: usize = 0;
+    pub const STARTED: usize = 1;
+    pub const LAST_ACTIVE: usize = 2;
+    pub const COOKIES: usize = 3;
+    pub const CLIENT: usize = 5;
+    pub const LOCAL: usize = 8;
+    pub const ROWS: usize = 11;
+    pub const FLAGS: usize = 12;
+    pub const WAYS: usize = 13;
+    pub const READ: usize = 14;
+    pub const WRITTEN: usize = 16;
+    pub const TIMEOUT: usize = 18;
+    pub const PERIOD: usize = 19;
+    pub const SIZES: usize = 20;
+    pub const NAME_LEN: usize = 21;
+    pub const NAME: usize = 22;
+    pub const END: usize = NAME + super::NAME_BYTES / 8;
+}
+
+/// One place of a worker slot.
+#[repr(C)]
+pub struct Record {
+    /// The worker that holds it ([`Owner`]); 0: it is free.
+    owner: AtomicU32,
+    /// How many sessions have had it: names its session where the place alone would not.
+    generation: AtomicU32,
+    /// A [`Kept`].
+    kept: AtomicU32,
+    /// Not 0: user space holds bytes of the session, or is writing this record. If its worker dies now,
+    /// nobody can say what was delivered.
+    busy: AtomicU32,
+    words: [AtomicU64; at::END],
+}
+
+// SAFETY: only atomics in a `repr(C)` layout; zero is valid, and so is anything else: what is read from it is
+// checked when it is decoded.
+unsafe impl Shareable for Record {}
+
+/// Whether a session can outlive its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kept {
+    /// The worker alone has its sockets.
+    No = 0,
+    /// The master has them too, and the record is filled in.
+    Yes = 1,
+    /// It is being ended: nobody is to take it over any more.
+    Closing = 2,
+    /// Its worker has let go of it in good order.
+    LetGo = 3,
+}
+
+/// A place of a worker slot: the index of its record, and of its pair in the slot's maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Place(pub u32);
+
+/// What a direction is at; as the worker's session states say it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SavedStream {
+    /// The state, at most 3.
+    pub way: u8,
+    /// Its source has ended.
+    pub source_ended: bool,
+    /// The buffers of its sockets have been sized.
+    pub buffers_sized: bool,
+    /// Bytes that user space read from the source.
+    pub read_bytes: u64,
+    /// Bytes that user space wrote to the target.
+    pub written_bytes: u64,
+}
+
+/// Who carries the bytes of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// User space, as the operator says.
+    Relay,
+    /// The kernel.
+    Sockmap,
+    /// User space, because the kernel does not.
+    Fallback(FallbackReason),
+}
+
+/// What a record says of its session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// Its number, for the log.
+    pub number: u64,
+    /// When it was accepted, in milliseconds of CLOCK_MONOTONIC.
+    pub started_ms: u64,
+    /// When user space last saw a byte move, on the same clock.
+    pub last_active_ms: u64,
+    /// The cookies of its sockets: downstream, upstream.
+    pub cookies: [u64; 2],
+    /// The client's address.
+    pub client: SocketAddr,
+    /// The address that the client connected to.
+    pub local: SocketAddr,
+    /// The listener's row on the board.
+    pub listener: u32,
+    /// The peer's row on the board, if it has one.
+    pub peer: Option<u32>,
+    /// The upstream socket is TCP.
+    pub tcp: bool,
+    /// Its sockets are in the maps of the slot, at this place.
+    pub joined: bool,
+    /// Who carries its bytes.
+    pub carrier: Carrier,
+    /// What it is connected to, for people.
+    pub upstream: String,
+    /// Its directions: to_upstream, to_downstream.
+    pub streams: [SavedStream; 2],
+    /// The settings that were in force for it, for when its listener is gone.
+    pub settings: SavedSettings,
+}
+
+/// Settings that go on to apply to a session whose `[[server]]` is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedSettings {
+    /// `proxy_timeout`.
+    pub proxy_timeout_ms: u64,
+    /// `ebpf_timer_period`.
+    pub timer_period_ms: u64,
+    /// `proxy_buffer_size`.
+    pub buffer_bytes: u32,
+    /// `ebpf_backlog_size`.
+    pub backlog_bytes: u32,
+    /// `proxy_half_close`.
+    pub half_close: bool,
+}
+
+impl Record {
+    /// Who holds the place; `None`: nobody.
+    pub fn owner(&self) -> Option<Owner> {
+        Some(Owner(self.owner.load(Acquire))).filter(|owner| owner.0 != 0)
+    }
+
+    /// Names the session that has the place.
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Relaxed)
+    }
+
+    /// Takes the place, if it is free, for another session.
+    fn take(&self, owner: Owner) -> bool {
+        let taken = self.owner.compare_exchange(0, owner.0, AcqRel, Relaxed).is_ok();
+        if taken {
+            self.kept.store(Kept::No as u32, Relaxed);
+            self.busy.store(0, Relaxed);
+            self.generation.fetch_add(1, Relaxed);
+        }
+        taken
+    }
+
+    /// Passes the place, and the session in it, from a worker that has left to another.
+    pub fn pass_to(&self, owner: Owner) {
+        self.owner.store(owner.0, Release);
+    }
+
+    /// Frees the place. Its sockets must be closed.
+    pub fn free(&self) {
+        self.kept.store(Kept::No as u32, Relaxed);
+        self.owner.store(0, Release);
+    }
+
+    /// Says whether the session can outlive its worker.
+    pub fn set_kept(&self, kept: Kept) {
+        self.kept.store(kept as u32, Release);
+    }
+
+    /// Whether the session can be taken over from a worker that is gone.
+    pub fn can_be_taken_over(&self) -> bool {
+        let kept = self.kept.load(Acquire);
+        (kept == Kept::Yes as u32 || kept == Kept::LetGo as u32) && self.busy.load(Acquire) == 0
+    }
+
+    /// Whether its worker let go of it in good order; otherwise it died at any point.
+    pub fn was_let_go(&self) -> bool {
+        self.kept.load(Acquire) == Kept::LetGo as u32
+    }
+
+    /// From here on nobody else can say how far the session is, until [`Record::save`].
+    pub fn begin(&self) {
+        self.busy.store(1, Release);
+        // What follows must not be seen before it.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    }
+
+    /// Writes the whole record; `busy`: user space holds bytes of the session.
+    pub fn fill(&self, saved: &Saved, busy: bool) {
+        self.begin();
+        for (word, value) in self.words.iter().zip(saved.encode()) {
+            word.store(value, Relaxed);
+        }
+        self.busy.store(busy.into(), Release);
+    }
+
+    /// Writes what changes while a session lives.
+    pub fn save(&self, last_active_ms: u64, streams: &[SavedStream; 2], busy: bool) {
+        self.begin();
+        self.words[at::LAST_ACTIVE].store(last_active_ms, Relaxed);
+        self.words[at::WAYS].store(ways(streams), Relaxed);
+        for (way, stream) in streams.iter().enumerate() {
+            self.words[at::READ + way].store(stream.read_bytes, Relaxed);
+            self.words[at::WRITTEN + way].store(stream.written_bytes, Relaxed);
+        }
+        self.busy.store(busy.into(), Release);
+    }
+
+    /// Reads the record; `None`: it makes no sense.
+    pub fn read(&self) -> Option<Saved> {
+        let words: [u64; at::END] = std::array::from_fn(|word| self.words[word].load(Relaxed));
+        Saved::decode(&words)
+    }
+}
+
+const TCP: u64 = 1;
+const JOINED: u64 = 1 << 1;
+const HALF_CLOSE: u64 = 1 << 2;
+const CARRIER_SHIFT: u32 = 8;
+const SOURCE_ENDED: u64 = 1 << 2;
+const BUFFERS_SIZED: u64 = 1 << 3;
+/// Bits of a direction in the word of ways: the way in two, then the two above.
+const WAY_BITS: usize = 8;
+
+fn ways(streams: &[SavedStream; 2]) -> u64 {
+    let bits = |stream: &SavedStream| {
+        let flag = |set: bool, bit: u64| if set { bit } else { 0 };
+        u64::from(stream.way & 3)
+            | flag(stream.source_ended, SOURCE_ENDED)
+            | flag(stream.buffers_sized, BUFFERS_SIZED)
+    };
+    bits(&streams[0]) | bits(&streams[1]) << WAY_BITS
+}
+
+impl Saved {
+    fn flags(&self) -> u64 {
+        let mut flags = 0;
+        for (bit, set) in [
+            (TCP, self.tcp),
+            (JOINED, self.joined),
+            (HALF_CLOSE, self.settings.half_close),
+        ] {
+            flags |= if set { bit } else { 0 };
+        }
+        let carrier = match self.carrier {
+            Carrier::Relay => 0,
+            Carrier::Sockmap => 1,
+            Carrier::Fallback(reason) => 2 + reason as u64,
+        };
+        flags | carrier << CARRIER_SHIFT
+    }
+
+    fn encode(&self) -> [u64; at::END] {
+        let mut words = [0; at::END];
+        words[at::NUMBER] = self.number;
+        words[at::STARTED] = self.started_ms;
+        words[at::LAST_ACTIVE] = self.last_active_ms;
+        words[at::COOKIES..][..2].copy_from_slice(&self.cookies);
+        words[at::CLIENT..][..3].copy_from_slice(&address_words(self.client));
+        words[at::LOCAL..][..3].copy_from_slice(&address_words(self.local));
+        words[at::ROWS] = u64::from(self.listener) | u64::from(self.peer.unwrap_or(u32::MAX)) << 32;
+        words[at::FLAGS] = self.flags();
+        words[at::WAYS] = ways(&self.streams);
+        for (way, stream) in self.streams.iter().enumerate() {
+            words[at::READ + way] = stream.read_bytes;
+            words[at::WRITTEN + way] = stream.written_bytes;
+        }
+        words[at::TIMEOUT] = self.settings.proxy_timeout_ms;
+        words[at::PERIOD] = self.settings.timer_period_ms;
+        words[at::SIZES] =
+            u64::from(self.settings.buffer_bytes) | u64::from(self.settings.backlog_bytes) << 32;
+        let name = self.upstream.as_bytes();
+        let name = &name[..name.len().min(NAME_BYTES)];
+        words[at::NAME_LEN] = name.len() as u64;
+        for (at, byte) in name.iter().enumerate() {
+            words[at::NAME + at / 8] |= u64::from(*byte) << (8 * (at % 8));
+        }
+        words
+    }
+
+    fn decode(words: &[u64; at::END]) -> Option<Saved> {
+        let flags = words[at::FLAGS];
+        let has = |bit: u64| flags & bit != 0;
+        let stream = |way: usize| {
+            let bits = words[at::WAYS] >> (way * WAY_BITS);
+            SavedStream {
+                way: (bits & 3) as u8,
+                source_ended: bits & SOURCE_ENDED != 0,
+                buffers_sized: bits & BUFFERS_SIZED != 0,
+                read_bytes: words[at::READ + way],
+                written_bytes: words[at::WRITTEN + way],
+            }
+        };
+        let carrier = match flags >> CARRIER_SHIFT & 0xff {
+            0 => Carrier::Relay,
+            1 => Carrier::Sockmap,
+            n => Carrier::Fallback(*FallbackReason::ALL.get(n as usize - 2)?),
+        };
+        let name_len = usize::try_from(words[at::NAME_LEN])
+            .ok()
+            .filter(|len| *len <= NAME_BYTES)?;
+        let name = (0..name_len).map(|at| (words[at::NAME + at / 8] >> (8 * (at % 8))) as u8);
+        let peer = (words[at::ROWS] >> 32) as u32;
+        Some(Saved {
+            number: words[at::NUMBER],
+            started_ms: words[at::STARTED],
+            last_active_ms: words[at::LAST_ACTIVE],
+            cookies: [words[at::COOKIES], words[at::COOKIES + 1]],
+            client: address(&words[at::CLIENT..])?,
+            local: address(&words[at::LOCAL..])?,
+            listener: words[at::ROWS] as u32,
+            peer: Some(peer).filter(|row| *row != u32::MAX),
+            tcp: has(TCP),
+            joined: has(JOINED),
+            carrier,
+            upstream: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
+            streams: [stream(0), stream(1)],
+            settings: SavedSettings {
+                proxy_timeout_ms: words[at::TIMEOUT],
+                timer_period_ms: words[at::PERIOD],
+                buffer_bytes: words[at::SIZES] as u32,
+                backlog_bytes: (words[at::SIZES] >> 32) as u32,
+                half_close: has(HALF_CLOSE),
+            },
+        })
+    }
+}
+
+fn address_words(address: SocketAddr) -> [u64; 3] {
+    let (family, ip, scope) = match address {
+        SocketAddr::V4(v4) => (4u64, u128::from(u32::from(*v4.ip())), 0),
+        SocketAddr::V6(v6) => (6, u128::from(*v6.ip()), v6.scope_id()),
+    };
+    let head = family << 56 | u64::from(address.port()) << 32 | u64::from(scope);
+    [head, (ip >> 64) as u64, ip as u64]
+}
+
+fn address(words: &[u64]) -> Option<SocketAddr> {
+    let port = (words[0] >> 32) as u16;
+    let ip = u128::from(words[1]) << 64 | u128::from(words[2]);
+    match words[0] >> 56 {
+        4 => Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(ip as u32)), port)),
+        6 => {
+            let scope = words[0] as u32;
+            Some(SocketAddrV6::new(Ipv6Addr::from(ip), port, 0, scope).into())
+        }
+        _ => None,
+    }
+}
+
+/// The places that one worker may take. Another worker of the slot may hold some of them.
+pub struct Places {
+    owner: Owner,
+    free: Vec<u32>,
+    /// Seen in the hands of another; asked again when `free` is empty, oldest first.
+    elsewhere: VecDeque<u32>,
+}
+
+/// Places in other hands that one call to [`Places::take`] asks again at most.
+const ASK_AGAIN: usize = 8;
+
+impl Places {
+    /// All places of a slot.
+    pub fn new(capacity: usize, owner: Owner) -> Places {
+        Places {
+            owner,
+            free: (0..capacity as u32).rev().collect(),
+            elsewhere: VecDeque::new(),
+        }
+    }
+
+    /// Takes a place; `None` when all are in use.
+    pub fn take(&mut self, records: &[Record]) -> Option<Place> {
+        while let Some(index) = self.free.pop() {
+            if self.claim(records, index) {
+                return Some(Place(index));
+            }
+            self.elsewhere.push_back(index);
+        }
+        for _ in 0..ASK_AGAIN.min(self.elsewhere.len()) {
+            let index = self.elsewhere.pop_front()?;
+            if self.claim(records, index) {
+                return Some(Place(index));
+            }
+            self.elsewhere.push_back(index);
+        }
+        None
+    }
+
+    fn claim(&self, records: &[Record], index: u32) -> bool {
+        records
+            .get(index as usize)
+            .is_some_and(|record| record.take(self.owner))
+    }
+
+    /// Gives a place back whose sockets are closed.
+    pub fn give_back(&mut self, records: &[Record], place: Place) {
+        if let Some(record) = records.get(place.0 as usize) {
+            record.free();
+        }
+        self.free.push(place.0);
+    }
+
+    /// A place that this worker held is in the hands of another, who will free it.
+    pub fn let_go(&mut self, place: Place) {
+        self.elsewhere.push_back(place.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::shm::Shared;
+    use proptest::prelude::*;
+
+    fn records(n: usize) -> Shared<Record> {
+        Shared::anonymous(n).unwrap()
+    }
+
+    #[test]
+    fn no_place_is_given_to_two_workers() {
+        let records = records(3);
+        let (mut old, mut new) = (Places::new(3, Owner(1)), Places::new(3, Owner(2)));
+        let held: Vec<Place> = (0..2).filter_map(|_| old.take(&records)).collect();
+        let third = new.take(&records).unwrap();
+        assert!(!held.contains(&third));
+        assert_eq!(new.take(&records), None);
+        old.give_back(&records, held[0]);
+        assert_eq!(new.take(&records), Some(held[0]));
+        assert_eq!(records[held[0].0 as usize].owner(), Some(Owner(2)));
+    }
+
+    #[test]
+    fn a_record_that_is_being_written_cannot_be_taken_over() {
+        let records = records(1);
+        Places::new(1, Owner(1)).take(&records).unwrap();
+        records[0].set_kept(Kept::Yes);
+        assert!(records[0].can_be_taken_over());
+        records[0].begin();
+        assert!(!records[0].can_be_taken_over());
+        records[0].save(1, &Default::default(), false);
+        assert!(records[0].can_be_taken_over());
+        records[0].set_kept(Kept::Closing);
+        assert!(!records[0].can_be_taken_over());
+    }
+
+    fn stream() -> impl Strategy<Value = SavedStream> {
+        (0u8..4, any::<bool>(), any::<bool>(), any::<u64>(), any::<u64>()).prop_map(
+            |(way, source_ended, buffers_sized, read_bytes, written_bytes)| SavedStream {
+                way,
+                source_ended,
+                buffers_sized,
+                read_bytes,
+                written_bytes,
+            },
+        )
+    }
+
+    fn socket_address() -> impl Strategy<Value = SocketAddr> {
+        prop_oneof![
+            (any::<[u8; 4]>(), any::<u16>()).prop_map(|(ip, port)| SocketAddr::from((ip, port))),
+            (any::<[u8; 16]>(), any::<u16>(), any::<u32>()).prop_map(|(ip, port, scope)| SocketAddrV6::new(
+                ip.into(),
+                port,
+                0,
+                scope
+            )
+            .into()),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_saved_is_what_is_read(
+            numbers in any::<[u64; 7]>(),
+            small in any::<[u32; 3]>(),
+            bits in any::<[bool; 3]>(),
+            client in socket_address(),
+            local in socket_address(),
+            peer in proptest::option::of(0u32..4096),
+            carrier in 0usize..7,
+            upstream in "[ -~]{0,112}",
+            streams in [stream(), stream()],
+        ) {
+            let saved = Saved {
+                number: numbers[0],
+                started_ms: numbers[1],
+                last_active_ms: numbers[2],
+                cookies: [numbers[3], numbers[4]],
+                client,
+                local,
+                listener: small[0],
+                peer,
+                tcp: bits[0],
+                joined: bits[1],
+                carrier: match carrier {
+                    0 => Carrier::Relay,
+                    1 => Carrier::Sockmap,
+                    n => Carrier::Fallback(FallbackReason::ALL[n - 2]),
+                },
+                upstream,
+                streams,
+                settings: SavedSettings {
+                    proxy_timeout_ms: numbers[5],
+                    timer_period_ms: numbers[6],
+                    buffer_bytes: small[1],
+                    backlog_bytes: small[2],
+                    half_close: bits[2],
+                },
+            };
+            let records = records(1);
+            records[0].fill(&saved, false);
+            prop_assert_eq!(records[0].read(), Some(saved));
+        }
+
+        #[test]
+        fn whatever_a_record_holds_reading_it_does_not_panic(words in proptest::collection::vec(any::<u64>(), at::END)) {
+            let _ = Saved::decode(&words.try_into().unwrap());
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Takes sessions over that another worker has let go of, or left behind when it died: their sockets come from
+//! the master, what is known of them from their records.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use culvert_bpf::Terms;
+use culvert_shared::config::{OnReload, Stream as Settings};
+use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use culvert_shared::ids::Direction;
+use culvert_shared::message::SessionId;
+use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream};
+use culvert_shared::sys::socket;
+
+use crate::clock;
+use crate::drive::Next;
+use crate::event_loop::Worker;
+use crate::route::Ends;
+use crate::session::{Datapath, Session, Stream, Upstream, Way, target};
+use crate::sockets::{self, Interest};
+use crate::store::Seat;
+use crate::table::{Side, Token};
+
+impl Worker {
+    /// Takes sessions over; `sockets` are their descriptors, downstream and upstream of each.
+    pub(crate) fn adopt(&mut self, sessions: Vec<SessionId>, mut sockets: impl Iterator<Item = OwnedFd>) {
+        let (begun_ns, mut adopted) = (clock::now_ns(), 0);
+        for id in sessions {
+            // Descriptors are missing only where this process may open no more.
+            let (downstream, upstream) = (sockets.next(), sockets.next());
+            let taken = match (downstream, upstream) {
+                (Some(downstream), Some(upstream)) => self.adopt_one(id, downstream, upstream),
+                _ => Err("its sockets are missing: the limit on open descriptors is too low"),
+            };
+            match taken {
+                Ok(()) => adopted += 1,
+                Err(why) => {
+                    log::error!(
+                        "a session that an earlier worker left (store {}, place {}) is reset: {why}",
+                        id.store,
+                        id.place.0
+                    );
+                    self.board[0].count_close(CloseReason::WorkerDied);
+                    self.keeping.forget(id);
+                }
+            }
+        }
+        Board::add(&self.board[0].adopted, adopted);
+        log::info!(
+            "adopted {adopted} sessions in {} us",
+            clock::now_ns().saturating_sub(begun_ns) / 1_000
+        );
+    }
+
+    fn adopt_one(
+        &mut self,
+        id: SessionId,
+        downstream: OwnedFd,
+        upstream: OwnedFd,
+    ) -> Result<(), &'static str> {
+        let ward = self
+            .wards
+            .iter()
+            .position(|ward| ward.store.id == id.store)
+            .ok_or("its store is not this worker's")?;
+        let store = std::sync::Arc::clone(&self.wards[ward].store);
+        let record = store.record_of(id).ok_or("its record is another session's")?;
+        let ends = [downstream.as_fd(), upstream.as_fd()];
+        let reset = |why| {
+            ends.iter().for_each(|end| drop(socket::reset(*end)));
+            Err(why)
+        };
+        if !record.can_be_taken_over() {
+            return reset("its worker died while it held bytes of it");
+        }
+        let Some(saved) = record.read() else {
+            return reset("its record makes no sense");
+        };
+        if ends.map(|end| socket::cookie(end).unwrap_or(0)) != saved.cookies {
+            return reset("its sockets are not the ones that the record names");
+        }
+        let died = !record.was_let_go();
+        record.pass_to(self.owner);
+        record.set_kept(Kept::Yes);
+
+        let server = self.server_of(saved.listener as usize);
+        let settings = match server {
+            Some(server) => Rc::clone(&self.settings[server]),
+            None => Rc::new(settings_of(&saved.settings, &self.config.stream)),
+        };
+        if let (true, Some(maps)) = (saved.joined, &store.maps) {
+            let terms = Terms {
+                now_ns: clock::now_ns(),
+                backlog_bytes: settings.ebpf_backlog_size,
+                lane: self.wards[ward].reader.lane(),
+            };
+            let carried = saved.streams.map(|stream| way_of(stream.way) == Way::Kernel);
+            maps.adopt(id.place, ends, &terms, carried, died);
+        }
+        let seat = Seat {
+            ward,
+            id,
+            joined: saved.joined,
+            kept: true,
+        };
+        let session = revive(saved, downstream, upstream, server, settings, seat);
+        self.take_in(session, died);
+        Ok(())
+    }
+
+    /// Gives a session that was built from its record a slot, and goes on with it.
+    fn take_in(&mut self, session: Session, died: bool) {
+        let gone = self.is_gone(&session);
+        let token = self.table.reserve();
+        self.count_in(token, &session);
+        let relayed = session.streams.iter().any(|stream| stream.way == Way::Relay);
+        let interest = if relayed { Interest::Data } else { Interest::End };
+        let mut watched = true;
+        for side in [Side::Downstream, Side::Upstream] {
+            if let Some(socket) = session.socket(side) {
+                watched &= self.sockets.watch(socket, token, side, interest).is_ok();
+            }
+        }
+        self.table.put(token, Box::new(session));
+        self.with_session(token, |worker, session| {
+            if !watched {
+                return Next::Close(CloseReason::Resource);
+            }
+            if gone {
+                return Next::Close(CloseReason::Removed);
+            }
+            if relayed {
+                worker.watch_data(token, session);
+            }
+            for direction in Direction::BOTH {
+                if worker.flow(session, direction).paused {
+                    worker.note_paused(token, direction);
+                }
+                // Whether the end was passed on before the worker died is not known; twice does no harm.
+                if died
+                    && session.streams[direction.index()].way == Way::Ended
+                    && let Some(socket) = session.socket(target(direction))
+                {
+                    let _ = sockets::shut_down_write(socket.as_fd());
+                }
+            }
+            worker.arm_untold();
+            worker.stream(token, session)
+        });
+    }
+
+    fn count_in(&mut self, token: Token, session: &Session) {
+        if let Some(seat) = session.seat {
+            self.wards[seat.ward].tokens[seat.id.place.0 as usize] = Some(token);
+            if seat.joined {
+                WorkerRow::up(&self.gauges().pairs);
+                WorkerRow::up(&self.gauges().offloaded);
+            }
+        }
+        WorkerRow::up(&self.gauges().sessions);
+        WorkerRow::up(&self.gauges().listener_active[session.listener]);
+        if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
+            WorkerRow::up(&self.gauges().peer_active[row]);
+        }
+    }
+
+    /// The server that a listener belongs to now, if it is still there.
+    fn server_of(&self, listener_row: usize) -> Option<usize> {
+        self.rows
+            .iter()
+            .find(|(row, _)| *row == listener_row)
+            .map(|(_, server)| *server)
+    }
+
+    /// Whether the listener or the peer of a session is gone and it is to be closed for that.
+    fn is_gone(&self, session: &Session) -> bool {
+        if session.settings.on_reload == OnReload::Keep {
+            return false;
+        }
+        let peer = session.upstream.as_ref().and_then(|upstream| upstream.row);
+        session.server.is_none()
+            || peer.is_some_and(|row| !self.peer_rows.iter().flatten().any(|own| *own == row))
+    }
+}
+
+fn revive(
+    saved: Saved,
+    downstream: OwnedFd,
+    upstream: OwnedFd,
+    server: Option<usize>,
+    settings: Rc<Settings>,
+    seat: Seat,
+) -> Session {
+    let ends = Ends {
+        remote: saved.client,
+        local: saved.local,
+    };
+    let listener = saved.listener as usize;
+    let mut session = Session::new(
+        saved.number,
+        downstream,
+        ends,
+        listener,
+        settings,
+        saved.started_ms,
+    );
+    session.server = server;
+    session.last_active_ms = saved.last_active_ms;
+    session.streams = saved.streams.map(revive_stream);
+    session.datapath = match saved.carrier {
+        Carrier::Relay => Datapath::Relay,
+        Carrier::Sockmap => Datapath::Sockmap,
+        Carrier::Fallback(reason) => Datapath::Fallback(reason),
+    };
+    session.upstream = Some(Upstream {
+        socket: upstream,
+        tcp: saved.tcp,
+        was_connecting: false,
+        name: saved.upstream,
+        row: saved.peer.map(|row| row as usize),
+    });
+    session.seat = Some(seat);
+    session
+}
+
+fn revive_stream(saved: SavedStream) -> Stream {
+    let mut stream = Stream::new();
+    stream.way = way_of(saved.way);
+    stream.source_ended = saved.source_ended;
+    stream.buffers_sized = saved.buffers_sized;
+    stream.read_bytes = saved.read_bytes;
+    stream.written_bytes = saved.written_bytes;
+    stream
+}
+
+/// What [`Way`] was written as.
+fn way_of(number: u8) -> Way {
+    [Way::Relay, Way::Kernel, Way::Settling, Way::Ended]
+        .into_iter()
+        .find(|way| *way as u8 == number)
+        .unwrap_or(Way::Settling)
+}
+
+/// What goes on to apply to a session whose server is gone; the rest is as `[stream]` says now.
+fn settings_of(saved: &SavedSettings, stream: &Settings) -> Settings {
+    Settings {
+        proxy_timeout: Duration::from_millis(saved.proxy_timeout_ms),
+        ebpf_timer_period: Duration::from_millis(saved.timer_period_ms),
+        proxy_buffer_size: saved.buffer_bytes as usize,
+        ebpf_backlog_size: saved.backlog_bytes,
+        proxy_half_close: saved.half_close,
+        ..stream.clone()
+    }
+}

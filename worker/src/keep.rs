@@ -1,0 +1,389 @@
+//! Lets sessions outlive this process. One that has lived long enough is given to the master's keeping: its
+//! descriptors are sent there, and its record in the store says all that another worker needs. At a reload
+//! every session that can be moved is let go, for the next worker to adopt (`adopt`).
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering::Relaxed;
+
+use culvert_shared::counters::WorkerRow;
+use culvert_shared::ids::Direction;
+use culvert_shared::message::{BATCH, SessionId, ToMaster};
+use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream};
+use culvert_shared::sys::{fdpass, socket};
+use nix::errno::Errno;
+
+use crate::clock;
+use crate::drive::Next;
+use crate::event_loop::{KEEP_TIMER, Worker};
+use crate::session::{Datapath, Phase, Session, Stream};
+use crate::sockets::Interest;
+use crate::store::Seat;
+use crate::table::{Side, Token};
+
+/// How long a session lives before it is given to the master: most are over by then, and pay nothing.
+const KEEP_AFTER_MS: u64 = 1_000;
+/// Sessions are given to the master in batches, at multiples of this.
+const BATCH_EVERY_MS: u64 = 250;
+/// When the master is told again what it had no room to hear.
+const RETRY_MS: u64 = 10;
+
+/// What the worker has to tell the master of its sessions.
+#[derive(Default)]
+pub struct Keeping {
+    /// Sessions that are not yet kept, oldest first, and when they are due.
+    young: VecDeque<(Token, u64)>,
+    /// The session is to leave this worker as soon as it can be moved.
+    handing_over: bool,
+    /// Taken out of the table, for another worker.
+    leaving: Vec<(Token, Box<Session>)>,
+    /// Ended, and not yet told.
+    forgotten: Vec<SessionId>,
+}
+
+impl Keeping {
+    /// Whether the master knows everything.
+    pub fn is_told(&self) -> bool {
+        self.leaving.is_empty() && self.forgotten.is_empty()
+    }
+
+    /// A session that the master keeps is over.
+    pub fn forget(&mut self, id: SessionId) {
+        self.forgotten.push(id);
+    }
+}
+
+impl Worker {
+    /// A session has begun to stream.
+    pub(crate) fn note_young(&mut self, token: Token) {
+        let due_ms = (clock::now_ms() + KEEP_AFTER_MS).next_multiple_of(BATCH_EVERY_MS);
+        if self.keeping.young.is_empty() {
+            self.wheel.set(KEEP_TIMER, due_ms);
+        }
+        self.keeping.young.push_back((token, due_ms));
+    }
+
+    /// Gives the sessions that have lived long enough to the master.
+    pub(crate) fn keep_due(&mut self) {
+        let now_ms = clock::now_ms();
+        let mut old: Vec<(Token, Box<Session>)> = Vec::new();
+        while old.len() < BATCH
+            && let Some(&(token, due_ms)) = self.keeping.young.front()
+            && due_ms <= now_ms
+        {
+            self.keeping.young.pop_front();
+            let Some(mut session) = self.table.take(token) else {
+                continue;
+            };
+            if can_be_kept(&session) && self.is_room_to_keep() && self.fill_record(&mut session) {
+                old.push((token, session));
+            } else {
+                self.table.put(token, session);
+            }
+        }
+        let sent = self.send_to_keep(&mut old);
+        for (token, session) in old.drain(..).rev() {
+            if sent.is_err() {
+                self.keeping.young.push_front((token, now_ms + BATCH_EVERY_MS));
+            }
+            self.table.put(token, session);
+        }
+        self.wake_to_keep(now_ms);
+    }
+
+    fn wake_to_keep(&mut self, now_ms: u64) {
+        let due = self.keeping.young.front().map(|(_, due_ms)| *due_ms);
+        let retry = Some(now_ms + RETRY_MS).filter(|_| !self.keeping.is_told());
+        if let Some(wake_ms) = due.into_iter().chain(retry).min() {
+            self.wheel.set(KEEP_TIMER, wake_ms.max(now_ms + 1));
+        }
+    }
+
+    fn is_room_to_keep(&self) -> bool {
+        let board = &self.board[0];
+        board.kept.load(Relaxed) < board.kept_limit.load(Relaxed)
+    }
+
+    /// Writes a session down, in a place that it takes for that if it has none. False: there is none.
+    fn fill_record(&mut self, session: &mut Session) -> bool {
+        let seat = match session.seat {
+            Some(seat) => seat,
+            None => match self.wards[0].take_seat() {
+                Some(seat) => seat,
+                None => return false,
+            },
+        };
+        session.seat = Some(seat);
+        let (Some(record), Some(saved)) = (
+            self.wards[seat.ward].store.record(seat.id.place),
+            saved(session, seat),
+        ) else {
+            return false;
+        };
+        record.fill(&saved, session.holds_bytes());
+        true
+    }
+
+    /// Sends the descriptors of sessions whose records are filled to the master. All or none.
+    fn send_to_keep(&self, sessions: &mut [(Token, Box<Session>)]) -> Result<(), Errno> {
+        let new: Vec<&mut Box<Session>> = sessions
+            .iter_mut()
+            .map(|(_, session)| session)
+            .filter(|session| session.seat.is_some_and(|seat| !seat.kept))
+            .collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<SessionId> = new
+            .iter()
+            .filter_map(|session| session.seat)
+            .map(|seat| seat.id)
+            .collect();
+        let descriptors: Vec<BorrowedFd<'_>> = new
+            .iter()
+            .flat_map(|session| [Side::Downstream, Side::Upstream].map(|side| session.socket(side)))
+            .flatten()
+            .map(AsFd::as_fd)
+            .collect();
+        // Before they are sent: from then on the master may have to judge by it.
+        self.mark(&new, Kept::Yes);
+        let sent = fdpass::send(self.control.as_fd(), &ToMaster::Keep(ids).encode(), &descriptors);
+        if sent.is_err() {
+            self.mark(&new, Kept::No);
+        } else {
+            for seat in new.into_iter().filter_map(|session| session.seat.as_mut()) {
+                seat.kept = true;
+            }
+        }
+        sent
+    }
+
+    fn mark(&self, sessions: &[&mut Box<Session>], kept: Kept) {
+        for seat in sessions.iter().filter_map(|session| session.seat) {
+            if let Some(record) = self.wards[seat.ward].store.record(seat.id.place) {
+                record.set_kept(kept);
+            }
+        }
+    }
+
+    /// User space is about to read or write: if this process dies before the next [`Worker::save`], nobody
+    /// can say what was delivered.
+    pub(crate) fn begin_copying(&self, session: &Session) {
+        if let Some(seat) = session.seat.filter(|seat| seat.kept)
+            && let Some(record) = self.wards[seat.ward].store.record(seat.id.place)
+        {
+            record.begin();
+        }
+    }
+
+    /// Writes down how far a session is that is to outlive this process.
+    pub(crate) fn save(&self, session: &Session) {
+        if let Some(seat) = session.seat.filter(|seat| seat.kept)
+            && let Some(record) = self.wards[seat.ward].store.record(seat.id.place)
+        {
+            let streams = [0, 1].map(|way| saved_stream(&session.streams[way]));
+            record.save(session.last_active_ms, &streams, session.holds_bytes());
+        }
+    }
+
+    /// The session is being ended: if this process dies before that is done, nobody is to take it over.
+    pub(crate) fn stop_keeping(&self, session: &Session) {
+        if let Some(seat) = session.seat.filter(|seat| seat.kept)
+            && let Some(record) = self.wards[seat.ward].store.record(seat.id.place)
+        {
+            record.set_kept(Kept::Closing);
+        }
+    }
+
+    /// Frees the place of a session whose sockets this process has closed. Those that the master has too are
+    /// closed only when it closes them, so it frees the place as well.
+    pub(crate) fn free_seat(&mut self, seat: Seat) {
+        if seat.joined {
+            WorkerRow::down(&self.gauges().pairs);
+            WorkerRow::down(&self.gauges().offloaded);
+        }
+        let ward = &mut self.wards[seat.ward];
+        ward.tokens[seat.id.place.0 as usize] = None;
+        if seat.kept {
+            ward.places.let_go(seat.id.place);
+            self.keeping.forget(seat.id);
+        } else {
+            ward.give_back(seat.id.place);
+        }
+    }
+
+    /// Takes no new sessions, and lets go of each of the old ones as soon as it can be moved.
+    pub(crate) fn hand_over(&mut self) {
+        self.keeping.handing_over = true;
+        self.drain();
+        for token in self.table.tokens() {
+            self.with_session(token, |worker, session| match session.phase {
+                Phase::Connecting { deadline_ms } => Next::Wait(deadline_ms),
+                Phase::Streaming => worker.wait(session),
+            });
+        }
+    }
+
+    /// Whether a session that has nothing to do now is to leave; its record is filled then.
+    pub(crate) fn is_to_leave(&mut self, session: &mut Session) -> bool {
+        self.keeping.handing_over
+            && can_be_kept(session)
+            && !session.holds_bytes()
+            && !session.queued
+            && (session.seat.is_some_and(|seat| seat.kept) || self.is_room_to_keep())
+            && self.fill_record(session)
+    }
+
+    /// Takes a session out of the table for another worker.
+    pub(crate) fn leave(&mut self, token: Token, session: Box<Session>) {
+        self.keeping.leaving.push((token, session));
+    }
+
+    /// Tells the master what it does not know yet, as far as it has room to hear it.
+    pub(crate) fn tell_master(&mut self) {
+        if self.keeping.is_told() {
+            return;
+        }
+        match self.tell_all() {
+            Ok(()) => {}
+            Err(Errno::EAGAIN | Errno::ETOOMANYREFS | Errno::ENOBUFS | Errno::ENOMEM | Errno::EINTR) => {
+                self.wake_to_keep(clock::now_ms());
+            }
+            // It is gone, and nobody is left to take anything over.
+            Err(_) => self.stay(),
+        }
+    }
+
+    fn tell_all(&mut self) -> Result<(), Errno> {
+        while !self.keeping.forgotten.is_empty() {
+            let batch = self.keeping.forgotten.len().min(BATCH);
+            let ids = self.keeping.forgotten[..batch].to_vec();
+            fdpass::send(self.control.as_fd(), &ToMaster::Forget(ids).encode(), &[])?;
+            self.keeping.forgotten.drain(..batch);
+        }
+        while !self.keeping.leaving.is_empty() {
+            let from = self.keeping.leaving.len().saturating_sub(BATCH);
+            let mut batch = self.keeping.leaving.split_off(from);
+            let sent = self.let_go(&mut batch);
+            if let Err(errno) = sent {
+                self.keeping.leaving.append(&mut batch);
+                return Err(errno);
+            }
+            for (token, session) in batch {
+                self.release(token, *session);
+            }
+        }
+        Ok(())
+    }
+
+    fn let_go(&self, sessions: &mut [(Token, Box<Session>)]) -> Result<(), Errno> {
+        self.send_to_keep(sessions)?;
+        let seats = || sessions.iter().filter_map(|(_, session)| session.seat);
+        let mark = |kept| {
+            for seat in seats() {
+                if let Some(record) = self.wards[seat.ward].store.record(seat.id.place) {
+                    record.set_kept(kept);
+                }
+            }
+        };
+        mark(Kept::LetGo);
+        let ids = seats().map(|seat| seat.id).collect();
+        let sent = fdpass::send(self.control.as_fd(), &ToMaster::Over(ids).encode(), &[]);
+        if sent.is_err() {
+            mark(Kept::Yes);
+        }
+        sent
+    }
+
+    /// Forgets a session that another worker has now. Its sockets stay open, the master has them.
+    fn release(&mut self, token: Token, session: Session) {
+        WorkerRow::down(&self.gauges().sessions);
+        WorkerRow::down(&self.gauges().listener_active[session.listener]);
+        if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
+            WorkerRow::down(&self.gauges().peer_active[row]);
+        }
+        if let Some(seat) = session.seat {
+            if seat.joined {
+                WorkerRow::down(&self.gauges().pairs);
+                WorkerRow::down(&self.gauges().offloaded);
+            }
+            let ward = &mut self.wards[seat.ward];
+            ward.tokens[seat.id.place.0 as usize] = None;
+            ward.places.let_go(seat.id.place);
+        }
+        drop(session);
+        self.table.release(token);
+    }
+
+    /// Goes on with the sessions that were to leave.
+    fn stay(&mut self) {
+        self.keeping.handing_over = false;
+        self.keeping.forgotten.clear();
+        for (token, session) in std::mem::take(&mut self.keeping.leaving) {
+            let relayed = session
+                .streams
+                .iter()
+                .any(|stream| stream.way == crate::session::Way::Relay);
+            let interest = if relayed { Interest::Data } else { Interest::End };
+            for side in [Side::Downstream, Side::Upstream] {
+                if let Some(socket) = session.socket(side) {
+                    // What was reported meanwhile is reported again.
+                    let _ = self.sockets.change(socket, token, side, interest);
+                }
+            }
+            self.table.put(token, session);
+            self.with_session(token, |worker, session| worker.stream(token, session));
+        }
+    }
+}
+
+/// Whether another worker could go on with a session, if no byte of it is in this one's hands.
+fn can_be_kept(session: &Session) -> bool {
+    session.phase == Phase::Streaming && session.upstream.is_some() && !session.is_status
+}
+
+fn saved(session: &Session, seat: Seat) -> Option<Saved> {
+    let upstream = session.upstream.as_ref()?;
+    let cookie = |side| {
+        session
+            .socket(side)
+            .and_then(|fd| socket::cookie(fd.as_fd()).ok())
+    };
+    let settings = &session.settings;
+    Some(Saved {
+        number: session.number,
+        started_ms: session.started_ms,
+        last_active_ms: session.last_active_ms,
+        cookies: [cookie(Side::Downstream)?, cookie(Side::Upstream)?],
+        client: session.client(),
+        local: session.ends.local,
+        listener: session.listener as u32,
+        peer: upstream.row.map(|row| row as u32),
+        tcp: upstream.tcp,
+        joined: seat.joined,
+        carrier: match session.datapath {
+            Datapath::Sockmap => Carrier::Sockmap,
+            Datapath::Fallback(reason) => Carrier::Fallback(reason),
+            Datapath::Relay | Datapath::Pending => Carrier::Relay,
+        },
+        upstream: upstream.name.clone(),
+        streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),
+        settings: SavedSettings {
+            proxy_timeout_ms: settings.proxy_timeout.as_millis() as u64,
+            timer_period_ms: settings.ebpf_timer_period.as_millis() as u64,
+            buffer_bytes: settings.proxy_buffer_size as u32,
+            backlog_bytes: settings.ebpf_backlog_size,
+            half_close: settings.proxy_half_close,
+        },
+    })
+}
+
+fn saved_stream(stream: &Stream) -> SavedStream {
+    SavedStream {
+        way: stream.way as u8,
+        source_ended: stream.source_ended,
+        buffers_sized: stream.buffers_sized,
+        read_bytes: stream.read_bytes,
+        written_bytes: stream.written_bytes,
+    }
+}
