@@ -13,6 +13,18 @@ use crate::event_loop::{DRAIN_TIMER, Worker};
 
 impl Worker {
     pub(crate) fn hear_master(&mut self) {
+        let (begun_ns, before) = (clock::now_ns(), self.adopted);
+        self.hear_all();
+        if self.adopted > before {
+            log::info!(
+                "adopted {} sessions in {} ms",
+                self.adopted - before,
+                clock::now_ns().saturating_sub(begun_ns).div_ceil(1_000_000)
+            );
+        }
+    }
+
+    fn hear_all(&mut self) {
         loop {
             let received = match fdpass::receive(self.control.as_fd()) {
                 Ok(received) => received,
@@ -27,7 +39,7 @@ impl Worker {
             match ToWorker::decode(&received.message) {
                 Some(ToWorker::Drain) => self.drain(),
                 Some(ToWorker::HandOver) => self.hand_over(),
-                Some(ToWorker::Adopt(sessions)) => self.adopt(sessions, descriptors),
+                Some(ToWorker::Adopt(sessions)) => self.adopted += self.adopt(sessions, descriptors),
                 Some(ToWorker::Stop) => self.stopping = true,
                 Some(ToWorker::Log) => {
                     if let Some(descriptor) = descriptors.next() {

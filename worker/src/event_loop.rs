@@ -66,6 +66,8 @@ pub struct Worker {
     /// Flows that are held back, or were when they were last looked at.
     pub(crate) paused: Vec<(Token, Direction)>,
     pub(crate) keeping: Keeping,
+    /// Sessions that it took over.
+    pub(crate) adopted: u64,
     pub(crate) peer_rows: Vec<Vec<usize>>,
     pub(crate) poll: Poll,
     pub(crate) sockets: Sockets,
@@ -145,6 +147,7 @@ impl Worker {
             rows,
             paused: Vec::new(),
             keeping: Keeping::default(),
+            adopted: 0,
             relay_reason: start.relay_reason,
             totals: start.totals,
             peer_rows: start.peer_rows,
