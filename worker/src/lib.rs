@@ -10,6 +10,7 @@ mod accept;
 mod balance;
 mod clock;
 mod close;
+mod confine;
 mod connect;
 mod control;
 mod drive;
@@ -25,4 +26,5 @@ mod status;
 mod table;
 mod timer;
 
+pub use confine::Confinement;
 pub use start::{Listener, WorkerStart, run};
