@@ -20,6 +20,7 @@ use crate::generation::Generation;
 use crate::kernel::Kernel;
 use crate::limits;
 use crate::pidfile::PidFile;
+use crate::retain;
 use crate::supervise::Master;
 
 /// The signals that the master acts on.
@@ -39,6 +40,7 @@ const SIGNALS: [Signal; 8] = [
 /// # Errors
 /// It cannot be started.
 pub fn run(args: Args) -> Result<ExitCode> {
+    retain::drop_the_rest()?;
     let Some(config) = check::load(&args) else {
         return Ok(ExitCode::FAILURE);
     };
@@ -49,6 +51,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
     logging::init(config.error_log.level);
     let log = ErrorLog::open(&config.error_log)?;
     log.install()?;
+
+    retain::report(&config);
 
     limits::raise_descriptors(&config)?;
     let pid_file = PidFile::acquire(&config.pid)?;

@@ -6,6 +6,8 @@ use anyhow::{Context, Result};
 use culvert_bpf::{Bpf, SlotMaps, Totals, selftest};
 use culvert_shared::config::Config;
 
+use crate::retain;
+
 /// What all slots have in common; empty where BPF is not to be had or not wanted.
 #[derive(Default)]
 pub struct Kernel {
@@ -116,7 +118,7 @@ const CHANGE_KERNEL: &str = "this kernel is not trusted with it: run another one
 
 /// BPF, on a kernel that has passed the self-test; or why not, and what helps.
 fn open_trusted(running: bool) -> Result<Bpf, (anyhow::Error, &'static str)> {
-    let bpf = Bpf::open(running).map_err(|error| (error, GIVE_RIGHTS))?;
+    let bpf = Bpf::open(running).map_err(|error| (retain::explain(error), GIVE_RIGHTS))?;
     let took = selftest::run(&bpf).map_err(|error| (error, CHANGE_KERNEL))?;
     log::info!("the kernel has passed the self-test in {} ms", took.as_millis());
     Ok(bpf)

@@ -2,8 +2,11 @@
 //! served, because a worker that runs out of them in the middle of the day can only refuse sessions.
 
 use anyhow::{Context, Result, bail};
+use caps::Capability;
 use culvert_shared::config::Config;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::retain;
 
 /// Descriptors that a worker needs besides its listeners and sessions: standard ones, log, control
 /// socket, epoll and its waker, timers, the slot's maps; with room for what libraries open for a moment.
@@ -60,7 +63,13 @@ pub fn raise_descriptors(config: &Config) -> Result<()> {
 }
 
 fn check(config: &Config, need: Need, limit: u64) -> Result<()> {
-    let remedy = "raise the limit (ulimit -Hn; LimitNOFILE= in a systemd unit; fs.nr_open bounds both)";
+    // With the right to raise it, only the system's own bound is in the way.
+    let remedy = match retain::missing(&[Capability::CAP_SYS_RESOURCE]) {
+        Some(missing) => {
+            format!("raise the limit (ulimit -Hn; LimitNOFILE= in a systemd unit), or give {missing}")
+        }
+        None => "raise the system's bound (sysctl fs.nr_open)".to_owned(),
+    };
     if need.worker > limit {
         let fits = limit.saturating_sub(need.worker - 2 * u64::from(config.worker_connections)) / 2;
         bail!(

@@ -2,7 +2,7 @@
 //!
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
 //! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`; `spawn` makes a
-//! `worker` of it, which `rights` disarms first.
+//! `worker` of it, which `rights` disarms first; `retain` disarms the master. `notify` tells a service manager.
 
 #![forbid(unsafe_code)]
 
@@ -15,8 +15,10 @@ mod generation;
 mod kernel;
 mod limits;
 mod listen;
+mod notify;
 mod pidfile;
 mod reload;
+mod retain;
 mod rights;
 mod rows;
 mod signal;
