@@ -46,8 +46,8 @@ fn examine(args: &Args, quiet: bool) -> Option<Config> {
         && let Err(error) = culvert_bpf::trial()
     {
         complain(&format!(
-            "warning: in-kernel forwarding is not to be had here, sessions would be copied: {:#}",
-            retain::explain(error)
+            "warning: in-kernel forwarding is not to be had here, sessions would be copied: {}",
+            retain::explain(&error, "").0
         ));
     }
     if let Err(error) = limits::raise_descriptors(&config) {

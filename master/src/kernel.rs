@@ -50,12 +50,13 @@ impl Kernel {
     }
 
     fn do_without(&mut self, error: &anyhow::Error, remedy: &str) {
+        let (why, remedy) = retain::explain(error, remedy);
         log::warn!(
-            "in-kernel forwarding is not to be had, serving by copying in user space: {error:#}; {remedy}, or set \
+            "in-kernel forwarding is not to be had, serving by copying in user space: {why}; {remedy}, or set \
              ebpf_enable = false"
         );
         self.bpf = None;
-        self.reason = Some(format!("{error:#}"));
+        self.reason = Some(why);
     }
 
     /// Nothing is forwarded in the kernel.
@@ -118,7 +119,7 @@ const CHANGE_KERNEL: &str = "this kernel is not trusted with it: run another one
 
 /// BPF, on a kernel that has passed the self-test; or why not, and what helps.
 fn open_trusted(running: bool) -> Result<Bpf, (anyhow::Error, &'static str)> {
-    let bpf = Bpf::open(running).map_err(|error| (retain::explain(error), GIVE_RIGHTS))?;
+    let bpf = Bpf::open(running).map_err(|error| (error, GIVE_RIGHTS))?;
     let took = selftest::run(&bpf).map_err(|error| (error, CHANGE_KERNEL))?;
     log::info!("the kernel has passed the self-test in {} ms", took.as_millis());
     Ok(bpf)

@@ -144,11 +144,12 @@ pub fn report(config: &Config) {
     }
 }
 
-/// Why the data path is not to be had: the rights that are missing, if any, before what the kernel said.
-pub fn explain(error: anyhow::Error) -> anyhow::Error {
+/// Why the data path is not to be had, and what helps: first the rights that are missing, then what the kernel
+/// said, which at times is about a right and does not look like it (a program that may not read is "invalid").
+pub fn explain<'a>(error: &anyhow::Error, remedy: &'a str) -> (String, &'a str) {
     match missing_for_data_path() {
-        Some(missing) => error.context(missing),
-        None => error,
+        Some(missing) => (format!("{missing}: {error:#}"), "give it that"),
+        None => (format!("{error:#}"), remedy),
     }
 }
 
