@@ -11,7 +11,8 @@ use std::time::Duration;
 use harness::pattern::ping;
 use harness::program::{need, run};
 use harness::{Plan, Upstream, connect, process};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const NOBODY: u32 = 65534;
 /// Another user than the one who starts the program.
@@ -212,6 +213,21 @@ fn each_right_that_workers_need_is_named_where_the_configuration_would_use_it() 
             "without {left_out}: {line}"
         );
     }
+}
+
+#[test]
+fn a_worker_that_is_ended_for_a_forbidden_call_is_replaced_and_the_log_says_so() {
+    let mut plan = Plan::new();
+    plan.server("127.0.0.1:1");
+    let proxy = plan.start();
+    let worker = proxy.worker();
+    // What seccomp sends.
+    kill(Pid::from_raw(worker), Signal::SIGSYS).expect("killing the worker");
+    proxy.wait("the worker is replaced", |s| {
+        s.workers().iter().all(|w| w.pid != worker)
+    });
+    let words = format!("worker 0 (process {worker}) was killed for a system call that no worker makes");
+    assert!(proxy.log().contains(&words), "{}", proxy.log());
 }
 
 /// What a start that must fail says.

@@ -95,10 +95,16 @@ impl fmt::Display for Confinement {
 pub fn apply() -> Result<()> {
     let offered = Confinement::probe();
     if offered.landlock.is_some() {
-        close_file_system().context("failed to close the file system to the worker (landlock)")?;
+        close_file_system().context(
+            "failed to close the file system to the worker: who filters the calls of this program has to let \
+             both landlock_create_ruleset and landlock_restrict_self through",
+        )?;
     }
     if offered.seccomp {
-        restrict_calls().context("failed to restrict the worker's system calls (seccomp)")?;
+        restrict_calls().context(
+            "failed to restrict the worker's system calls: who filters those of this program (a container, \
+             SystemCallFilter= of a unit) has to let seccomp through",
+        )?;
     }
     let _ = APPLIED.set(offered);
     Ok(())
