@@ -19,6 +19,7 @@ use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::kernel::Kernel;
 use crate::pidfile::PidFile;
+use crate::retain;
 use crate::supervise::Master;
 
 /// The signals that the master acts on.
@@ -38,6 +39,7 @@ const SIGNALS: [Signal; 8] = [
 /// # Errors
 /// It cannot be started.
 pub fn run(args: Args) -> Result<ExitCode> {
+    retain::drop_the_rest()?;
     let Some(config) = check::load(&args) else {
         return Ok(ExitCode::FAILURE);
     };
@@ -48,6 +50,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
     logging::init(config.error_log.level);
     let log = ErrorLog::open(&config.error_log)?;
     log.install()?;
+
+    retain::report(&config);
 
     let pid_file = PidFile::acquire(&config.pid)?;
 

@@ -9,6 +9,8 @@ use culvert_shared::config::Config;
 use culvert_shared::sys::shm::Shared;
 use culvert_worker::Store;
 
+use crate::retain;
+
 /// What all slots have in common; empty where BPF is not to be had or not wanted.
 #[derive(Default)]
 pub struct Kernel {
@@ -56,12 +58,13 @@ impl Kernel {
     }
 
     fn do_without(&mut self, error: &anyhow::Error, remedy: &str) {
+        let (why, remedy) = retain::explain(error, remedy);
         log::warn!(
-            "in-kernel forwarding is not to be had, serving by copying in user space: {error:#}; {remedy}, or set \
+            "in-kernel forwarding is not to be had, serving by copying in user space: {why}; {remedy}, or set \
              ebpf_enable = false"
         );
         self.bpf = None;
-        self.reason = Some(format!("{error:#}"));
+        self.reason = Some(why);
     }
 
     /// The bytes that the kernel forwarded.

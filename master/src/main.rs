@@ -1,9 +1,9 @@
 //! The master: configuration → listeners → BPF → workers → supervision.
 //!
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
-//! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`;
-//! `keeper` holds what sessions need to outlive their workers; `spawn` makes a
-//! `worker` of it, which `rights` disarms first.
+//! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`; `spawn` makes a
+//! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
+//! outlive their workers. `notify` tells a service manager.
 
 #![forbid(unsafe_code)]
 
@@ -17,8 +17,10 @@ mod keeper;
 mod kernel;
 mod limits;
 mod listen;
+mod notify;
 mod pidfile;
 mod reload;
+mod retain;
 mod rights;
 mod rows;
 mod signal;

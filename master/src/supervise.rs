@@ -24,6 +24,7 @@ use crate::generation::Generation;
 use crate::keeper::Keeper;
 use crate::kernel::Kernel;
 use crate::listen::Listeners;
+use crate::notify::Notifier;
 use crate::pidfile::PidFile;
 use crate::reload::Pending;
 use crate::spawn::{Blueprint, spawn};
@@ -79,6 +80,8 @@ pub struct Master {
     pub pid_file: PidFile,
     /// What the program is doing.
     pub phase: Phase,
+    /// The service manager, if there is one.
+    pub notifier: Notifier,
     last_owner: u32,
     has_served: bool,
     failure: Option<anyhow::Error>,
@@ -108,6 +111,7 @@ impl Master {
             keeper: Keeper::default(),
             pid_file,
             phase: Phase::Serving,
+            notifier: Notifier::from_environment(),
             last_owner: 0,
             has_served: false,
             failure: None,
@@ -134,6 +138,7 @@ impl Master {
                 }
             }
             self.advance(now);
+            self.tell_service_manager(now);
         }
         match self.failure.take() {
             Some(failure) => Err(failure),
@@ -171,6 +176,7 @@ impl Master {
         let sleep = deadlines
             .chain(replacements)
             .chain(pending)
+            .chain(self.notifier.deadline())
             .min()
             // One more millisecond: poll counts whole ones, and waking early would mean spinning.
             .map_or(LONGEST_SLEEP, |at| {
@@ -379,6 +385,9 @@ impl Master {
 fn ending(status: WaitStatus) -> String {
     match status {
         WaitStatus::Exited(_, status) => format!("exited with status {status}"),
+        WaitStatus::Signaled(_, Signal::SIGSYS, _) => {
+            "was killed for a system call that no worker makes (the kernel's log says which)".to_owned()
+        }
         WaitStatus::Signaled(_, signal, core) => {
             format!(
                 "was killed by {signal}{}",

@@ -12,6 +12,7 @@ mod adopt;
 mod balance;
 mod clock;
 mod close;
+mod confine;
 mod connect;
 mod control;
 mod drive;
@@ -29,5 +30,6 @@ mod store;
 mod table;
 mod timer;
 
+pub use confine::Confinement;
 pub use start::{Listener, WorkerStart, run};
 pub use store::Store;

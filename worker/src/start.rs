@@ -55,9 +55,12 @@ pub struct Listener {
 pub fn run(start: WorkerStart) -> i32 {
     let board = Arc::clone(&start.board);
     let on_drop = move || Board::add(&board[0].log_lines_dropped, 1);
-    let served = logging::start_writer(on_drop)
-        .and_then(|()| crate::event_loop::Worker::new(start))
-        .and_then(|mut worker| worker.serve());
+    let served = crate::event_loop::Worker::new(start).and_then(|mut worker| {
+        // Before the log writer's thread starts, which inherits it; after what reads files.
+        crate::confine::apply()?;
+        logging::start_writer(on_drop)?;
+        worker.serve()
+    });
     let status = match served {
         Ok(()) => 0,
         Err(error) => {

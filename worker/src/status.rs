@@ -68,6 +68,7 @@ impl Worker {
             "uptime_seconds": now_unix_ms.saturating_sub(load(&board.started_unix_ms)) / 1000,
             "datapath": if self.wards[0].store.maps.is_some() { "sockmap" } else { "relay" },
             "datapath_reason": self.relay_reason,
+            "confinement": crate::confine::status(),
             "workers": workers,
             "worker_restarts": load(&board.worker_restarts),
             "reloads": {
