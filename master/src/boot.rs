@@ -19,6 +19,7 @@ use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::kernel::Kernel;
 use crate::pidfile::PidFile;
+use crate::steering::Steering;
 use crate::supervise::Master;
 
 /// The signals that the master acts on.
@@ -61,6 +62,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let mut kernel = Kernel::default();
     let generation = Generation::first(config, &mut kernel)?;
     board[0].kept_limit.store(generation.keeper_room, Relaxed);
+    let steering = Steering::begin(&generation.config);
 
     log::info!(
         "culvert {} serves with {} workers, process {}",
@@ -68,7 +70,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         generation.slots(),
         std::process::id()
     );
-    Master::new(args, generation, kernel, board, log, pid_file).run(&signals)?;
+    Master::new(args, generation, kernel, board, log, pid_file, steering).run(&signals)?;
     Ok(ExitCode::SUCCESS)
 }
 

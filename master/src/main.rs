@@ -3,7 +3,7 @@
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
 //! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`;
 //! `keeper` holds what sessions need to outlive their workers; `spawn` makes a
-//! `worker` of it, which `rights` disarms first.
+//! `worker` of it, which `rights` disarms first. `steering` is what is changed on the host.
 
 #![forbid(unsafe_code)]
 
@@ -23,6 +23,7 @@ mod rights;
 mod rows;
 mod signal;
 mod spawn;
+mod steering;
 mod supervise;
 #[cfg(test)]
 mod testing;

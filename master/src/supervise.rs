@@ -27,6 +27,7 @@ use crate::listen::Listeners;
 use crate::pidfile::PidFile;
 use crate::reload::Pending;
 use crate::spawn::{Blueprint, spawn};
+use crate::steering::Steering;
 use crate::worker::{State, Worker};
 
 /// The longest sleep, well within what poll(2) can count.
@@ -77,6 +78,8 @@ pub struct Master {
     pub keeper: Keeper,
     /// The pid file.
     pub pid_file: PidFile,
+    /// What is changed on the host.
+    pub steering: Steering,
     /// What the program is doing.
     pub phase: Phase,
     last_owner: u32,
@@ -93,6 +96,7 @@ impl Master {
         board: Arc<Shared<Board>>,
         log: ErrorLog,
         pid_file: PidFile,
+        steering: Steering,
     ) -> Master {
         let slots = vec![SlotCare::default(); current.slots()];
         Master {
@@ -107,6 +111,7 @@ impl Master {
             log,
             keeper: Keeper::default(),
             pid_file,
+            steering,
             phase: Phase::Serving,
             last_owner: 0,
             has_served: false,

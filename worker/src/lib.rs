@@ -25,6 +25,7 @@ mod session;
 mod sockets;
 mod start;
 mod status;
+mod steer;
 mod store;
 mod table;
 mod timer;
