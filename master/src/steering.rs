@@ -72,7 +72,7 @@ impl Steering {
         };
         if let Err(error) = result.and_then(|wanted| self.change(&wanted)) {
             self.restore();
-            log::warn!("flow_steering = \"rfs\" has no effect, serving goes on without it: {error:#}");
+            log::warn!("flow_steering = \"rfs\" cannot be set up, serving goes on without it: {error:#}");
         }
     }
 
@@ -98,6 +98,12 @@ impl Steering {
 
     /// The values that the configuration needs on this host.
     fn look(&self, config: &Config) -> Result<Vec<(Knob, u64)>> {
+        // There /sys may well show the host's devices, and those are none of ours.
+        ensure!(
+            self.root.join(Knob::FlowTable.path()).exists(),
+            "net.core.rps_sock_flow_entries is not there, as in a network namespace of its own: set it on the host, \
+             and rps_flow_cnt of the devices here, if flows are to be steered; workers mark them in any case"
+        );
         let all = devices()?;
         let names = carriers(&local_addresses(config), &all);
         ensure!(!names.is_empty(), "no device has the address of a listener");
@@ -107,16 +113,7 @@ impl Steering {
             queues.push((name, found));
         }
         let sessions = config.worker_cpus.len() as u64 * u64::from(config.worker_connections);
-        let mut wanted = wanted(2 * sessions, &queues);
-        if !self.root.join(Knob::FlowTable.path()).exists() {
-            log::warn!(
-                "flow_steering = \"rfs\": {} is not there, as in a network namespace of its own: the host has to set \
-                 net.core.rps_sock_flow_entries",
-                Knob::FlowTable.path().display()
-            );
-            wanted.retain(|(knob, _)| *knob != Knob::FlowTable);
-        }
-        Ok(wanted)
+        Ok(wanted(2 * sessions, &queues))
     }
 
     /// Packets of a bond or a VLAN are steered where they come in: at the devices below it.

@@ -76,10 +76,10 @@ pub struct Master {
     pub log: ErrorLog,
     /// The sessions that outlive their workers.
     pub keeper: Keeper,
+    /// What is changed on the host; before the pid file, so that it is put back before another may start.
+    pub steering: Steering,
     /// The pid file.
     pub pid_file: PidFile,
-    /// What is changed on the host.
-    pub steering: Steering,
     /// What the program is doing.
     pub phase: Phase,
     last_owner: u32,

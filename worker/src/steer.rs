@@ -21,7 +21,7 @@ use nix::sys::socket::{MsgFlags, recv};
 
 use crate::clock;
 use crate::event_loop::Worker;
-use crate::session::Session;
+use crate::session::{Datapath, Session};
 use crate::table::Side;
 
 impl Worker {
@@ -53,12 +53,11 @@ impl Worker {
     }
 
     fn is_steered(&self, session: &Session) -> bool {
-        self.config.flow_steering != FlowSteering::Off && session.pair.is_some()
+        self.config.flow_steering != FlowSteering::Off && session.datapath == Datapath::Sockmap
     }
 
     fn marking_period_ms(&self, session: &Session) -> u64 {
-        let settings = &self.config.servers[session.server].stream;
-        (settings.ebpf_timer_period.as_millis() as u64).max(1)
+        (session.settings.ebpf_timer_period.as_millis() as u64).max(1)
     }
 }
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
-use super::{Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, Server, Stream, Target, Template};
+use super::{
+    Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, Server, Stream, Target, Template,
+};
 use super::{cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
