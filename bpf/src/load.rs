@@ -117,14 +117,14 @@ impl Totals {
         all.for_each(|bytes| bytes.store(0, Relaxed));
     }
 
-    /// Bytes of both directions for each CPU that forwarded any, with its number.
-    pub fn by_cpu(&self) -> impl Iterator<Item = (usize, u64)> {
-        let sum = |cpu: &CpuTotal| cpu.forwarded_bytes.iter().map(|bytes| bytes.load(Relaxed)).sum();
+    /// Bytes of each direction, by its index, for each CPU that forwarded any, with its number.
+    pub fn by_cpu(&self) -> impl Iterator<Item = (usize, [u64; 2])> {
+        let read = |cpu: &CpuTotal| std::array::from_fn(|way| cpu.forwarded_bytes[way].load(Relaxed));
         self.0
             .iter()
-            .map(sum)
+            .map(read)
             .enumerate()
-            .filter(|(_, bytes)| *bytes != 0)
+            .filter(|(_, bytes)| *bytes != [0; 2])
     }
 }
 

@@ -20,6 +20,7 @@ use crate::generation::Generation;
 use crate::kernel::Kernel;
 use crate::pidfile::PidFile;
 use crate::retain;
+use crate::steering::Steering;
 use crate::supervise::Master;
 
 /// The signals that the master acts on.
@@ -65,6 +66,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let mut kernel = Kernel::default();
     let generation = Generation::first(config, &mut kernel)?;
     board[0].kept_limit.store(generation.keeper_room, Relaxed);
+    let steering = Steering::begin(&generation.config);
 
     log::info!(
         "culvert {} serves with {} workers, process {}",
@@ -72,7 +74,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         generation.slots(),
         std::process::id()
     );
-    Master::new(args, generation, kernel, board, log, pid_file).run(&signals)?;
+    Master::new(args, generation, kernel, board, log, pid_file, steering).run(&signals)?;
     Ok(ExitCode::SUCCESS)
 }
 

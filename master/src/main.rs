@@ -3,7 +3,7 @@
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
 //! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`; `spawn` makes a
 //! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
-//! outlive their workers. `notify` tells a service manager.
+//! outlive their workers. `notify` tells a service manager, `steering` is what is changed on the host.
 
 #![forbid(unsafe_code)]
 
@@ -25,6 +25,7 @@ mod rights;
 mod rows;
 mod signal;
 mod spawn;
+mod steering;
 mod supervise;
 #[cfg(test)]
 mod testing;

@@ -166,6 +166,7 @@ impl Master {
         if let Err(error) = self.current.listeners.apply(&self.current.config) {
             log::warn!("a listener keeps its old settings: {error:#}");
         }
+        self.steering.apply(&self.current.config);
         self.slots = vec![SlotCare::default(); self.current.slots()];
         self.phase = Phase::Serving;
         for worker in self

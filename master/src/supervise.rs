@@ -28,6 +28,7 @@ use crate::notify::Notifier;
 use crate::pidfile::PidFile;
 use crate::reload::Pending;
 use crate::spawn::{Blueprint, spawn};
+use crate::steering::Steering;
 use crate::worker::{State, Worker};
 
 /// The longest sleep, well within what poll(2) can count.
@@ -76,6 +77,8 @@ pub struct Master {
     pub log: ErrorLog,
     /// The sessions that outlive their workers.
     pub keeper: Keeper,
+    /// What is changed on the host; before the pid file, so that it is put back before another may start.
+    pub steering: Steering,
     /// The pid file.
     pub pid_file: PidFile,
     /// What the program is doing.
@@ -96,6 +99,7 @@ impl Master {
         board: Arc<Shared<Board>>,
         log: ErrorLog,
         pid_file: PidFile,
+        steering: Steering,
     ) -> Master {
         let slots = vec![SlotCare::default(); current.slots()];
         Master {
@@ -110,6 +114,7 @@ impl Master {
             log,
             keeper: Keeper::default(),
             pid_file,
+            steering,
             phase: Phase::Serving,
             notifier: Notifier::from_environment(),
             last_owner: 0,

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use culvert_shared::config::{
-    Action, Address, Balance, Config, ErrorLog, Listen, LogTarget, OnReload, Peer, Server, Stream, Target,
+    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, LogTarget, OnReload, Peer, Server, Stream, Target,
     Upstream,
 };
 
@@ -26,6 +26,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         worker_cpus: vec![vec![0]],
         worker_connections: 64,
         worker_shutdown_timeout: None,
+        flow_steering: FlowSteering::Off,
         pid: "/nonexistent/master.pid".into(),
         error_log: ErrorLog {
             target: LogTarget::Stderr,

@@ -85,6 +85,18 @@ impl Status {
         self.bytes("sockmap")
     }
 
+    /// What the kernel forwarded on one CPU.
+    #[track_caller]
+    pub fn cpu(&self, cpu: u64) -> Bytes {
+        let list = self.0.get("cpus").and_then(Value::as_array);
+        let list = list.unwrap_or_else(|| panic!("the status has no list `cpus`: {:#}", self.0));
+        let place = list.iter().position(|row| row["cpu"] == cpu);
+        place.map_or(Bytes::default(), |at| Bytes {
+            to_upstream: self.number(&format!("/cpus/{at}/bytes/to_upstream")),
+            to_downstream: self.number(&format!("/cpus/{at}/bytes/to_downstream")),
+        })
+    }
+
     /// What user space copied.
     #[track_caller]
     pub fn relay(&self) -> Bytes {

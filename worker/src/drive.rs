@@ -67,6 +67,7 @@ impl Worker {
                 if now_ms >= self.idle_deadline_ms(session) && !readers_progress(session, now_ms) {
                     return Next::Close(CloseReason::IdleTimeout);
                 }
+                self.mark_again(session);
                 self.stream(token, session)
             }
         }
@@ -161,6 +162,7 @@ impl Worker {
         if let Some(next) = self.end_half_closed(session) {
             return next;
         }
+        wake_ms = wake_ms.min(self.marking_due_ms(session).unwrap_or(u64::MAX));
         for direction in Direction::BOTH {
             // An end that was reported and not yet found comes with no further event.
             let end_is_near = session.ready[source(direction).index()].ended;

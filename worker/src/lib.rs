@@ -26,6 +26,7 @@ mod session;
 mod sockets;
 mod start;
 mod status;
+mod steer;
 mod store;
 mod table;
 mod timer;

@@ -55,6 +55,7 @@ impl Worker {
             }
         };
         log::debug!("session {}: datapath {:?}", session.number, session.datapath);
+        self.mark_upstream(session);
         if session.datapath == Datapath::Sockmap {
             Board::add(&self.board[0].sessions_offloaded, 1);
             WorkerRow::up(&self.gauges().offloaded);

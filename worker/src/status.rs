@@ -98,11 +98,17 @@ impl Worker {
         })
     }
 
-    /// Bytes that the kernel forwarded on each CPU.
+    /// Bytes that the kernel forwarded on each CPU, together and by direction.
     fn cpu_status(&self) -> Vec<Value> {
         let totals = self.totals.iter().flat_map(|totals| totals.by_cpu());
         totals
-            .map(|(cpu, bytes)| json!({ "cpu": cpu, "sockmap_bytes": bytes }))
+            .map(|(cpu, bytes)| {
+                json!({
+                    "cpu": cpu,
+                    "sockmap_bytes": bytes.iter().sum::<u64>(),
+                    "bytes": by_direction(|way| bytes[way.index()]),
+                })
+            })
             .collect()
     }
 

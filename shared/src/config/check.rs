@@ -12,7 +12,7 @@ use super::servers::Servers;
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Address, Balance, Config, ErrorLog, LogTarget, Peer, Upstream, User};
+use super::{Address, Balance, Config, ErrorLog, FlowSteering, LogTarget, Peer, Upstream, User};
 use super::{address, cpus, defaults, units};
 
 /// Kernels know up to 8192 CPUs; more than half of that is a slip of the finger.
@@ -56,6 +56,13 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
     let shutdown = check.at(root, "", "worker_shutdown_timeout", |given| {
         units::duration(given, Duration::ZERO..=YEAR)
     });
+    let flow_steering = check.at(root, "", "flow_steering", |given| {
+        match valid::text(given, "\"off\"")? {
+            "off" => Ok(FlowSteering::Off),
+            "rfs" => Ok(FlowSteering::Rfs),
+            _ => Err(Fault::new("unknown way of steering", "allowed: \"off\", \"rfs\"")),
+        }
+    });
     let pid = check
         .at(root, "", "pid", |given| {
             valid::path(given, "\"/run/culvert/master.pid\"")
@@ -70,6 +77,7 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         worker_connections,
         // 0 means: wait as long as it takes.
         worker_shutdown_timeout: shutdown.filter(|timeout| !timeout.is_zero()),
+        flow_steering: flow_steering.unwrap_or(FlowSteering::Off),
         pid,
         error_log,
         upstreams,

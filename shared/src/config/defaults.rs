@@ -16,6 +16,8 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     // nginx waits without limit; workers that never leave are what its users complain about. An hour lets
     // all but the longest sessions end by themselves.
     ("worker_shutdown_timeout", Default::Text("1h")),
+    // It changes settings of the host, which a program does only when it is told to.
+    ("flow_steering", Default::Text("off")),
     // /run is where the Filesystem Hierarchy Standard keeps process ids.
     ("pid", Default::Text("/run/culvert/master.pid")),
     // A service manager and a container collect standard error.

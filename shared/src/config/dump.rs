@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
-use super::{Action, Balance, Config, LogTarget, OnReload, Part, Server, Stream, Target, Template};
+use super::{
+    Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, Server, Stream, Target, Template,
+};
 use super::{cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
@@ -36,6 +38,11 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         "worker_shutdown_timeout = {}",
         quoted(&write_duration(shutdown))
     )?;
+    let steering = match config.flow_steering {
+        FlowSteering::Off => "off",
+        FlowSteering::Rfs => "rfs",
+    };
+    writeln!(out, "flow_steering = {}", quoted(steering))?;
     writeln!(out, "pid = {}", path(&config.pid))?;
     let target = match &config.error_log.target {
         LogTarget::Stderr => quoted("stderr"),

@@ -41,6 +41,7 @@ pub(super) const ROOT: &[Key] = &[
     value("worker_cpu_affinity"),
     value("worker_connections"),
     value("worker_shutdown_timeout"),
+    value("flow_steering"),
     value("pid"),
     shaped("error_log", Shape::Table(&[value("path"), value("level")])),
     value("include"),

@@ -81,6 +81,8 @@ pub struct Config {
     pub worker_connections: u32,
     /// How long an old worker may finish its sessions; `None`: without limit.
     pub worker_shutdown_timeout: Option<Duration>,
+    /// Whether the kernel's work for a session is steered to the CPU of its worker.
+    pub flow_steering: FlowSteering,
     /// Where the master writes its process id.
     pub pid: PathBuf,
     /// Where error log lines go.
@@ -91,6 +93,15 @@ pub struct Config {
     pub stream: Stream,
     /// Servers, in file order.
     pub servers: Vec<Server>,
+}
+
+/// How the packets of a session reach the CPU of its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowSteering {
+    /// They are handled wherever the device brings them in.
+    Off,
+    /// By the kernel's receive flow steering, which the master sets up on the host.
+    Rfs,
 }
 
 /// A resolved user: nginx's `user`, with its primary group.

@@ -142,6 +142,7 @@ fn the_least_configuration_has_every_default() {
         worker_cpus: vec![vec![0], vec![1], vec![3]],
         worker_connections: 1024,
         worker_shutdown_timeout: Some(Duration::from_secs(3600)),
+        flow_steering: FlowSteering::Off,
         pid: PathBuf::from("/run/culvert/master.pid"),
         error_log: ErrorLog {
             target: LogTarget::Stderr,

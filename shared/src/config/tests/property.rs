@@ -57,6 +57,7 @@ prop_compose! {
         worker_cpus in prop::collection::vec(prop::sample::subsequence(vec![0usize, 1, 2, 3], 1..=4), 1..6),
         worker_connections in 1u32..=1 << 20,
         shutdown in prop::option::of(1u64..=31_536_000_000),
+        flow_steering in prop::sample::select(vec![FlowSteering::Off, FlowSteering::Rfs]),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
         groups in prop::collection::vec(prop::collection::vec((peer_address(), 1u32..=65_535), 1..4), 1..4),
@@ -107,6 +108,7 @@ prop_compose! {
             worker_cpus,
             worker_connections,
             worker_shutdown_timeout: shutdown.map(Duration::from_millis),
+            flow_steering,
             pid: paths.0.into(),
             error_log: ErrorLog {
                 target: paths.1.map_or(LogTarget::Stderr, |path| LogTarget::File(path.into())),
