@@ -98,6 +98,11 @@ impl Proxy {
         i32::try_from(self.child.id()).expect("a process id")
     }
 
+    /// Where its status is to be had.
+    pub fn status_address(&self) -> SocketAddr {
+        self.status
+    }
+
     /// The directory with its configuration, pid file and logs.
     pub fn dir(&self) -> &Path {
         self.scratch.path()
