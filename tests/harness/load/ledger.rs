@@ -88,6 +88,11 @@ impl Ledger {
         }
     }
 
+    /// Whether nothing has gone wrong so far.
+    pub fn is_clean(&self) -> bool {
+        self.book().faults.is_empty()
+    }
+
     /// Something worth telling beside the counts.
     pub fn note(&self, text: String) {
         self.book().notes.push(text);

@@ -223,6 +223,7 @@ struct Books<'a> {
 
 impl Books<'_> {
     fn must_balance(&self, proxy: &Proxy) {
+        let clean = self.ledger.is_clean();
         let mut after = proxy.status();
         let rest = within(Duration::from_secs(10), || {
             after = proxy.status();
@@ -271,7 +272,7 @@ impl Books<'_> {
             // What user space may carry: its own streams, the short ones, and the rest of a source that ends while it
             // is held back.
             let most = written(&|lane| lane != Lane::Kernel, from) + self.short_bytes;
-            if self.ledger.excuses() == 0 {
+            if clean && self.ledger.excuses() == 0 {
                 if relay > most {
                     self.wrong(format!(
                         "{way}: user space has copied {relay} bytes, at most {most} are its own"
@@ -292,12 +293,12 @@ impl Books<'_> {
             self.ledger.excuses(),
         );
         let (total, finished) = (since("/sessions/total"), since("/closes/finished"));
-        if excused == 0 && (total, finished) != (whole, whole) {
+        if clean && excused == 0 && (total, finished) != (whole, whole) {
             self.wrong(format!(
                 "{total} sessions are counted, {finished} of them finished; there were {whole}"
             ));
         }
-        if total < whole || finished < whole || total > whole + excused {
+        if total < whole || finished < whole || (clean && total > whole + excused) {
             self.wrong(format!(
                 "{total} sessions are counted, {finished} of them finished; {whole} were whole, {excused} cut"
             ));

@@ -260,8 +260,9 @@ impl Stream {
                         format!("{}; the writer: {sent} bytes, ended: {ended}", what()),
                     );
                 }
+                // The other direction had ended; this end learns of the reset when it writes.
                 Ending::Fin if !outcome.ended => {
-                    wrong(Fault::Reset, format!("could not write on: {}", what()))
+                    reset_at = Some(reset_at.map_or(outcome.over, |at| at.min(outcome.over)));
                 }
                 Ending::Fin => {}
                 Ending::Reset => {
