@@ -43,6 +43,13 @@ pub fn descriptors(pid: i32) -> Vec<PathBuf> {
     list
 }
 
+/// The file that the process runs; `(deleted)` stands after it when it has been replaced.
+#[track_caller]
+pub fn executable(pid: i32) -> PathBuf {
+    let path = format!("/proc/{pid}/exe");
+    std::fs::read_link(&path).unwrap_or_else(|e| panic!("failed to read {path}: {e}"))
+}
+
 /// The children of every thread of the process.
 pub fn children(pid: i32) -> Vec<i32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {

@@ -36,6 +36,8 @@ pub struct Worker {
     pub slots_used: u64,
     /// Places in the slot's sockmap.
     pub slots_total: u64,
+    /// It takes no new sessions.
+    pub draining: bool,
 }
 
 /// One status document.
@@ -143,6 +145,7 @@ impl Status {
                     sessions: number("sessions"),
                     slots_used: number("slots_used"),
                     slots_total: number("slots_total"),
+                    draining: list[i]["draining"].as_bool().unwrap_or(false),
                 }
             })
             .collect()
