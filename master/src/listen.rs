@@ -96,6 +96,13 @@ impl Listeners {
             .with_context(|| format!("failed to duplicate the listening socket of {address}"))
     }
 
+    /// All sockets, with their addresses and slots.
+    pub fn sockets(&self) -> impl Iterator<Item = (SocketAddr, usize, &OwnedFd)> {
+        self.sockets
+            .iter()
+            .map(|((address, slot), socket)| (*address, *slot, &**socket))
+    }
+
     fn overlaps(&self, address: SocketAddr) -> bool {
         let port_and_family = |address: SocketAddr| (address.port(), address.is_ipv4());
         self.sockets

@@ -1,7 +1,7 @@
 //! The master: configuration → listeners → BPF → workers → supervision.
 //!
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
-//! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`; `spawn` makes a
+//! `generation` to the next. A generation is made of `listen`, `steer`, `kernel` and `rows`; `spawn` makes a
 //! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
 //! outlive their workers. `notify` tells a service manager.
 
@@ -25,6 +25,7 @@ mod rights;
 mod rows;
 mod signal;
 mod spawn;
+mod steer;
 mod supervise;
 #[cfg(test)]
 mod testing;

@@ -168,6 +168,8 @@ impl Master {
         }
         self.slots = vec![SlotCare::default(); self.current.slots()];
         self.phase = Phase::Serving;
+        // Removed slots get nothing new from here on, so that their workers can empty them.
+        self.steer();
         for worker in self
             .workers
             .iter_mut()

@@ -64,7 +64,7 @@ pub struct Master {
     pub pending: Option<Pending>,
     /// Another reload was asked for meanwhile.
     pub reload_again: bool,
-    /// What the slots' BPF maps have in common.
+    /// What the slots' BPF maps and the accept programs have in common.
     pub kernel: Kernel,
     /// The board.
     pub board: Arc<Shared<Board>>,
@@ -229,6 +229,7 @@ impl Master {
                 self.fill_slot(slot, now);
             }
         }
+        self.steer();
     }
 
     /// Gives each slot a worker.
