@@ -48,8 +48,7 @@ fn a_session_is_accepted_by_the_worker_on_whose_cpu_it_arrived() {
             .global("worker_cpu_affinity = [\"01\", \"10\"]");
         let front = plan.server_with(ip, &echo, "");
         let proxy = plan.start();
-        must_choose_by_cpu(&proxy);
-        for cpu in [0, 1, 0, 1] {
+            for cpu in [0, 1, 0, 1] {
             stay_on(cpu);
             let before = by_slot(&proxy.status());
             let mut clients = Vec::new();
@@ -82,7 +81,6 @@ fn with_every_syn_on_one_cpu_no_worker_has_much_more_than_its_share() {
         .global("worker_cpu_affinity = [\"01\", \"10\", \"01\", \"10\"]");
     let front = plan.server(&echo);
     let proxy = plan.start();
-    must_choose_by_cpu(&proxy);
     stay_on(0);
     // One after the other, so that each worker has long published its sessions; and all at once, so that
     // nothing but what the program has counted itself is known.
@@ -182,7 +180,6 @@ fn what_waits_in_the_queue_of_a_removed_worker_goes_to_another() {
         .global("worker_cpu_affinity = [\"01\", \"10\"]");
     let front = plan.server(&echo);
     let proxy = plan.start();
-    must_choose_by_cpu(&proxy);
     let worker = Pid::from_raw(by_slot(&proxy.status())[1].pid);
     kill(worker, Signal::SIGSTOP).expect("stopping a worker");
     stay_on(1);
@@ -204,7 +201,6 @@ fn change_workers_under_load(rate: u64) -> u64 {
     let mut plan = Plan::new();
     let front = plan.server(&echo);
     let proxy = plan.start();
-    must_choose_by_cpu(&proxy);
     let (stop, served) = (Flag::default(), AtomicU64::new(0));
     let failures = Mutex::new(Vec::new());
     let start = Instant::now();
