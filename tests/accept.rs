@@ -48,7 +48,8 @@ fn a_session_is_accepted_by_the_worker_on_whose_cpu_it_arrived() {
             .global("worker_cpu_affinity = [\"01\", \"10\"]");
         let front = plan.server_with(ip, &echo, "");
         let proxy = plan.start();
-            for cpu in [0, 1, 0, 1] {
+        must_choose_by_cpu(&proxy);
+        for cpu in [0, 1, 0, 1] {
             stay_on(cpu);
             let before = by_slot(&proxy.status());
             let mut clients = Vec::new();
@@ -81,6 +82,7 @@ fn with_every_syn_on_one_cpu_no_worker_has_much_more_than_its_share() {
         .global("worker_cpu_affinity = [\"01\", \"10\", \"01\", \"10\"]");
     let front = plan.server(&echo);
     let proxy = plan.start();
+    must_choose_by_cpu(&proxy);
     stay_on(0);
     // One after the other, so that each worker has long published its sessions; and all at once, so that
     // nothing but what the program has counted itself is known.
@@ -118,18 +120,28 @@ fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
         .global("worker_cpu_affinity = [\"01\", \"10\"]");
     let front = plan.server(&echo);
     let proxy = plan.start();
+    must_choose_by_cpu(&proxy);
     let first = |status: &Status| status.workers().into_iter().find(|worker| worker.slot == 0);
     // Each death within a second of the last makes the master wait longer: 100, 200, 400, 800, 1600 ms.
     let mut last = 0;
-    for _ in 0..6 {
+    let mut next = || {
         let status = proxy.wait("slot 0 has a worker", |s| first(s).is_some_and(|w| w.pid != last));
         last = first(&status).expect("a worker").pid;
-        kill(Pid::from_raw(last), Signal::SIGKILL).expect("killing a worker");
+        Pid::from_raw(last)
+    };
+    for _ in 0..5 {
+        kill(next(), Signal::SIGKILL).expect("killing a worker");
         // Until the master knows, the slot has a worker for it.
         pause(30);
     }
+    let victim = next();
+    kill(victim, Signal::SIGSTOP).expect("stopping a worker");
     stay_on(0);
-    let before = proxy.wait("slot 0 has no worker", |s| first(s).is_none());
+    let queued: Vec<TcpStream> = (0..8).map(|_| connect(front)).collect();
+    kill(victim, Signal::SIGKILL).expect("killing a worker");
+    let before = proxy.wait("slot 0 has no worker, and its queue has gone to the other", |s| {
+        first(s).is_none() && s.active() == 8
+    });
     let start = Instant::now();
     let clients: Vec<TcpStream> = (0..SESSIONS)
         .map(|seed| {
@@ -139,6 +151,9 @@ fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
         })
         .collect();
     let took = start.elapsed();
+    for client in queued {
+        ping(&mut { client }, 1, 2).expect("a session that was queued at slot 0");
+    }
     let status = proxy.status();
     assert!(
         first(&status).is_none(),
@@ -180,6 +195,7 @@ fn what_waits_in_the_queue_of_a_removed_worker_goes_to_another() {
         .global("worker_cpu_affinity = [\"01\", \"10\"]");
     let front = plan.server(&echo);
     let proxy = plan.start();
+    must_choose_by_cpu(&proxy);
     let worker = Pid::from_raw(by_slot(&proxy.status())[1].pid);
     kill(worker, Signal::SIGSTOP).expect("stopping a worker");
     stay_on(1);
@@ -201,6 +217,7 @@ fn change_workers_under_load(rate: u64) -> u64 {
     let mut plan = Plan::new();
     let front = plan.server(&echo);
     let proxy = plan.start();
+    must_choose_by_cpu(&proxy);
     let (stop, served) = (Flag::default(), AtomicU64::new(0));
     let failures = Mutex::new(Vec::new());
     let start = Instant::now();
@@ -278,7 +295,7 @@ fn changing_worker_processes_under_load_loses_no_connection() {
 }
 
 #[test]
-#[ignore = "needs more than two shared CPUs: cargo test --release -p master --test accept -- --ignored"]
+#[ignore = "takes two CPUs for itself: cargo test --release -p master --test accept -- --ignored"]
 fn changing_worker_processes_under_two_thousand_connections_a_second_loses_none() {
     assert!(
         change_workers_under_load(2000) > 5000,

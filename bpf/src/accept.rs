@@ -6,15 +6,21 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use culvert_shared::sys::shm::Shared;
 use culvert_shared::sys::socket;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenObject};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, OpenObject};
 
 use crate::abi::{AcceptSlot, accept_state};
 use crate::skel::accept::AcceptSkelBuilder;
+
+/// How long the kernel may take to free the map of a program that was replaced. A socket can be in one such map
+/// only, and that of a process that is gone, or was replaced by another binary, still has it until then.
+const FREEING_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What the programs of all addresses have in common.
 pub struct Steering {
@@ -123,9 +129,20 @@ impl Group {
             return Ok(());
         }
         let value = u64::try_from(socket.as_raw_fd()).context("a descriptor")?;
-        self.sockets
-            .update(&key, &value.to_ne_bytes(), MapFlags::ANY)
-            .with_context(|| format!("failed to give the accept program the socket of worker slot {slot}"))
+        let give_up = Instant::now() + FREEING_PATIENCE;
+        loop {
+            match self.sockets.update(&key, &value.to_ne_bytes(), MapFlags::ANY) {
+                // Most likely EBUSY, which libbpf-rs has no name for.
+                Err(error) if error.kind() == ErrorKind::Other && Instant::now() < give_up => {
+                    sleep(Duration::from_millis(5));
+                }
+                other => {
+                    return other.with_context(|| {
+                        format!("failed to give the accept program the socket of worker slot {slot}")
+                    });
+                }
+            }
+        }
     }
 }
 
@@ -169,4 +186,93 @@ const LOAD_FAILED: &str = "failed to load the BPF program that accepts where the
 /// Loads the program once, without attaching it, and lets it go.
 pub(crate) fn trial() -> Result<()> {
     Steering::open().map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, sockopt,
+    };
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+
+    fn listener(address: SocketAddr) -> OwnedFd {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = nix::sys::socket::socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
+        setsockopt(&socket, sockopt::ReusePort, &true).unwrap();
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(address)).unwrap();
+        listen(&socket, Backlog::new(128).unwrap()).unwrap();
+        socket
+    }
+
+    /// Two sockets of one address.
+    fn pair() -> (SocketAddr, [OwnedFd; 2]) {
+        let first = listener("127.0.0.1:0".parse().unwrap());
+        let first = TcpListener::from(first);
+        let address = first.local_addr().unwrap();
+        (address, [OwnedFd::from(first), listener(address)])
+    }
+
+    fn accepted(socket: &OwnedFd) -> usize {
+        let listener = TcpListener::from(socket.try_clone().unwrap());
+        listener.set_nonblocking(true).unwrap();
+        std::iter::from_fn(|| listener.accept().ok()).count()
+    }
+
+    fn group(steering: &Steering, sockets: &[OwnedFd; 2]) -> Group {
+        let group = steering
+            .attach(sockets[0].as_fd())
+            .expect("attaching (needs CAP_BPF)");
+        for (slot, socket) in sockets.iter().enumerate() {
+            group.put(slot, socket.as_fd()).unwrap();
+            group.put(slot, socket.as_fd()).unwrap();
+        }
+        group
+    }
+
+    #[test]
+    fn connections_go_to_the_slot_that_serves_and_then_to_the_one_that_carries_less() {
+        let steering = Steering::open().expect("loading (needs CAP_BPF)");
+        let (address, sockets) = pair();
+        let _group = group(&steering, &sockets);
+        let connect = || {
+            let clients: Vec<TcpStream> = (0..40).map(|_| TcpStream::connect(address).unwrap()).collect();
+            let taken = [accepted(&sockets[0]), accepted(&sockets[1])];
+            for (slot, taken) in taken.into_iter().enumerate() {
+                steering.load_of(slot).unwrap().count_taken(taken as u32);
+            }
+            drop(clients);
+            taken
+        };
+        let no_cpu: &[usize] = &[];
+        let loads = [0, 1].map(|slot| steering.load_of(slot).unwrap());
+        steering.show([(false, no_cpu), (true, no_cpu)].into_iter());
+        loads[1].publish(0, 1000);
+        assert_eq!(connect(), [0, 40], "only the second slot serves");
+        steering.show([(true, no_cpu)].into_iter());
+        loads[0].publish(0, 1000);
+        assert_eq!(connect(), [40, 0], "the second slot is no more");
+        steering.show([(true, no_cpu), (true, no_cpu)].into_iter());
+        loads[1].publish(20, 1000);
+        assert_eq!(connect(), [30, 10], "the second slot has 20 sessions");
+        loads[1].publish(0, 1000);
+        loads[0].publish(0, 5);
+        assert_eq!(connect(), [5, 35], "the first slot has room for 5");
+    }
+
+    #[test]
+    fn a_new_program_takes_the_sockets_of_one_whose_process_is_gone() {
+        let steering = Steering::open().expect("loading (needs CAP_BPF)");
+        let (_, sockets) = pair();
+        let mut old = group(&steering, &sockets);
+        let options = libbpf_rs::libbpf_sys::bpf_map_create_opts {
+            sz: size_of::<libbpf_rs::libbpf_sys::bpf_map_create_opts>() as _,
+            ..Default::default()
+        };
+        let other = MapHandle::create(libbpf_rs::MapType::Array, None::<&str>, 4, 8, 1, &options).unwrap();
+        // As when the process ends: its descriptor of the map is closed, and nothing is taken out of the map.
+        drop(std::mem::replace(&mut old.sockets, other));
+        group(&steering, &sockets);
+    }
 }

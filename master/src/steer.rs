@@ -12,7 +12,7 @@ use culvert_bpf::{Group, SlotLoad, Steering};
 
 use crate::listen::Listeners;
 use crate::supervise::Master;
-use crate::worker::State;
+use crate::worker::{State, Worker};
 
 /// What the programs of all addresses share; empty where BPF is not to be had or not wanted.
 #[derive(Default)]
@@ -87,6 +87,33 @@ impl Groups {
 }
 
 impl Master {
+    /// Lets connections that wait in the sockets of a slot go to other workers, because this one's replacement
+    /// is some time off.
+    pub fn rescue(&mut self, slot: usize) {
+        let others_serve = self.workers.iter().any(|worker| self.serves(worker));
+        // While a reload is under way the next generation has these sockets too, so they would not be closed.
+        if self.current.groups.steering.is_none() || self.pending.is_some() || !others_serve {
+            return;
+        }
+        self.steer();
+        let renewed = self.current.listeners.renewed(&self.current.config, slot);
+        let renewed = renewed.and_then(|listeners| {
+            let groups = self.kernel.accept.groups(&listeners, &self.current.groups)?;
+            Ok((listeners, groups))
+        });
+        match renewed {
+            Ok((listeners, groups)) => {
+                self.current.listeners = listeners;
+                self.current.groups = groups;
+            }
+            Err(error) => log::warn!("connections wait for the next worker {slot}: {error:#}"),
+        }
+    }
+
+    fn serves(&self, worker: &Worker) -> bool {
+        worker.generation == self.current.number && worker.state() == State::Serving
+    }
+
     /// Shows the accept programs which slots there are and which of them have a worker that serves. To be
     /// called whenever that may have changed.
     pub fn steer(&self) {
@@ -94,11 +121,8 @@ impl Master {
             return;
         };
         let serves = |slot| {
-            self.workers.iter().any(|worker| {
-                worker.slot == slot
-                    && worker.generation == self.current.number
-                    && worker.state() == State::Serving
-            })
+            let mut workers = self.workers.iter();
+            workers.any(|worker| worker.slot == slot && self.serves(worker))
         };
         let slots = self.current.config.worker_cpus.iter().enumerate();
         steering.show(slots.map(|(slot, cpus)| (serves(slot), cpus.as_slice())));

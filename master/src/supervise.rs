@@ -315,6 +315,7 @@ impl Master {
             log::error!("worker {slot} (process {pid}) {how}: it is replaced");
         } else {
             log::error!("worker {slot} (process {pid}) {how}: it keeps dying, and is replaced in {wait:?}");
+            self.rescue(slot);
         }
     }
 
