@@ -69,4 +69,27 @@ struct event {
 	enum event_kind kind;
 };
 
+/* Whether a worker slot may be given new connections. Those after the first absent one are absent too. */
+enum accept_state {
+	ACCEPT_ABSENT,		/* the configuration has no such slot */
+	ACCEPT_WAITING,		/* it has sockets and no worker that serves: connections would wait there */
+	ACCEPT_LIVE,		/* its worker serves */
+};
+
+/*
+ * How much a worker slot carries; what `choose` (accept.bpf.c) goes by. What is on its way to a worker is
+ * `started` less `taken`. Fields marked "master" and "worker" are written by these.
+ */
+struct accept_slot {
+	enum accept_state state;	/* master */
+	__u32 sessions;		/* worker: that it holds */
+	__u32 room;		/* worker: how many more it can hold */
+	__u32 started;		/* connections that were sent to the slot */
+	__u32 taken;		/* worker: connections that it has accepted; program: that never came */
+	__u32 aged_started;	/* `started` at aged_ns */
+	__u64 aged_ns;		/* when it was last looked for connections that never came */
+	__u64 pad[4];
+	__u64 cpus[16];		/* master: the CPUs that its worker is pinned to, a bit each */
+};
+
 #endif

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use culvert_shared::sys::shm::Shareable;
 
+use crate::skel::accept::types as accept;
 use crate::skel::slot::types;
 
 /// One direction of one pair (`struct flow`).
@@ -41,6 +42,47 @@ pub struct CpuTotal {
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
 unsafe impl Shareable for CpuTotal {}
+
+/// How much a worker slot carries (`struct accept_slot`).
+#[repr(C)]
+pub struct AcceptSlot {
+    pub state: AtomicU32,
+    pub sessions: AtomicU32,
+    pub room: AtomicU32,
+    pub started: AtomicU32,
+    pub taken: AtomicU32,
+    pub aged_started: AtomicU32,
+    pub aged_ns: AtomicU64,
+    pub pad: [AtomicU64; 4],
+    pub cpus: [AtomicU64; 16],
+}
+
+// SAFETY: only atomics in a `repr(C)` layout; zero is valid.
+unsafe impl Shareable for AcceptSlot {}
+
+const _: () = {
+    assert!(size_of::<AcceptSlot>() == size_of::<accept::accept_slot>());
+    assert!(offset_of!(AcceptSlot, state) == offset_of!(accept::accept_slot, state));
+    assert!(offset_of!(AcceptSlot, sessions) == offset_of!(accept::accept_slot, sessions));
+    assert!(offset_of!(AcceptSlot, room) == offset_of!(accept::accept_slot, room));
+    assert!(offset_of!(AcceptSlot, started) == offset_of!(accept::accept_slot, started));
+    assert!(offset_of!(AcceptSlot, taken) == offset_of!(accept::accept_slot, taken));
+    assert!(offset_of!(AcceptSlot, aged_started) == offset_of!(accept::accept_slot, aged_started));
+    assert!(offset_of!(AcceptSlot, aged_ns) == offset_of!(accept::accept_slot, aged_ns));
+    assert!(offset_of!(AcceptSlot, cpus) == offset_of!(accept::accept_slot, cpus));
+};
+
+/// Whether a worker slot may be given new connections (`enum accept_state`, where they are explained).
+pub mod accept_state {
+    use crate::skel::accept::types::accept_state;
+
+    /// The configuration has no such slot.
+    pub const ABSENT: u32 = accept_state::ACCEPT_ABSENT.0;
+    /// It has no worker that serves.
+    pub const WAITING: u32 = accept_state::ACCEPT_WAITING.0;
+    /// Its worker serves.
+    pub const LIVE: u32 = accept_state::ACCEPT_LIVE.0;
+}
 
 const _: () = {
     assert!(size_of::<Flow>() == size_of::<types::flow>());

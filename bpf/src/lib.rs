@@ -1,10 +1,12 @@
 //! The BPF side of the data path: the programs' user-space half, and the only crate that names libbpf-rs.
 //!
 //! `load` makes the maps of a worker slot and attaches the programs, `cgroup` is where (master); `pair` moves
-//! two sockets into the maps and reads their counters, `events` hears what the programs tell (worker); `abi` mirrors `c/abi.h`; `selftest` tries whether a kernel can be trusted
+//! two sockets into the maps and reads their counters, `events` hears what the programs tell (worker);
+//! `accept` lets a program choose the worker of a new connection; `abi` mirrors `c/abi.h`; `selftest` tries whether a kernel can be trusted
 //! with it, `probe` tells what the running kernel offers.
 
 mod abi;
+mod accept;
 mod cgroup;
 mod events;
 mod load;
@@ -14,6 +16,7 @@ pub mod selftest;
 mod skel;
 
 pub use abi::flow_flag;
+pub use accept::{Group, SlotLoad, Steering};
 pub use events::{Event, EventKind, Events};
 pub use load::{Bpf, Totals, trial};
 pub use pair::{FlowState, Joined, LaneNumber, SlotMaps, Terms};

@@ -223,5 +223,6 @@ pub fn trial() -> Result<()> {
     let slot = SlotSkelBuilder::default()
         .open(&mut storage)
         .context("failed to open the BPF object")?;
-    slot.load().context(LOAD_FAILED).map(|_| ())
+    slot.load().context(LOAD_FAILED)?;
+    crate::accept::trial()
 }

@@ -13,6 +13,7 @@ use crate::limits;
 use crate::listen::Listeners;
 use crate::rights;
 use crate::rows::{Assigned, Rows};
+use crate::steer::Groups;
 
 /// One configuration and its resources.
 pub struct Generation {
@@ -24,6 +25,8 @@ pub struct Generation {
     pub user: Option<User>,
     /// The listening sockets.
     pub listeners: Listeners,
+    /// What chooses among them.
+    pub groups: Groups,
     /// The stores of its slots.
     pub stores: StoreTable,
     /// The rows on the board.
@@ -45,11 +48,16 @@ impl Generation {
         let assigned = rows.assign(&config)?;
         let stores = kernel.first_stores_for(&config)?;
         let listeners = Listeners::default().next(&config)?;
+        let groups = match kernel.is_open() {
+            true => kernel.accept.first_groups(&listeners),
+            false => Groups::none(stores.reason().map(str::to_owned)),
+        };
         Ok(Generation {
             number: 1,
             user: rights::target_user(&config),
             config: Arc::new(config),
             listeners,
+            groups,
             stores,
             assigned,
             keeper_room,
@@ -69,11 +77,16 @@ impl Generation {
         kernel.open_for(&config, true);
         let stores = kernel.stores_for(&config, &self.stores)?;
         let listeners = self.listeners.next(&config)?;
+        let groups = match kernel.is_open() {
+            true => kernel.accept.groups(&listeners, &self.groups)?,
+            false => Groups::none(stores.reason().map(str::to_owned)),
+        };
         Ok(Generation {
             number: self.number + 1,
             user: rights::target_user(&config),
             config: Arc::new(config),
             listeners,
+            groups,
             stores,
             assigned,
             keeper_room,

@@ -10,6 +10,7 @@ use culvert_shared::sys::shm::Shared;
 use culvert_worker::Store;
 
 use crate::retain;
+use crate::steer::Accept;
 
 /// What all slots have in common; empty where BPF is not to be had or not wanted.
 #[derive(Default)]
@@ -19,6 +20,8 @@ pub struct Kernel {
     reason: Option<String>,
     /// The number of the newest store.
     last_store: u32,
+    /// What chooses the workers of new connections.
+    pub accept: Accept,
 }
 
 /// The stores of the slots of one configuration. Cloning shares them; a store is gone when the last set that
@@ -65,6 +68,11 @@ impl Kernel {
         );
         self.bpf = None;
         self.reason = Some(why);
+    }
+
+    /// Whether BPF is to be had and wanted.
+    pub fn is_open(&self) -> bool {
+        self.bpf.is_some()
     }
 
     /// The bytes that the kernel forwarded.

@@ -1,7 +1,7 @@
 //! The master: configuration → listeners → BPF → workers → supervision.
 //!
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
-//! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`; `spawn` makes a
+//! `generation` to the next. A generation is made of `listen`, `steer`, `kernel` and `rows`; `spawn` makes a
 //! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
 //! outlive their workers. `notify` tells a service manager, `steering` is what is changed on the host.
 
@@ -26,6 +26,7 @@ mod rows;
 mod signal;
 mod spawn;
 mod steering;
+mod steer;
 mod supervise;
 #[cfg(test)]
 mod testing;

@@ -169,6 +169,8 @@ impl Master {
         self.steering.apply(&self.current.config);
         self.slots = vec![SlotCare::default(); self.current.slots()];
         self.phase = Phase::Serving;
+        // Removed slots get nothing new from here on, so that their workers can empty them.
+        self.steer();
         for worker in self
             .workers
             .iter_mut()

@@ -157,6 +157,8 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         stores,
         relay_reason: generation.stores.reason().map(str::to_owned),
         totals: totals.clone(),
+        load: generation.groups.load_of(slot),
+        accept_reason: generation.groups.reason().map(str::to_owned),
         control,
     })
 }

@@ -65,7 +65,7 @@ pub struct Master {
     pub pending: Option<Pending>,
     /// Another reload was asked for meanwhile.
     pub reload_again: bool,
-    /// What the slots' BPF maps have in common.
+    /// What the slots' BPF maps and the accept programs have in common.
     pub kernel: Kernel,
     /// The board.
     pub board: Arc<Shared<Board>>,
@@ -234,6 +234,7 @@ impl Master {
                 self.fill_slot(slot, now);
             }
         }
+        self.steer();
     }
 
     /// Gives each slot a worker.
@@ -319,6 +320,7 @@ impl Master {
             log::error!("worker {slot} (process {pid}) {how}: it is replaced");
         } else {
             log::error!("worker {slot} (process {pid}) {how}: it keeps dying, and is replaced in {wait:?}");
+            self.rescue(slot);
         }
     }
 

@@ -149,6 +149,8 @@ pub struct WorkerRow {
     pub cpus: [AtomicU64; 16],
     /// 1 while it takes no new sessions and finishes its old ones.
     pub draining: AtomicU32,
+    /// Sessions that it has accepted.
+    pub accepted: AtomicU64,
     /// Sessions that it holds.
     pub sessions: AtomicU32,
     /// Sessions of those that are forwarded in the kernel.
@@ -241,6 +243,7 @@ impl WorkerRow {
         self.clear();
         self.slot.store(slot as u32, Relaxed);
         self.generation.store(generation, Relaxed);
+        self.accepted.store(0, Relaxed);
         self.pairs_total.store(pairs_total, Relaxed);
         for (word, bits) in self.cpus.iter().enumerate() {
             let own = cpus.iter().filter(|cpu| **cpu / 64 == word);

@@ -1,7 +1,7 @@
 //! What std's sockets do not offer: a reset instead of a close, a listener that answers no SYN, a FIN
 //! that travels in the last data segment, and a connection whose sequence numbers are set by hand.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -25,6 +25,57 @@ pub fn connect(address: SocketAddr) -> TcpStream {
 /// The same, for a test that counts failures.
 pub fn try_connect(address: SocketAddr) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+sockopt_impl!(
+    BindWithoutPort,
+    SetOnly,
+    libc::IPPROTO_IP,
+    libc::IP_BIND_ADDRESS_NO_PORT,
+    bool
+);
+sockopt_impl!(
+    DeferAccept,
+    SetOnly,
+    libc::IPPROTO_TCP,
+    libc::TCP_DEFER_ACCEPT,
+    u32
+);
+
+/// Connects from one of the loopback addresses: each has all ports of its own.
+pub fn connect_from(from: Ipv4Addr, address: SocketAddr) -> std::io::Result<TcpStream> {
+    connect_with(address, |socket| {
+        setsockopt(socket, BindWithoutPort, &true)?;
+        bind(
+            socket.as_raw_fd(),
+            &SockaddrStorage::from(SocketAddr::from((from, 0))),
+        )
+    })
+}
+
+/// Connects, and leaves the last ACK of the handshake unsent for 200 ms unless data is written sooner: the other
+/// side's connection is half-open for so long. (TCP_DEFER_ACCEPT of a client: tcp_rcv_synsent_state_process)
+pub fn connect_with_late_ack(address: SocketAddr) -> std::io::Result<TcpStream> {
+    connect_with(address, |socket| setsockopt(socket, DeferAccept, &1))
+}
+
+fn connect_with(
+    address: SocketAddr,
+    prepare: impl Fn(&OwnedFd) -> nix::Result<()>,
+) -> std::io::Result<TcpStream> {
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    prepare(&socket)?;
+    nix::sys::socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    let stream = TcpStream::from(socket);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;

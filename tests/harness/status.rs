@@ -30,6 +30,8 @@ pub struct Worker {
     pub slot: u64,
     /// The process in it now.
     pub pid: i32,
+    /// Sessions that it has accepted.
+    pub accepted: u64,
     /// Sessions that it carries.
     pub sessions: u64,
     /// Occupied places in the slot's sockmap.
@@ -142,6 +144,7 @@ impl Status {
                 Worker {
                     slot: number("slot"),
                     pid: i32::try_from(number("pid")).expect("a process id"),
+                    accepted: number("accepted"),
                     sessions: number("sessions"),
                     slots_used: number("slots_used"),
                     slots_total: number("slots_total"),

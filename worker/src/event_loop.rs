@@ -18,7 +18,7 @@ use mio::{Events, Interest, Poll};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use crate::accept::Listening;
+use crate::accept::{Intake, Listening};
 use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
@@ -73,6 +73,7 @@ pub struct Worker {
     pub(crate) sockets: Sockets,
     pub(crate) control: OwnedFd,
     pub(crate) listeners: Vec<Listening>,
+    pub(crate) intake: Intake,
     pub(crate) router: Router,
     pub(crate) groups: Vec<RoundRobin>,
     pub(crate) table: Table<Session>,
@@ -155,6 +156,7 @@ impl Worker {
             sockets,
             control: start.control,
             listeners,
+            intake: Intake::new(start.load, start.accept_reason),
             table: Table::new(),
             wheel: Wheel::new(clock::now_ms()),
             again: VecDeque::new(),
@@ -169,6 +171,7 @@ impl Worker {
         let mut events = Events::with_capacity(256);
         let mut due = Vec::new();
         self.listen()?;
+        self.tell_load();
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {
@@ -203,6 +206,7 @@ impl Worker {
                 self.fire(timer);
             }
             self.tell_master();
+            self.tell_load();
         }
         for token in self.table.tokens() {
             self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use culvert_bpf::Totals;
+use culvert_bpf::{SlotLoad, Totals};
 use culvert_shared::config::Config;
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
@@ -35,6 +35,10 @@ pub struct WorkerStart {
     pub relay_reason: Option<String>,
     /// The bytes that the kernel forwarded, whole program; `None` where BPF is not to be had.
     pub totals: Option<Arc<Totals>>,
+    /// What the worker tells the programs that choose among workers; `None` where there are none.
+    pub load: Option<SlotLoad>,
+    /// Why there are none.
+    pub accept_reason: Option<String>,
     /// The worker's end of the pair to the master.
     pub control: OwnedFd,
 }

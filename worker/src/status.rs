@@ -55,6 +55,7 @@ impl Worker {
                     "generation": row.generation.load(Relaxed),
                     "draining": row.draining.load(Relaxed) != 0,
                     "cpus": row.cpu_list(),
+                    "accepted": load(&row.accepted),
                     "sessions": row.sessions.load(Relaxed),
                     "offloaded": row.offloaded.load(Relaxed),
                     "slots_used": SLOTS_PER_PAIR * row.pairs.load(Relaxed),
@@ -69,6 +70,8 @@ impl Worker {
             "datapath": if self.wards[0].store.maps.is_some() { "sockmap" } else { "relay" },
             "datapath_reason": self.relay_reason,
             "confinement": crate::confine::status(),
+            "accept": self.intake.chosen_by(),
+            "accept_reason": self.intake.reason(),
             "workers": workers,
             "worker_restarts": load(&board.worker_restarts),
             "reloads": {
