@@ -6,6 +6,8 @@
 #ifndef CULVERT_MAPS_H
 #define CULVERT_MAPS_H
 
+#include "places.h"
+
 /* The sockets whose data the verdict program sees. A socket that is held back is missing here. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
@@ -71,13 +73,5 @@ struct {
 	__type(key, __u32);
 	__type(value, struct cpu_total);
 } totals SEC(".maps");
-
-/* Socket -> its slot and index; shared by the programs of all worker slots. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct place);
-} places SEC(".maps");
 
 #endif
