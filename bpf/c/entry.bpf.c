@@ -14,7 +14,7 @@
 /* Worker slot -> its `pressure` program. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 1024);
+	__uint(max_entries, SLOTS);
 	__type(key, __u32);
 	__type(value, __u32);
 } slots SEC(".maps");

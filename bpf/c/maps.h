@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * The maps of one worker slot. User space sizes them for 2 * worker_connections sockets, and gives
- * `totals` and `places` the ones that all slots share.
+ * `totals`, `slot_totals` and `places` the ones that all slots share.
  */
 #ifndef CULVERT_MAPS_H
 #define CULVERT_MAPS_H
@@ -73,5 +73,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct cpu_total);
 } totals SEC(".maps");
+
+/* By slot, the number of which is in `place`; shared by the programs of all worker slots. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, SLOTS);
+	__type(key, __u32);
+	__type(value, struct slot_total);
+} slot_totals SEC(".maps");
 
 #endif

@@ -1,7 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The map that `entry` and the programs of all worker slots share; user space gives each object the same one. */
+/*
+ * What `entry` and the programs of the worker slots have to agree on. User space gives each object the same
+ * map.
+ */
 #ifndef CULVERT_PLACES_H
 #define CULVERT_PLACES_H
+
+/* Worker slots that can exist at once, those of old generations included. */
+#define SLOTS 1024
 
 /* Socket -> its slot and index. */
 struct {

@@ -15,6 +15,6 @@ mod skel;
 
 pub use abi::flow_flag;
 pub use events::{Event, EventKind, Events};
-pub use load::{Bpf, Totals, trial};
+pub use load::{Bpf, SlotState, Totals, trial};
 pub use pair::{FlowState, Joined, LaneNumber, Pair, PairPool, SlotMaps, Terms};
 pub use probe::{libbpf_version, probe};

@@ -274,7 +274,7 @@ fn pause_and_resume(bench: &mut Bench<'_>) -> Result<()> {
                     );
                 }
                 EventKind::Trouble => bail!("the program met flags {:#x}", session.flow(way).flags),
-                EventKind::Paused => {}
+                EventKind::Paused | EventKind::Room => {}
             }
         }
         if Instant::now() >= bench.deadline {

@@ -23,6 +23,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         user: None,
         worker_cpus: vec![vec![0]],
         worker_connections: 64,
+        worker_backlog_size: None,
         worker_shutdown_timeout: None,
         pid: "/nonexistent/master.pid".into(),
         error_log: ErrorLog {

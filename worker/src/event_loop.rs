@@ -90,11 +90,18 @@ impl Worker {
                 Interest::READABLE,
             )
             .context("failed to watch the master's socket")?;
-        let pressure = Pressure::open(start.maps.as_deref(), start.owner)?;
+        let pressure = Pressure::open(
+            start.maps.as_deref(),
+            start.owner,
+            start.config.worker_backlog_size,
+        )?;
         if let Some(fd) = pressure.raw_fd() {
             registry
                 .register(&mut SourceFd(&fd), KERNEL, Interest::READABLE)
                 .context("failed to watch the events of the BPF programs")?;
+        }
+        if let Some(maps) = &start.maps {
+            start.board[0].workers[start.row].set_slot_number(maps.number());
         }
         let listeners = Listening::open_all(start.listeners)?;
         let hostname =

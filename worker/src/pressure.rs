@@ -10,7 +10,7 @@ use culvert_shared::ids::{Direction, Owner};
 use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::{PRESSURE_TIMER, Worker};
-use crate::session::{Session, source, target};
+use crate::session::{Buffers, Session, source, target};
 use crate::sockets;
 use crate::table::Token;
 
@@ -34,11 +34,16 @@ pub struct Pressure {
     tokens: Vec<Option<Token>>,
     /// Flows that are held back, or were when they were last looked at.
     paused: Vec<(Token, Direction)>,
+    /// Flows whose source may gather less than it should, because many were held back at once.
+    narrow: Vec<(Token, Direction)>,
 }
 
 impl Pressure {
-    /// Takes a ring buffer of the slot, if one is free.
-    pub fn open(maps: Option<&SlotMaps>, owner: Owner) -> Result<Pressure> {
+    /// Takes a ring buffer of the slot, if one is free. `total_bytes`: what the slot may have outstanding.
+    pub fn open(maps: Option<&SlotMaps>, owner: Owner, total_bytes: Option<u64>) -> Result<Pressure> {
+        if let Some(maps) = maps {
+            maps.limit_total(total_bytes);
+        }
         let (lane, events) = match maps {
             Some(maps) => maps.open_events(owner)?,
             None => Default::default(),
@@ -49,6 +54,7 @@ impl Pressure {
             events,
             tokens: vec![None; pairs],
             paused: Vec::new(),
+            narrow: Vec::new(),
         })
     }
 
@@ -73,6 +79,7 @@ impl Pressure {
 impl Worker {
     pub(crate) fn take_kernel_events(&mut self) {
         let events = self.pressure.events.as_mut().map_or(Vec::new(), Events::take);
+        let room = events.iter().any(|event| event.kind == EventKind::Room);
         for Event {
             pair,
             direction,
@@ -85,10 +92,13 @@ impl Worker {
             self.with_session(token, |worker, session| match kind {
                 EventKind::Paused => {
                     worker.note_paused(token, direction);
-                    worker.size_buffers(session, direction);
+                    worker.size_buffers(token, session, direction);
                     worker.wait(session)
                 }
-                EventKind::Drained => worker.resume(token, session, direction),
+                EventKind::Drained if worker.has_room(session, direction) => {
+                    worker.resume(token, session, direction)
+                }
+                EventKind::Drained | EventKind::Room => worker.wait(session),
                 EventKind::Trouble => {
                     let flags = worker.flow(session, direction).flags;
                     let what = format!("{}: the program met flags {flags:#x}", direction.name());
@@ -96,10 +106,13 @@ impl Worker {
                 }
             });
         }
+        if room {
+            self.look_at_paused();
+        }
     }
 
     fn note_paused(&mut self, token: Token, direction: Direction) {
-        if self.pressure.paused.is_empty() {
+        if self.pressure.paused.is_empty() && self.pressure.narrow.is_empty() {
             self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
         if !self.pressure.paused.contains(&(token, direction)) {
@@ -113,26 +126,43 @@ impl Worker {
     /// a peer that is held back. The kernel doubles both
     /// values (socket(7)), and caps them at net.core.wmem_max and rmem_max; where a cap would make a buffer
     /// smaller than the kernel's own sizing does, it is left alone.
-    fn size_buffers(&self, session: &mut Session, direction: Direction) {
-        if std::mem::replace(&mut session.stream(direction).buffers_sized, true) {
+    ///
+    /// What a source has gathered comes all at once when it is let go. So where too many are held back for
+    /// each to gather that much within the worker's total, a source's buffer stays as it is, or shrinks to
+    /// the source's share, until they are fewer again.
+    fn size_buffers(&mut self, token: Token, session: &mut Session, direction: Direction) {
+        let backlog = self.config.servers[session.server].stream.ebpf_backlog_size as usize;
+        let former = session.stream(direction).buffers;
+        if former == Buffers::Own
+            && let Some(socket) = session
+                .socket(target(direction))
+                .filter(|_| backlog.max(RECEIVE_BYTES_MIN) <= self.limits.send_bytes)
+        {
+            let _ = sockets::set_send_buffer(socket.as_fd(), backlog.max(RECEIVE_BYTES_MIN));
+        }
+        let wide = (backlog / 2).max(RECEIVE_BYTES_MIN);
+        let sources = self.pressure.paused.len();
+        let share = self.maps.as_ref().and_then(|maps| maps.share_bytes(sources));
+        // The kernel takes twice what it is told.
+        let share = share.map_or(usize::MAX, |bytes| bytes as usize / 2);
+        let Some(socket) = session.socket(source(direction)) else {
+            return;
+        };
+        if share >= wide {
+            // What was fixed once does not size itself again.
+            if former == Buffers::Narrow || (former == Buffers::Own && wide <= self.limits.receive_bytes) {
+                let bytes = wide.min(self.limits.receive_bytes);
+                let _ = sockets::set_receive_buffer(socket.as_fd(), bytes);
+            }
+            session.stream(direction).buffers = Buffers::Wide;
             return;
         }
-        let backlog = self.config.servers[session.server].stream.ebpf_backlog_size as usize;
-        let (send, receive) = (
-            backlog.max(RECEIVE_BYTES_MIN),
-            (backlog / 2).max(RECEIVE_BYTES_MIN),
-        );
-        if let Some(socket) = session
-            .socket(target(direction))
-            .filter(|_| send <= self.limits.send_bytes)
-        {
-            let _ = sockets::set_send_buffer(socket.as_fd(), send);
+        if sockets::receive_buffer(socket.as_fd()).is_ok_and(|bytes| bytes / 2 > share) {
+            let _ = sockets::set_receive_buffer(socket.as_fd(), share);
         }
-        if let Some(socket) = session
-            .socket(source(direction))
-            .filter(|_| receive <= self.limits.receive_bytes)
-        {
-            let _ = sockets::set_receive_buffer(socket.as_fd(), receive);
+        session.stream(direction).buffers = Buffers::Narrow;
+        if !self.pressure.narrow.contains(&(token, direction)) {
+            self.pressure.narrow.push((token, direction));
         }
     }
 
@@ -172,6 +202,16 @@ impl Worker {
                 worker.wait(session)
             });
         }
+        // It puts those back for which there is no more room.
+        for (token, direction) in std::mem::take(&mut self.pressure.narrow) {
+            self.with_session(token, |worker, session| {
+                worker.size_buffers(token, session, direction);
+                worker.wait(session)
+            });
+        }
+        if !self.pressure.paused.is_empty() || !self.pressure.narrow.is_empty() {
+            self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
+        }
         self.arm_untold();
     }
 
@@ -179,6 +219,14 @@ impl Worker {
     pub(crate) fn arm_untold(&mut self) {
         if self.pressure.events.is_none() && self.pressure.tokens.iter().any(Option::is_some) {
             self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_UNTOLD_MS);
+        }
+    }
+
+    /// Whether the worker's total lets the direction go on.
+    fn has_room(&self, session: &Session, direction: Direction) -> bool {
+        match (&self.maps, &session.pair) {
+            (Some(maps), Some(pair)) => maps.has_room(pair, direction),
+            _ => true,
         }
     }
 

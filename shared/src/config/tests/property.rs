@@ -55,6 +55,7 @@ prop_compose! {
         user in prop::option::of(prop::sample::select(vec![("web", 33), ("nobody", 65534)])),
         worker_cpus in prop::collection::vec(prop::sample::subsequence(vec![0usize, 1, 2, 3], 1..=4), 1..6),
         worker_connections in 1u32..=1 << 20,
+        worker_backlog_size in prop::option::of(1u64..=1 << 40),
         shutdown in prop::option::of(1u64..=31_536_000_000),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
@@ -104,6 +105,7 @@ prop_compose! {
             user: user.map(|(name, id)| User { name: name.to_owned(), uid: id, gid: id }),
             worker_cpus,
             worker_connections,
+            worker_backlog_size,
             worker_shutdown_timeout: shutdown.map(Duration::from_millis),
             pid: paths.0.into(),
             error_log: ErrorLog {
