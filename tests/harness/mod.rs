@@ -17,6 +17,7 @@
 //! | `process` | `/proc` of a process |
 //! | `end` | one end of a session that behaves as a script says |
 //! | `pair` | one session with both ends in the test's hands, and writers that say how far they have come |
+//! | `slow` | sessions whose reader is slow: their proxy, their end, what must hold |
 //! | `memory` | what the kernel's TCP holds, and the memory of the machine |
 //! | `program` | other programs: run to the end, or kept running |
 
@@ -32,6 +33,7 @@ pub mod ports;
 pub mod process;
 pub mod program;
 pub mod proxy;
+pub mod slow;
 pub mod sockets;
 pub mod status;
 pub mod upstream;
