@@ -3,6 +3,7 @@
 //! loopback, with the programs that will serve. A kernel that fails is not trusted, and sessions are copied.
 
 mod session;
+mod socket;
 
 use std::time::{Duration, Instant};
 
@@ -12,9 +13,10 @@ use culvert_shared::ids::{Direction, Owner};
 use crate::events::{EventKind, Events};
 use crate::load::Bpf;
 use crate::pair::{LaneNumber, PairPool, SlotMaps};
-use session::{LOOK, pattern};
+use socket::{LOOK, pattern};
 
-pub use session::{Session, Socket};
+pub use session::Session;
+pub use socket::Socket;
 
 /// What is tried, in this order.
 const STEPS: [(&str, Step); 5] = [
