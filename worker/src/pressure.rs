@@ -25,6 +25,9 @@ const LOOK_UNTOLD_MS: u64 = 5;
 /// window, and nobody opens it for 200 ms.
 const RECEIVE_BYTES_MIN: usize = 2 << 20;
 
+/// Segments that the smallest receive buffer of a source has to hold.
+const NARROW_SEGMENTS: usize = 4;
+
 /// What a worker knows of the flows of its pairs.
 pub struct Pressure {
     lane: LaneNumber,
@@ -157,8 +160,13 @@ impl Worker {
             session.stream(direction).buffers = Buffers::Wide;
             return;
         }
-        if sockets::receive_buffer(socket.as_fd()).is_ok_and(|bytes| bytes / 2 > share) {
-            let _ = sockets::set_receive_buffer(socket.as_fd(), share);
+        // A window that does not take whole segments is not used before the sender's probe timer comes out, and
+        // that doubles with each probe while the source is held back.
+        let segment = sockets::segment_bytes(socket.as_fd()).unwrap_or(0);
+        let narrow = share.max(NARROW_SEGMENTS * segment).min(wide);
+        let present = sockets::receive_buffer(socket.as_fd()).map_or(narrow, |bytes| bytes / 2);
+        if present > 2 * narrow || present < narrow {
+            let _ = sockets::set_receive_buffer(socket.as_fd(), narrow);
         }
         session.stream(direction).buffers = Buffers::Narrow;
         if !self.pressure.narrow.contains(&(token, direction)) {

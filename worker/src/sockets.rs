@@ -178,3 +178,8 @@ pub fn set_receive_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno>
 pub fn receive_buffer(fd: BorrowedFd<'_>) -> Result<usize, Errno> {
     getsockopt(&fd, sockopt::RcvBuf)
 }
+
+/// How large a connection's segments are.
+pub fn segment_bytes(fd: BorrowedFd<'_>) -> Result<usize, Errno> {
+    getsockopt(&fd, sockopt::TcpMaxSeg).map(|bytes| bytes as usize)
+}
