@@ -26,18 +26,20 @@ pub struct Flow {
     pub pauses: AtomicU32,
     pub largest_outstanding_bytes: AtomicU32,
     pub lane: AtomicU32,
-    pub pad: [AtomicU32; 2],
+    pub held_bytes: AtomicU32,
+    pub pad: AtomicU32,
     pub reserved: [AtomicU64; 4],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
 unsafe impl Shareable for Flow {}
 
-/// Bytes forwarded on one CPU (`struct cpu_total`).
+/// Counted on one CPU (`struct cpu_total`).
 #[repr(C)]
 pub struct CpuTotal {
     pub forwarded_bytes: [AtomicU64; 2],
-    pub pad: [AtomicU64; 6],
+    pub pauses: AtomicU64,
+    pub pad: [AtomicU64; 5],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -84,6 +86,23 @@ pub mod accept_state {
     pub const LIVE: u32 = accept_state::ACCEPT_LIVE.0;
 }
 
+/// What all flows of a worker slot have in common (`struct slot_total`).
+#[repr(C)]
+pub struct SlotTotal {
+    pub held_bytes: AtomicU64,
+    pub limit_bytes: AtomicU64,
+    pub low_bytes: AtomicU64,
+    pub pauses: AtomicU64,
+    pub wake: AtomicU32,
+    pub pad: [AtomicU32; 7],
+}
+
+// SAFETY: only atomics in a `repr(C)` layout; zero is valid.
+unsafe impl Shareable for SlotTotal {}
+
+/// Bytes that every flow may have outstanding (`enum flow_floor`, where it is explained).
+pub const FLOW_FLOOR_BYTES: u32 = types::flow_floor::FLOW_FLOOR.0;
+
 const _: () = {
     assert!(size_of::<Flow>() == size_of::<types::flow>());
     assert!(offset_of!(Flow, cookie) == offset_of!(types::flow, cookie));
@@ -102,8 +121,16 @@ const _: () = {
         offset_of!(Flow, largest_outstanding_bytes) == offset_of!(types::flow, largest_outstanding_bytes)
     );
     assert!(offset_of!(Flow, lane) == offset_of!(types::flow, lane));
+    assert!(offset_of!(Flow, held_bytes) == offset_of!(types::flow, held_bytes));
     assert!(size_of::<CpuTotal>() == size_of::<types::cpu_total>());
     assert!(offset_of!(CpuTotal, forwarded_bytes) == offset_of!(types::cpu_total, forwarded_bytes));
+    assert!(offset_of!(CpuTotal, pauses) == offset_of!(types::cpu_total, pauses));
+    assert!(size_of::<SlotTotal>() == size_of::<types::slot_total>());
+    assert!(offset_of!(SlotTotal, held_bytes) == offset_of!(types::slot_total, held_bytes));
+    assert!(offset_of!(SlotTotal, limit_bytes) == offset_of!(types::slot_total, limit_bytes));
+    assert!(offset_of!(SlotTotal, low_bytes) == offset_of!(types::slot_total, low_bytes));
+    assert!(offset_of!(SlotTotal, pauses) == offset_of!(types::slot_total, pauses));
+    assert!(offset_of!(SlotTotal, wake) == offset_of!(types::slot_total, wake));
 };
 
 /// The value of a socket's storage (`struct place`).

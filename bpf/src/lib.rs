@@ -18,6 +18,6 @@ mod skel;
 pub use abi::flow_flag;
 pub use accept::{Group, SlotLoad, Steering};
 pub use events::{Event, EventKind, Events};
-pub use load::{Bpf, Totals, trial};
+pub use load::{Bpf, SlotState, Totals, trial};
 pub use pair::{FlowState, Joined, LaneNumber, SlotMaps, Terms};
 pub use probe::{libbpf_version, probe};

@@ -113,8 +113,6 @@ pub struct Board {
     pub kept_limit: AtomicU64,
     /// Sessions that a worker took over from another one.
     pub adopted: AtomicU64,
-    /// Times that a source was held back, over ended sessions.
-    pub pauses: AtomicU64,
     /// Log lines dropped because the log could not keep up.
     pub log_lines_dropped: AtomicU64,
     /// Bytes copied in user space, by direction.
@@ -145,6 +143,8 @@ pub struct WorkerRow {
     pub generation: AtomicU64,
     /// Sockmap pairs of its slot.
     pub pairs_total: AtomicU32,
+    /// One more than the number that the BPF programs know its slot by; 0: it has no maps.
+    slot_number: AtomicU32,
     /// The CPUs that it may run on, a bit each; CPUs from 1024 up are not shown.
     pub cpus: [AtomicU64; 16],
     /// 1 while it takes no new sessions and finishes its old ones.
@@ -251,6 +251,16 @@ impl WorkerRow {
         }
     }
 
+    /// Says what the BPF programs know the worker's slot by.
+    pub fn set_slot_number(&self, number: u32) {
+        self.slot_number.store(number + 1, Relaxed);
+    }
+
+    /// What the BPF programs know the worker's slot by; `None`: it has no maps.
+    pub fn slot_number(&self) -> Option<u32> {
+        self.slot_number.load(Relaxed).checked_sub(1)
+    }
+
     /// The CPUs that the worker may run on.
     pub fn cpu_list(&self) -> Vec<usize> {
         let has = |cpu: &usize| self.cpus[cpu / 64].load(Relaxed) >> (cpu % 64) & 1 != 0;
@@ -265,6 +275,7 @@ impl WorkerRow {
             &self.sessions,
             &self.offloaded,
             &self.pairs,
+            &self.slot_number,
         ];
         for gauge in gauges
             .into_iter()

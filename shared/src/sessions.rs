@@ -80,8 +80,8 @@ pub struct SavedStream {
     pub way: u8,
     /// Its source has ended.
     pub source_ended: bool,
-    /// The buffers of its sockets have been sized.
-    pub buffers_sized: bool,
+    /// How the buffers of its sockets are sized, at most 3.
+    pub buffers: u8,
     /// Bytes that user space read from the source.
     pub read_bytes: u64,
     /// Bytes that user space wrote to the target.
@@ -236,16 +236,15 @@ const JOINED: u64 = 1 << 1;
 const HALF_CLOSE: u64 = 1 << 2;
 const CARRIER_SHIFT: u32 = 8;
 const SOURCE_ENDED: u64 = 1 << 2;
-const BUFFERS_SIZED: u64 = 1 << 3;
-/// Bits of a direction in the word of ways: the way in two, then the two above.
+const BUFFERS_SHIFT: u32 = 3;
+/// Bits of a direction in the word of ways: the way in two, then those above, buffers in two.
 const WAY_BITS: usize = 8;
 
 fn ways(streams: &[SavedStream; 2]) -> u64 {
     let bits = |stream: &SavedStream| {
-        let flag = |set: bool, bit: u64| if set { bit } else { 0 };
         u64::from(stream.way & 3)
-            | flag(stream.source_ended, SOURCE_ENDED)
-            | flag(stream.buffers_sized, BUFFERS_SIZED)
+            | if stream.source_ended { SOURCE_ENDED } else { 0 }
+            | u64::from(stream.buffers & 3) << BUFFERS_SHIFT
     };
     bits(&streams[0]) | bits(&streams[1]) << WAY_BITS
 }
@@ -304,7 +303,7 @@ impl Saved {
             SavedStream {
                 way: (bits & 3) as u8,
                 source_ended: bits & SOURCE_ENDED != 0,
-                buffers_sized: bits & BUFFERS_SIZED != 0,
+                buffers: (bits >> BUFFERS_SHIFT & 3) as u8,
                 read_bytes: words[at::READ + way],
                 written_bytes: words[at::WRITTEN + way],
             }
@@ -463,11 +462,11 @@ mod tests {
     }
 
     fn stream() -> impl Strategy<Value = SavedStream> {
-        (0u8..4, any::<bool>(), any::<bool>(), any::<u64>(), any::<u64>()).prop_map(
-            |(way, source_ended, buffers_sized, read_bytes, written_bytes)| SavedStream {
+        (0u8..4, any::<bool>(), 0u8..4, any::<u64>(), any::<u64>()).prop_map(
+            |(way, source_ended, buffers, read_bytes, written_bytes)| SavedStream {
                 way,
                 source_ended,
-                buffers_sized,
+                buffers,
                 read_bytes,
                 written_bytes,
             },

@@ -5,16 +5,11 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::sockopt::{Linger, ReuseAddr, TcpRepair};
-use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, SockaddrStorage, bind, getsockopt, listen,
-    setsockopt, socket,
-};
-use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
+use nix::sys::socket::sockopt::Linger;
+use nix::sys::socket::{Backlog, MsgFlags, listen, setsockopt};
 
-use super::{PATIENCE, within};
+use super::PATIENCE;
 
 /// Connects with the harness's timeouts.
 #[track_caller]
@@ -153,68 +148,10 @@ impl Deaf {
     }
 }
 
-sockopt_impl!(
-    RepairQueue,
-    SetOnly,
-    libc::IPPROTO_TCP,
-    libc::TCP_REPAIR_QUEUE,
-    u32
-);
-sockopt_impl!(QueueSequence, Both, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, u32);
-// `struct tcp_repair_window`: snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup.
-sockopt_impl!(
-    RepairWindow,
-    SetOnly,
-    libc::IPPROTO_TCP,
-    libc::TCP_REPAIR_WINDOW,
-    [u32; 5]
-);
-
-// Values of TCP_REPAIR and TCP_REPAIR_QUEUE (linux/tcp.h).
-const REPAIR_ON: u32 = 1;
-const REPAIR_OFF_WITHOUT_PROBE: u32 = u32::MAX;
-const RECEIVE_QUEUE: u32 = 1;
-const SEND_QUEUE: u32 = 2;
-const WINDOW: u32 = 60_000;
-
 /// Takes an idle connection's place with the same addresses, `bytes` earlier in the stream: what is sent
 /// next begins with that many bytes that the receiver has already. Needs CAP_NET_ADMIN.
 pub fn rewind(old: TcpStream, bytes: u32) -> TcpStream {
-    let local = old.local_addr().expect("the local address");
-    let peer = old.peer_addr().expect("the peer's address");
-    setsockopt(&old, TcpRepair, &REPAIR_ON).expect("TCP_REPAIR (needs CAP_NET_ADMIN)");
-    let sequence = |queue: u32| {
-        setsockopt(&old, RepairQueue, &queue).expect("TCP_REPAIR_QUEUE");
-        getsockopt(&old, QueueSequence).expect("TCP_QUEUE_SEQ")
-    };
-    let (receive, send) = (sequence(RECEIVE_QUEUE), sequence(SEND_QUEUE));
-    // A socket under repair disappears without a word to its peer.
-    drop(old);
-
-    let family = if local.is_ipv4() {
-        AddressFamily::Inet
-    } else {
-        AddressFamily::Inet6
-    };
-    let new: OwnedFd =
-        socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket to continue with");
-    setsockopt(&new, ReuseAddr, &true).expect("SO_REUSEADDR");
-    setsockopt(&new, TcpRepair, &REPAIR_ON).expect("TCP_REPAIR");
-    for (queue, value) in [(SEND_QUEUE, send.wrapping_sub(bytes)), (RECEIVE_QUEUE, receive)] {
-        setsockopt(&new, RepairQueue, &queue).expect("TCP_REPAIR_QUEUE");
-        setsockopt(&new, QueueSequence, &value).expect("TCP_QUEUE_SEQ");
-    }
-    bind(new.as_raw_fd(), &SockaddrStorage::from(local)).expect("binding to the old local address");
-    // A program that another test starts holds the old socket too, from its fork to its exec.
-    let mut last = Ok(());
-    let connected = within(PATIENCE, || {
-        last = nix::sys::socket::connect(new.as_raw_fd(), &SockaddrStorage::from(peer));
-        last != Err(Errno::EADDRNOTAVAIL)
-    });
-    assert!(connected && last.is_ok(), "connecting under repair: {last:?}");
-    let window = [receive, WINDOW, WINDOW, WINDOW, receive];
-    setsockopt(&new, RepairWindow, &window).expect("TCP_REPAIR_WINDOW");
-    setsockopt(&new, TcpRepair, &REPAIR_OFF_WITHOUT_PROBE).expect("leaving TCP_REPAIR");
+    let new = culvert_shared::sys::repair::rewind(old.into(), bytes).expect("rewinding a connection");
     let stream = TcpStream::from(new);
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");

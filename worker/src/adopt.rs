@@ -17,7 +17,7 @@ use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::route::Ends;
-use crate::session::{Datapath, Session, Stream, Upstream, Way, target};
+use crate::session::{Buffers, Datapath, Session, Stream, Upstream, Way, target};
 use crate::sockets::{self, Interest};
 use crate::store::Seat;
 use crate::table::{Side, Token};
@@ -138,6 +138,9 @@ impl Worker {
                 if worker.flow(session, direction).paused {
                     worker.note_paused(token, direction);
                 }
+                if session.stream(direction).buffers == Buffers::Narrow {
+                    worker.size_buffers(token, session, direction);
+                }
                 // Whether the end was passed on before the worker died is not known; twice does no harm.
                 if died
                     && session.streams[direction.index()].way == Way::Ended
@@ -229,7 +232,7 @@ fn revive_stream(saved: SavedStream) -> Stream {
     let mut stream = Stream::new();
     stream.way = way_of(saved.way);
     stream.source_ended = saved.source_ended;
-    stream.buffers_sized = saved.buffers_sized;
+    stream.buffers = buffers_of(saved.buffers);
     stream.read_bytes = saved.read_bytes;
     stream.written_bytes = saved.written_bytes;
     stream
@@ -241,6 +244,14 @@ fn way_of(number: u8) -> Way {
         .into_iter()
         .find(|way| *way as u8 == number)
         .unwrap_or(Way::Settling)
+}
+
+/// What [`Buffers`] was written as.
+fn buffers_of(number: u8) -> Buffers {
+    [Buffers::Own, Buffers::Wide, Buffers::Narrow]
+        .into_iter()
+        .find(|buffers| *buffers as u8 == number)
+        .unwrap_or(Buffers::Narrow)
 }
 
 /// What goes on to apply to a session whose server is gone; the rest is as `[stream]` says now.

@@ -48,11 +48,10 @@ impl Worker {
             let kernel = self.flow(session, direction).forwarded_bytes;
             (kernel, session.streams[direction.index()].written_bytes)
         });
-        let pauses = Direction::BOTH
-            .map(|direction| u64::from(self.flow(session, direction).pauses))
+        let pauses: u32 = Direction::BOTH
+            .map(|direction| self.flow(session, direction).pauses)
             .iter()
             .sum();
-        Board::add(&board.pauses, pauses);
         let bytes = carried.map(|(kernel, relayed)| kernel + relayed);
         let listener = &board.listeners[session.listener];
         listener

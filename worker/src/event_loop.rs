@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use culvert_bpf::Totals;
 use culvert_shared::config::{self, Config};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
-use culvert_shared::ids::{Direction, Owner};
+use culvert_shared::ids::Owner;
 use culvert_shared::message::ToMaster;
 use culvert_shared::sys::{fdpass, shm::Shared};
 use mio::unix::SourceFd;
@@ -23,6 +23,7 @@ use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
+use crate::pressure::Pressure;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
@@ -63,8 +64,7 @@ pub struct Worker {
     pub(crate) wards: Vec<Ward>,
     pub(crate) relay_reason: Option<String>,
     pub(crate) totals: Option<Arc<Totals>>,
-    /// Flows that are held back, or were when they were last looked at.
-    pub(crate) paused: Vec<(Token, Direction)>,
+    pub(crate) pressure: Pressure,
     pub(crate) keeping: Keeping,
     /// Sessions that it took over.
     pub(crate) adopted: u64,
@@ -107,12 +107,15 @@ impl Worker {
         let wards = start
             .stores
             .into_iter()
-            .map(|store| Ward::open(store, start.owner))
+            .map(|store| Ward::open(store, start.owner, start.config.worker_backlog_size))
             .collect::<Result<Vec<Ward>>>()?;
         for fd in wards.iter().filter_map(|ward| ward.reader.raw_fd()) {
             registry
                 .register(&mut SourceFd(&fd), KERNEL, Interest::READABLE)
                 .context("failed to watch the events of the BPF programs")?;
+        }
+        if let Some(maps) = wards.first().and_then(|own| own.store.maps.as_ref()) {
+            start.board[0].workers[start.row].set_slot_number(maps.number());
         }
         let rows = start
             .listeners
@@ -146,7 +149,7 @@ impl Worker {
             owner: start.owner,
             wards,
             rows,
-            paused: Vec::new(),
+            pressure: Pressure::default(),
             keeping: Keeping::default(),
             adopted: 0,
             relay_reason: start.relay_reason,

@@ -382,7 +382,7 @@ fn saved_stream(stream: &Stream) -> SavedStream {
     SavedStream {
         way: stream.way as u8,
         source_ended: stream.source_ended,
-        buffers_sized: stream.buffers_sized,
+        buffers: stream.buffers as u8,
         read_bytes: stream.read_bytes,
         written_bytes: stream.written_bytes,
     }

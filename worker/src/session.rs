@@ -38,6 +38,18 @@ pub enum Way {
     Ended,
 }
 
+/// How the buffers of a direction that the kernel has held back are sized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Buffers {
+    /// As TCP sizes them: it was never held back.
+    Own,
+    /// The target's for all that may be outstanding, the source's so that it flows on at once when it is let go.
+    Wide,
+    /// The source's no larger than its share of the worker's total.
+    Narrow,
+}
+
 /// One direction of a session.
 pub struct Stream {
     /// Where it stands.
@@ -52,8 +64,8 @@ pub struct Stream {
     pub written_bytes: u64,
     /// What the target's TCP had taken when it was last asked while settling.
     pub settled_bytes: u64,
-    /// Whether its sockets' buffers have been sized for back-pressure.
-    pub buffers_sized: bool,
+    /// How its sockets' buffers were sized for back-pressure.
+    pub buffers: Buffers,
     /// Milliseconds until a settling direction is looked at again; doubles each time.
     pub patience_ms: u64,
 }
@@ -68,7 +80,7 @@ impl Stream {
             read_bytes: 0,
             written_bytes: 0,
             settled_bytes: 0,
-            buffers_sized: false,
+            buffers: Buffers::Own,
             patience_ms: 1,
         }
     }

@@ -49,6 +49,8 @@ impl Worker {
         let offloaded: u64 = live().map(|row| u64::from(row.offloaded.load(Relaxed))).sum();
         let workers: Vec<Value> = live()
             .map(|row| {
+                let totals = self.totals.as_ref().zip(row.slot_number());
+                let slot = totals.map(|(totals, number)| totals.slot(number));
                 json!({
                     "slot": row.slot.load(Relaxed),
                     "pid": row.pid.load(Relaxed),
@@ -60,6 +62,9 @@ impl Worker {
                     "offloaded": row.offloaded.load(Relaxed),
                     "slots_used": SLOTS_PER_PAIR * row.pairs.load(Relaxed),
                     "slots_total": SLOTS_PER_PAIR * row.pairs_total.load(Relaxed),
+                    "pauses": slot.map_or(0, |slot| slot.pauses),
+                    "backlog_bytes": slot.map_or(0, |slot| slot.held_bytes),
+                    "backlog_limit_bytes": slot.map_or(0, |slot| slot.limit_bytes),
                 })
             })
             .collect();
@@ -93,7 +98,7 @@ impl Worker {
                 "sockmap": by_direction(|way| self.totals.as_ref().map_or(0, |totals| totals.forwarded_bytes(way))),
                 "relay": by_direction(|way| load(&board.relay_bytes[way.index()])),
             },
-            "pauses": load(&board.pauses),
+            "pauses": self.totals.as_ref().map_or(0, |totals| totals.pauses()),
             "cpus": self.cpu_status(),
             "fallbacks": by_reason(FallbackReason::ALL.iter().map(|reason| reason.name()), &board.fallbacks),
             "closes": by_reason(CloseReason::ALL.iter().map(|reason| reason.name()), &board.closes),

@@ -21,6 +21,9 @@ const WORKERS_MAX: u32 = 4096;
 /// A session takes two descriptors, and fs.nr_open is 1,048,576 unless somebody raised it a lot.
 const CONNECTIONS_MAX: u32 = 1 << 20;
 
+/// More memory than a worker's kernel side can sensibly take.
+const BACKLOG_TOTAL_MAX_BYTES: usize = 1 << 40;
+
 /// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
 const WEIGHT_MAX: u32 = 65_535;
 
@@ -53,6 +56,9 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
             valid::number(given, 1..=CONNECTIONS_MAX)
         })
         .unwrap_or(1);
+    let backlog = check.at(root, "", "worker_backlog_size", |given| {
+        units::size(given, 0..=BACKLOG_TOTAL_MAX_BYTES)
+    });
     let shutdown = check.at(root, "", "worker_shutdown_timeout", |given| {
         units::duration(given, Duration::ZERO..=YEAR)
     });
@@ -75,6 +81,8 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         user,
         worker_cpus,
         worker_connections,
+        // 0 means: no limit.
+        worker_backlog_size: backlog.filter(|bytes| *bytes != 0).map(|bytes| bytes as u64),
         // 0 means: wait as long as it takes.
         worker_shutdown_timeout: shutdown.filter(|timeout| !timeout.is_zero()),
         flow_steering: flow_steering.unwrap_or(FlowSteering::Off),

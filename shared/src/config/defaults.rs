@@ -13,6 +13,9 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("worker_cpu_affinity", Default::Text("auto")),
     // nginx's packages set 1024. Ours counts sessions (two sockets each), and twice as many sockmap slots.
     ("worker_connections", Default::Number(1024)),
+    // Sixty-four readers at once that have stopped with all that ebpf_backlog_size gives them: rare, and
+    // a sixteenth of the memory of a host with 4 GiB for each worker.
+    ("worker_backlog_size", Default::Text("256m")),
     // nginx waits without limit; workers that never leave are what its users complain about. An hour lets
     // all but the longest sessions end by themselves.
     ("worker_shutdown_timeout", Default::Text("1h")),

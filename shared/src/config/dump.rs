@@ -32,6 +32,11 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
     writeln!(out, "worker_processes = {}", cpus.len())?;
     writeln!(out, "worker_cpu_affinity = [{}]", cpus.join(", "))?;
     writeln!(out, "worker_connections = {}", config.worker_connections)?;
+    writeln!(
+        out,
+        "worker_backlog_size = {}",
+        quoted(&write_size(config.worker_backlog_size.unwrap_or(0) as usize))
+    )?;
     let shutdown = config.worker_shutdown_timeout.unwrap_or(Duration::ZERO);
     writeln!(
         out,

@@ -40,6 +40,7 @@ pub(super) const ROOT: &[Key] = &[
     value("worker_processes"),
     value("worker_cpu_affinity"),
     value("worker_connections"),
+    value("worker_backlog_size"),
     value("worker_shutdown_timeout"),
     value("flow_steering"),
     value("pid"),

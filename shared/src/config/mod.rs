@@ -79,6 +79,9 @@ pub struct Config {
     pub worker_cpus: Vec<Vec<usize>>,
     /// Sessions that one worker holds at once.
     pub worker_connections: u32,
+    /// Bytes that all offloaded sessions of one worker together may have outstanding before those with more
+    /// than a little are held back; `None`: no limit.
+    pub worker_backlog_size: Option<u64>,
     /// How long an old worker may finish its sessions; `None`: without limit.
     pub worker_shutdown_timeout: Option<Duration>,
     /// Whether the kernel's work for a session is steered to the CPU of its worker.

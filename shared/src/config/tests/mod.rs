@@ -141,6 +141,7 @@ fn the_least_configuration_has_every_default() {
         user: None,
         worker_cpus: vec![vec![0], vec![1], vec![3]],
         worker_connections: 1024,
+        worker_backlog_size: Some(256 << 20),
         worker_shutdown_timeout: Some(Duration::from_secs(3600)),
         flow_steering: FlowSteering::Off,
         pid: PathBuf::from("/run/culvert/master.pid"),
