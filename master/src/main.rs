@@ -25,8 +25,8 @@ mod rights;
 mod rows;
 mod signal;
 mod spawn;
-mod steering;
 mod steer;
+mod steering;
 mod supervise;
 #[cfg(test)]
 mod testing;

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use culvert_shared::config::{
-    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, LogTarget, OnReload, Peer, Server, Stream, Target,
-    Upstream,
+    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, LogTarget, OnReload, Peer, Server,
+    Stream, Target, Upstream,
 };
 
 /// One server for each listener, all proxying to the first upstream; one worker on CPU 0.
