@@ -8,12 +8,12 @@ use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_worker::Listener;
 
+use crate::accepting::Groups;
 use crate::kernel::{Kernel, StoreTable};
 use crate::limits;
 use crate::listen::Listeners;
 use crate::rights;
 use crate::rows::{Assigned, Rows};
-use crate::steer::Groups;
 
 /// One configuration and its resources.
 pub struct Generation {

@@ -9,8 +9,8 @@ use culvert_shared::config::Config;
 use culvert_shared::sys::shm::Shared;
 use culvert_worker::Store;
 
+use crate::accepting::Accept;
 use crate::retain;
-use crate::steer::Accept;
 
 /// What all slots have in common; empty where BPF is not to be had or not wanted.
 #[derive(Default)]

@@ -1,12 +1,13 @@
 //! The master: configuration → listeners → BPF → workers → supervision.
 //!
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
-//! `generation` to the next. A generation is made of `listen`, `steer`, `kernel` and `rows`; `spawn` makes a
+//! `generation` to the next. A generation is made of `listen`, `accepting`, `kernel` and `rows`; `spawn` makes a
 //! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
 //! outlive their workers. `notify` tells a service manager, `steering` is what is changed on the host.
 
 #![forbid(unsafe_code)]
 
+mod accepting;
 mod args;
 mod backoff;
 mod boot;
@@ -25,7 +26,6 @@ mod rights;
 mod rows;
 mod signal;
 mod spawn;
-mod steer;
 mod steering;
 mod supervise;
 #[cfg(test)]
