@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use nix::libc;
 use nix::sys::socket::sockopt::Linger;
-use nix::sys::socket::{Backlog, MsgFlags, listen, setsockopt};
+use nix::sys::socket::{
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket,
+};
+use nix::{setsockopt_impl, sockopt_impl};
 
 use super::PATIENCE;
 
