@@ -195,6 +195,7 @@ fn flowing(front: &Front, name: &str, care: Care) -> Case {
         into: half(into),
         start: Start::After(Duration::ZERO),
         glued: false,
+        ends_last: false,
         reset_after: None,
         receive_buffer: None,
     };
