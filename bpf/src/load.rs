@@ -193,9 +193,10 @@ impl Bpf {
     pub fn open(stay: bool) -> Result<Bpf> {
         crate::probe::log_libbpf_at_debug();
         let cpus = libbpf_rs::num_possible_cpus().context("failed to count the possible CPUs")?;
+        // First, because it fails with the clearest words where BPF is not to be had.
+        let totals_map = shared_array("totals", size_of::<CpuTotal>(), cpus)?;
         let cgroup = Cgroup::enter(stay)?;
         let entry = Arc::new(Entry::load(&cgroup)?);
-        let totals_map = shared_array("totals", size_of::<CpuTotal>(), cpus)?;
         let slots = entry.capacity() as usize;
         let slot_totals_map = shared_array("slot_totals", size_of::<SlotTotal>(), slots)?;
         let totals = Arc::new(Totals {
