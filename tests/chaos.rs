@@ -10,7 +10,7 @@
 mod harness;
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use harness::load::{Load, Sizes, from_environment};
 use harness::random::Random;
@@ -34,12 +34,14 @@ struct Chaos<'a> {
 impl Chaos<'_> {
     fn one(&mut self, kinds: &[&str]) {
         let kind = kinds[self.random.below(kinds.len() as u64) as usize];
-        self.told.push(kind.to_owned());
+        let at = self.load.ledger.clock(Instant::now());
+        self.told.push(format!("{at} {kind}"));
         match kind {
             "reload" => self.proxy.signal(Signal::SIGHUP),
             "kill" => self.kill_a_worker(),
             "workers" => {
                 let count = 1 + self.random.below(4);
+                self.told.push(count.to_string());
                 self.set("worker_processes", self.workers, count);
                 self.workers = count;
             }
@@ -119,7 +121,7 @@ fn whatever_happens_to_workers_no_old_session_is_lost_and_none_ends_wrong() {
         std::thread::sleep(Duration::from_millis(pause));
         chaos.one(&kinds);
     });
-    let (told, workers) = (chaos.told.join(" "), chaos.workers);
+    let (told, workers) = (chaos.told.join(", "), chaos.workers);
     load.ledger.note(format!("seed {seed}: {told}"));
     proxy.wait("the last configuration serves", |s| {
         s.workers().iter().filter(|w| !w.draining).count() as u64 == workers

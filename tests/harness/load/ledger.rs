@@ -51,12 +51,29 @@ struct Book {
 }
 
 /// The account of one load, shared by all its threads.
-#[derive(Debug, Default)]
-pub struct Ledger(Mutex<Book>);
+#[derive(Debug)]
+pub struct Ledger {
+    opened: Instant,
+    book: Mutex<Book>,
+}
+
+impl Default for Ledger {
+    fn default() -> Ledger {
+        Ledger {
+            opened: Instant::now(),
+            book: Mutex::default(),
+        }
+    }
+}
 
 impl Ledger {
     fn book(&self) -> MutexGuard<'_, Book> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A moment as milliseconds since the account was opened.
+    pub fn clock(&self, at: Instant) -> u128 {
+        at.saturating_duration_since(self.opened).as_millis()
     }
 
     /// Something went as it should.

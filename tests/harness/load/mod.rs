@@ -26,7 +26,7 @@ pub use stream::{Kind, Lane, Side, Stream};
 pub use watch::Watch;
 
 use super::random::Random;
-use super::{Flag, PATIENCE, Plan, Proxy, Status, Upstream, patient, within};
+use super::{Flag, PATIENCE, Plan, Proxy, Status, Upstream, patient, process, within};
 
 /// How much load, and for how long.
 #[derive(Debug, Clone, Copy)]
@@ -233,6 +233,16 @@ impl Books<'_> {
             let workers = after.workers();
             self.wrong(format!(
                 "sessions or places are left when all has ended: {workers:?}"
+            ));
+        }
+        let mut kept = Vec::new();
+        let let_go = within(Duration::from_secs(5), || {
+            kept = process::connections(proxy.pid());
+            kept.is_empty()
+        });
+        if !let_go {
+            self.wrong(format!(
+                "the master still has connections when all has ended: {kept:?}"
             ));
         }
         let since = |pointer: &str| after.number(pointer).saturating_sub(self.before.number(pointer));

@@ -134,7 +134,8 @@ fn one(front: SocketAddr, number: u64, ledger: &Ledger) -> Option<(u64, Duration
     let begin = Instant::now();
     let result = talk(front, number, begin);
     let killed = ledger.killed_between(begin, Instant::now());
-    let name = format!("short connection {number}, after {:?}", begin.elapsed());
+    let (from, took) = (ledger.clock(begin), begin.elapsed());
+    let name = format!("short connection {number}, begun at {from} ms, after {took:?}");
     match result {
         Ok((sent, took)) => {
             ledger.right("short");

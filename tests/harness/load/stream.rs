@@ -129,8 +129,9 @@ impl Kind {
                 ..writes(1024, 100)
             },
             Kind::SlowReader(_) | Kind::Stopping(_) => writes(24 * 1024, 50),
+            // Late enough that the session is in the kernel by then, on a machine that is busy too.
             Kind::HalfClosed(ending) if ending == side => Habit {
-                bytes: Some(64 * 1024),
+                bytes: Some(160 * 1024),
                 ..writes(4096, 50)
             },
             Kind::HalfClosed(_) => writes(4096, 50),
