@@ -69,13 +69,13 @@ impl Generation {
     ///
     /// # Errors
     /// As for the first one, and when maps cannot be made although BPF works.
-    pub fn next(&self, config: Config, kernel: &mut Kernel) -> Result<Generation> {
+    pub fn next(&self, config: Config, filling: &[u32], kernel: &mut Kernel) -> Result<Generation> {
         check_workers(&config)?;
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
         kernel.open_for(&config, true);
-        let stores = kernel.stores_for(&config, &self.stores)?;
+        let stores = kernel.stores_for(&config, &self.stores, filling)?;
         let listeners = self.listeners.next(&config)?;
         let groups = match kernel.is_open() {
             true => kernel.accept.groups(&listeners, &self.groups)?,

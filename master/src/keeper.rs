@@ -156,7 +156,16 @@ impl Master {
                         kept.holder = Some(worker.owner);
                         worker.to_adopt.push_back(id);
                     }
-                    None => self.keeper.unheld.push(id),
+                    None if self.current.stores.has(id.store) => self.keeper.unheld.push(id),
+                    // Without a worker its end would never be seen.
+                    None => {
+                        log::error!(
+                            "a session of an earlier worker is reset: nobody cares for its store {}",
+                            id.store
+                        );
+                        self.keeper.sessions.remove(&id);
+                        self.board[0].count_close(CloseReason::WorkerDied);
+                    }
                 }
             }
         }

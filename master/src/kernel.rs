@@ -81,11 +81,17 @@ impl Kernel {
     }
 
     /// The stores that `config` needs: those of `current` that fit, and new ones for the rest. Those that do
-    /// not fit are cared for as long as sessions are left in them.
+    /// not fit are cared for as long as sessions are left in them, or living workers may put some there:
+    /// `filling` are the stores that such workers have as their own.
     ///
     /// # Errors
     /// New ones could not be made although BPF works in this program.
-    pub fn stores_for(&mut self, config: &Config, current: &StoreTable) -> Result<StoreTable> {
+    pub fn stores_for(
+        &mut self,
+        config: &Config,
+        current: &StoreTable,
+        filling: &[u32],
+    ) -> Result<StoreTable> {
         let with_maps = self.bpf.is_some() && wanted(config);
         let unwanted = || Some("ebpf_enable = false everywhere".to_owned()).filter(|_| !wanted(config));
         let mut next = StoreTable {
@@ -112,7 +118,8 @@ impl Kernel {
         let slots = next.slots.len();
         let left: Vec<Arc<Store>> = current
             .all()
-            .filter(|store| store.is_used() && !next.slots.iter().any(|slot| slot.own.id == store.id))
+            .filter(|store| store.is_used() || filling.contains(&store.id))
+            .filter(|store| !next.slots.iter().any(|slot| slot.own.id == store.id))
             .cloned()
             .collect();
         for (at, store) in left.into_iter().enumerate() {
@@ -139,10 +146,11 @@ impl Kernel {
     /// There is no memory for them even without maps.
     pub fn first_stores_for(&mut self, config: &Config) -> Result<StoreTable> {
         self.open_for(config, false);
-        self.stores_for(config, &StoreTable::default()).or_else(|error| {
-            self.do_without(&error, GIVE_RIGHTS);
-            self.stores_for(config, &StoreTable::default())
-        })
+        self.stores_for(config, &StoreTable::default(), &[])
+            .or_else(|error| {
+                self.do_without(&error, GIVE_RIGHTS);
+                self.stores_for(config, &StoreTable::default(), &[])
+            })
     }
 }
 
@@ -170,6 +178,11 @@ impl StoreTable {
     /// Why a slot has no maps.
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
+    }
+
+    /// Whether somebody cares for a store.
+    pub fn has(&self, id: u32) -> bool {
+        self.all().any(|store| store.id == id)
     }
 
     fn all(&self) -> impl Iterator<Item = &Arc<Store>> {

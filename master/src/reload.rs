@@ -77,7 +77,12 @@ impl Master {
              ones have drained, or set worker_shutdown_timeout",
             self.workers.len()
         );
-        let generation = self.current.next(config, &mut self.kernel)?;
+        let filling: Vec<u32> = self
+            .workers
+            .iter()
+            .filter_map(|worker| worker.stores.first().map(|own| own.id))
+            .collect();
+        let generation = self.current.next(config, &filling, &mut self.kernel)?;
         Ok(Pending {
             generation,
             deadline: now + READY_PATIENCE,

@@ -31,8 +31,9 @@ mod at {
     pub const TIMEOUT: usize = 18;
     pub const PERIOD: usize = 19;
     pub const SIZES: usize = 20;
-    pub const NAME_LEN: usize = 21;
-    pub const NAME: usize = 22;
+    pub const CONNECTING: usize = 21;
+    pub const NAME_LEN: usize = 22;
+    pub const NAME: usize = 23;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -108,6 +109,8 @@ pub struct Saved {
     pub started_ms: u64,
     /// When user space last saw a byte move, on the same clock.
     pub last_active_ms: u64,
+    /// Until when it may be connecting, on the same clock; 0: it is connected.
+    pub connecting_until_ms: u64,
     /// The cookies of its sockets: downstream, upstream.
     pub cookies: [u64; 2],
     /// The client's address.
@@ -145,6 +148,8 @@ pub struct SavedSettings {
     pub backlog_bytes: u32,
     /// `proxy_half_close`.
     pub half_close: bool,
+    /// `on_reload` is `"close"`.
+    pub close_on_reload: bool,
 }
 
 impl Record {
@@ -234,6 +239,7 @@ impl Record {
 const TCP: u64 = 1;
 const JOINED: u64 = 1 << 1;
 const HALF_CLOSE: u64 = 1 << 2;
+const CLOSE_ON_RELOAD: u64 = 1 << 3;
 const CARRIER_SHIFT: u32 = 8;
 const SOURCE_ENDED: u64 = 1 << 2;
 const BUFFERS_SHIFT: u32 = 3;
@@ -256,6 +262,7 @@ impl Saved {
             (TCP, self.tcp),
             (JOINED, self.joined),
             (HALF_CLOSE, self.settings.half_close),
+            (CLOSE_ON_RELOAD, self.settings.close_on_reload),
         ] {
             flags |= if set { bit } else { 0 };
         }
@@ -272,6 +279,7 @@ impl Saved {
         words[at::NUMBER] = self.number;
         words[at::STARTED] = self.started_ms;
         words[at::LAST_ACTIVE] = self.last_active_ms;
+        words[at::CONNECTING] = self.connecting_until_ms;
         words[at::COOKIES..][..2].copy_from_slice(&self.cookies);
         words[at::CLIENT..][..3].copy_from_slice(&address_words(self.client));
         words[at::LOCAL..][..3].copy_from_slice(&address_words(self.local));
@@ -322,6 +330,7 @@ impl Saved {
             number: words[at::NUMBER],
             started_ms: words[at::STARTED],
             last_active_ms: words[at::LAST_ACTIVE],
+            connecting_until_ms: words[at::CONNECTING],
             cookies: [words[at::COOKIES], words[at::COOKIES + 1]],
             client: address(&words[at::CLIENT..])?,
             local: address(&words[at::LOCAL..])?,
@@ -338,6 +347,7 @@ impl Saved {
                 buffer_bytes: words[at::SIZES] as u32,
                 backlog_bytes: (words[at::SIZES] >> 32) as u32,
                 half_close: has(HALF_CLOSE),
+                close_on_reload: has(CLOSE_ON_RELOAD),
             },
         })
     }
@@ -491,7 +501,8 @@ mod tests {
         fn what_is_saved_is_what_is_read(
             numbers in any::<[u64; 7]>(),
             small in any::<[u32; 3]>(),
-            bits in any::<[bool; 3]>(),
+            bits in any::<[bool; 4]>(),
+            connecting_until_ms in any::<u64>(),
             client in socket_address(),
             local in socket_address(),
             peer in proptest::option::of(0u32..4096),
@@ -503,6 +514,7 @@ mod tests {
                 number: numbers[0],
                 started_ms: numbers[1],
                 last_active_ms: numbers[2],
+                connecting_until_ms,
                 cookies: [numbers[3], numbers[4]],
                 client,
                 local,
@@ -523,6 +535,7 @@ mod tests {
                     buffer_bytes: small[1],
                     backlog_bytes: small[2],
                     half_close: bits[2],
+                    close_on_reload: bits[3],
                 },
             };
             let records = records(1);

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use culvert_bpf::Terms;
-use culvert_shared::config::{OnReload, Stream as Settings};
+use culvert_shared::config::{Action, OnReload, Stream as Settings, Target};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::SessionId;
@@ -17,7 +17,7 @@ use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::route::Ends;
-use crate::session::{Buffers, Datapath, Session, Stream, Upstream, Way, target};
+use crate::session::{Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
 use crate::sockets::{self, Interest};
 use crate::store::Seat;
 use crate::table::{Side, Token};
@@ -105,7 +105,8 @@ impl Worker {
             joined: saved.joined,
             kept: true,
         };
-        let session = revive(saved, downstream, upstream, server, settings, seat);
+        let mut session = revive(saved, downstream, upstream, server, settings, seat);
+        session.tried = self.tried_by(&session);
         self.take_in(session, died);
         Ok(())
     }
@@ -115,12 +116,13 @@ impl Worker {
         let gone = self.is_gone(&session);
         let token = self.table.reserve();
         self.count_in(token, &session);
-        let relayed = session.streams.iter().any(|stream| stream.way == Way::Relay);
-        let interest = if relayed { Interest::Data } else { Interest::End };
         let mut watched = true;
         for side in [Side::Downstream, Side::Upstream] {
             if let Some(socket) = session.socket(side) {
-                watched &= self.sockets.watch(socket, token, side, interest).is_ok();
+                watched &= self
+                    .sockets
+                    .watch(socket, token, side, session.interest(side))
+                    .is_ok();
             }
         }
         self.table.put(token, Box::new(session));
@@ -131,8 +133,15 @@ impl Worker {
             if gone {
                 return Next::Close(CloseReason::Removed);
             }
-            if relayed {
-                worker.watch_data(token, session);
+            if let Phase::Connecting { deadline_ms } = session.phase {
+                return Next::Wait(deadline_ms);
+            }
+            // What is there already is found by trying.
+            for side in [Side::Downstream, Side::Upstream] {
+                if session.interest(side) == Interest::Data {
+                    session.ready[side.index()].readable = true;
+                    session.ready[side.index()].writable = true;
+                }
             }
             for direction in Direction::BOTH {
                 if worker.flow(session, direction).paused {
@@ -182,9 +191,25 @@ impl Worker {
         if session.settings.on_reload == OnReload::Keep {
             return false;
         }
+        let Some(server) = session.server else {
+            return true;
+        };
         let peer = session.upstream.as_ref().and_then(|upstream| upstream.row);
-        session.server.is_none()
-            || peer.is_some_and(|row| !self.peer_rows.iter().flatten().any(|own| *own == row))
+        let leads_to = |group: usize| peer.is_some_and(|row| self.peer_rows[group].contains(&row));
+        match &self.config.servers[server].action {
+            Action::Proxy(Target::Upstream(group)) => !leads_to(*group),
+            Action::Proxy(Target::Variable(_)) => peer.is_some() && !(0..self.peer_rows.len()).any(leads_to),
+            Action::Status => true,
+        }
+    }
+
+    /// The group of a session that is still connecting, and the peer that is being tried.
+    fn tried_by(&self, session: &Session) -> Option<(usize, Vec<usize>)> {
+        let row = session.upstream.as_ref().and_then(|upstream| upstream.row)?;
+        let groups = self.peer_rows.iter().enumerate();
+        groups
+            .filter(|_| session.phase != Phase::Streaming)
+            .find_map(|(group, rows)| Some((group, vec![rows.iter().position(|own| *own == row)?])))
     }
 }
 
@@ -211,6 +236,11 @@ fn revive(
     );
     session.server = server;
     session.last_active_ms = saved.last_active_ms;
+    if saved.connecting_until_ms > 0 {
+        session.phase = Phase::Connecting {
+            deadline_ms: saved.connecting_until_ms,
+        };
+    }
     session.streams = saved.streams.map(revive_stream);
     session.datapath = match saved.carrier {
         Carrier::Relay => Datapath::Relay,
@@ -220,7 +250,7 @@ fn revive(
     session.upstream = Some(Upstream {
         socket: upstream,
         tcp: saved.tcp,
-        was_connecting: false,
+        was_connecting: saved.connecting_until_ms > 0,
         name: saved.upstream,
         row: saved.peer.map(|row| row as usize),
     });
@@ -262,6 +292,10 @@ fn settings_of(saved: &SavedSettings, stream: &Settings) -> Settings {
         proxy_buffer_size: saved.buffer_bytes as usize,
         ebpf_backlog_size: saved.backlog_bytes,
         proxy_half_close: saved.half_close,
+        on_reload: match saved.close_on_reload {
+            true => OnReload::Close,
+            false => OnReload::Keep,
+        },
         ..stream.clone()
     }
 }

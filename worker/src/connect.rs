@@ -117,6 +117,7 @@ impl Worker {
             WorkerRow::up(&self.gauges().peer_active[row]);
         }
         session.phase = Phase::Connecting { deadline_ms };
+        self.keep_again(session);
         Ok(if under_way {
             Next::Wait(deadline_ms)
         } else {

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
 
+use culvert_shared::config::OnReload;
 use culvert_shared::counters::WorkerRow;
 use culvert_shared::ids::Direction;
 use culvert_shared::message::{BATCH, SessionId, ToMaster};
@@ -17,7 +18,6 @@ use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::{KEEP_TIMER, Worker};
 use crate::session::{Datapath, Phase, Session, Stream};
-use crate::sockets::Interest;
 use crate::store::Seat;
 use crate::table::{Side, Token};
 
@@ -75,7 +75,11 @@ impl Worker {
             let Some(mut session) = self.table.take(token) else {
                 continue;
             };
-            if can_be_kept(&session) && self.is_room_to_keep() && self.fill_record(&mut session) {
+            if session.phase == Phase::Streaming
+                && can_be_moved(&session)
+                && self.is_room_to_keep()
+                && self.fill_record(&mut session)
+            {
                 old.push((token, session));
             } else {
                 self.table.put(token, session);
@@ -105,7 +109,7 @@ impl Worker {
     }
 
     /// Writes a session down, in a place that it takes for that if it has none. False: there is none.
-    fn fill_record(&mut self, session: &mut Session) -> bool {
+    pub(crate) fn fill_record(&mut self, session: &mut Session) -> bool {
         let seat = match session.seat {
             Some(seat) => seat,
             None => match self.wards[0].take_seat() {
@@ -156,6 +160,24 @@ impl Worker {
             }
         }
         sent
+    }
+
+    /// A session that the master keeps has another upstream socket now: its next peer is being tried.
+    pub(crate) fn keep_again(&mut self, session: &mut Session) {
+        let Some(seat) = session.seat.filter(|seat| seat.kept) else {
+            return;
+        };
+        let filled = self.fill_record(session);
+        let descriptors: Vec<BorrowedFd<'_>> = [Side::Downstream, Side::Upstream]
+            .into_iter()
+            .filter_map(|side| session.socket(side))
+            .map(AsFd::as_fd)
+            .collect();
+        let message = ToMaster::Keep(vec![seat.id]).encode();
+        if !filled || fdpass::send(self.control.as_fd(), &message, &descriptors).is_err() {
+            // The master has the former socket: with that nobody could go on.
+            self.stop_keeping(session);
+        }
     }
 
     fn mark(&self, sessions: &[&mut Box<Session>], kept: Kept) {
@@ -227,7 +249,7 @@ impl Worker {
     /// Whether a session that has nothing to do now is to leave; its record is filled then.
     pub(crate) fn is_to_leave(&mut self, session: &mut Session) -> bool {
         self.keeping.handing_over
-            && can_be_kept(session)
+            && can_be_moved(session)
             && !session.holds_bytes()
             && !session.queued
             && (session.seat.is_some_and(|seat| seat.kept) || self.is_room_to_keep())
@@ -320,26 +342,21 @@ impl Worker {
         self.keeping.handing_over = false;
         self.keeping.forgotten.clear();
         for (token, session) in std::mem::take(&mut self.keeping.leaving) {
-            let relayed = session
-                .streams
-                .iter()
-                .any(|stream| stream.way == crate::session::Way::Relay);
-            let interest = if relayed { Interest::Data } else { Interest::End };
             for side in [Side::Downstream, Side::Upstream] {
                 if let Some(socket) = session.socket(side) {
                     // What was reported meanwhile is reported again.
-                    let _ = self.sockets.change(socket, token, side, interest);
+                    let _ = self.sockets.change(socket, token, side, session.interest(side));
                 }
             }
             self.table.put(token, session);
-            self.with_session(token, |worker, session| worker.stream(token, session));
+            self.with_session(token, |worker, session| worker.drive(token, session));
         }
     }
 }
 
 /// Whether another worker could go on with a session, if no byte of it is in this one's hands.
-fn can_be_kept(session: &Session) -> bool {
-    session.phase == Phase::Streaming && session.upstream.is_some() && !session.is_status
+fn can_be_moved(session: &Session) -> bool {
+    session.upstream.is_some() && !session.is_status
 }
 
 fn saved(session: &Session, seat: Seat) -> Option<Saved> {
@@ -354,6 +371,10 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         number: session.number,
         started_ms: session.started_ms,
         last_active_ms: session.last_active_ms,
+        connecting_until_ms: match session.phase {
+            Phase::Connecting { deadline_ms } => deadline_ms.max(1),
+            Phase::Streaming => 0,
+        },
         cookies: [cookie(Side::Downstream)?, cookie(Side::Upstream)?],
         client: session.client(),
         local: session.ends.local,
@@ -374,6 +395,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
             buffer_bytes: settings.proxy_buffer_size as u32,
             backlog_bytes: settings.ebpf_backlog_size,
             half_close: settings.proxy_half_close,
+            close_on_reload: settings.on_reload == OnReload::Close,
         },
     })
 }

@@ -11,6 +11,7 @@ use culvert_shared::ids::Direction;
 use nix::errno::Errno;
 
 use crate::route::Ends;
+use crate::sockets::Interest;
 use crate::store::Seat;
 use crate::table::Side;
 
@@ -285,6 +286,16 @@ impl Session {
     /// Whether user space holds bytes that it has read and not yet written.
     pub fn holds_bytes(&self) -> bool {
         self.streams.iter().any(|stream| !stream.pending.is_empty())
+    }
+
+    /// What one of its sockets is to be watched for.
+    pub fn interest(&self, side: Side) -> Interest {
+        match self.phase {
+            Phase::Connecting { .. } if side == Side::Upstream => Interest::Connected,
+            Phase::Connecting { .. } => Interest::End,
+            Phase::Streaming if self.streams.iter().any(|stream| stream.way == Way::Relay) => Interest::Data,
+            Phase::Streaming => Interest::End,
+        }
     }
 
     /// Whether both streams have ended.
