@@ -19,8 +19,8 @@ mod take_over;
 
 pub use abi::flow_flag;
 pub use accept::{Group, SlotLoad, Steering};
-pub use events::{Event, EventKind, Events};
 pub use cgroup::Cgroup;
+pub use events::{Event, EventKind, Events};
 pub use load::{Bpf, ENTRY_DESCRIPTORS, Entry, SlotState, Totals, trial};
 pub use pair::{FlowState, Joined, LaneNumber, OWN_DESCRIPTORS, SlotMaps, Terms};
 pub use probe::{libbpf_version, probe};

@@ -69,7 +69,17 @@ impl SlotMaps {
     ) -> Result<SlotMaps> {
         let mut storage = MaybeUninit::<OpenObject>::uninit();
         let mut open = SlotSkelBuilder::default().open(&mut storage).context(WHAT)?;
-        let [sources, targets, indices, flows, lane_0, lane_1, lane_2, lane_3, lanes] = descriptors;
+        let [
+            sources,
+            targets,
+            indices,
+            flows,
+            lane_0,
+            lane_1,
+            lane_2,
+            lane_3,
+            lanes,
+        ] = descriptors;
         let maps = &mut open.maps;
         for (map, descriptor) in [
             (&mut maps.sources, &sources),

@@ -34,10 +34,7 @@ struct Kept {
 impl Keeper {
     /// What another binary kept: sessions, the worker that cares for each, its sockets; and those that no
     /// worker cares for.
-    pub fn of(
-        sessions: Vec<(SessionId, Option<Owner>, [OwnedFd; 2])>,
-        unheld: Vec<SessionId>,
-    ) -> Keeper {
+    pub fn of(sessions: Vec<(SessionId, Option<Owner>, [OwnedFd; 2])>, unheld: Vec<SessionId>) -> Keeper {
         let kept = |(id, holder, sockets)| (id, Kept { holder, sockets });
         Keeper {
             sessions: sessions.into_iter().map(kept).collect(),

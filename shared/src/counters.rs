@@ -189,7 +189,11 @@ pub struct PeerRow {
 
 /// How the board is laid out, for two binaries to compare.
 pub fn layout() -> String {
-    let rows = [size_of::<WorkerRow>(), size_of::<ListenerRow>(), size_of::<PeerRow>()];
+    let rows = [
+        size_of::<WorkerRow>(),
+        size_of::<ListenerRow>(),
+        size_of::<PeerRow>(),
+    ];
     format!(
         "{LAYOUT}, {} bytes with rows of {rows:?}, {} fallback and {} close reasons",
         size_of::<Board>(),

@@ -344,7 +344,10 @@ mod tests {
         for what in ["counters", "sessions", "messages", "maps"] {
             let other = changed(|value| value["layouts"][what] = "another".into());
             let error = format!("{:#}", parse(&other).unwrap_err());
-            assert!(error.contains(&format!("the {what} of the running binary")), "{error}");
+            assert!(
+                error.contains(&format!("the {what} of the running binary")),
+                "{error}"
+            );
             let none = changed(|value| drop(value["layouts"].as_object_mut().unwrap().remove(what)));
             assert!(parse(&none).is_err());
         }

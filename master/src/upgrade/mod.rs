@@ -212,13 +212,12 @@ impl Master {
             .collect::<Result<_>>()?;
         let path = c_string(binary.into())?;
         let all = || descriptors.all().chain([document.as_fd()]);
-        let executed =
-            inherit::set_inheritable(all(), true).and_then(|()| {
-                match execve(&path, &arguments, &environment) {
-                    Err(error) => Err(error).context("failed to execute it"),
-                    Ok(never) => match never {},
-                }
-            });
+        let executed = inherit::set_inheritable(all(), true).and_then(|()| {
+            match execve(&path, &arguments, &environment) {
+                Err(error) => Err(error).context("failed to execute it"),
+                Ok(never) => match never {},
+            }
+        });
         inherit::set_inheritable(all(), false)?;
         executed
     }
@@ -244,11 +243,17 @@ impl Attempt {
         // Up to its end, or to what there is if a process that it left holds the other end.
         let _ = words.by_ref().take(64 * 1024).read_to_end(&mut said);
         let said = String::from_utf8_lossy(&said);
-        let said: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let said: Vec<&str> = said
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .collect();
         let words: String = said.join("; ").chars().take(WORDS).collect();
         match ended {
             Some(WaitStatus::Exited(_, 0)) if said.last() == Some(&check::YES) => Ok(file),
-            Some(WaitStatus::Exited(_, 0)) => bail!("it is no culvert that could take over, it said \"{words}\""),
+            Some(WaitStatus::Exited(_, 0)) => {
+                bail!("it is no culvert that could take over, it said \"{words}\"")
+            }
             Some(WaitStatus::Exited(..)) if !words.is_empty() => bail!("{words}"),
             Some(WaitStatus::Signaled(_, Signal::SIGKILL, _)) | None => {
                 bail!("it did not say within {ANSWER_PATIENCE:?} whether it can take over")
@@ -283,13 +288,12 @@ fn own_path() -> Result<PathBuf> {
             .map(|folder| folder.join(&given))
             .collect()
     };
-    let mark = |path: &Path| {
-        fs::metadata(path)
-            .map(|file| (file.dev(), file.ino()))
-            .ok()
-    };
+    let mark = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
     let own = mark(Path::new("/proc/self/exe"));
-    match candidates.into_iter().find(|path| own.is_some() && mark(path) == own) {
+    match candidates
+        .into_iter()
+        .find(|path| own.is_some() && mark(path) == own)
+    {
         Some(path) => Ok(path),
         None => std::env::current_exe().context("failed to find out where this binary stands"),
     }

@@ -18,11 +18,7 @@ use crate::worker::{self, Worker};
 impl Master {
     /// Everything that another binary needs to go on. The descriptors that it names are added to
     /// `descriptors`.
-    pub(super) fn to_state<'a>(
-        &'a self,
-        descriptors: &mut Descriptors<'a>,
-        now: Instant,
-    ) -> Result<State> {
+    pub(super) fn to_state<'a>(&'a self, descriptors: &mut Descriptors<'a>, now: Instant) -> Result<State> {
         let mut entries: Vec<&Arc<Entry>> = Vec::new();
         let mut stores = Vec::new();
         for store in self.all_stores() {

@@ -2,12 +2,10 @@
 //! the old binary serve until those of this one are ready, as at a reload.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +22,6 @@ use culvert_shared::sys::inherit;
 use culvert_shared::sys::shm::Shared;
 use culvert_worker::Store;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::prctl;
 use nix::unistd::Pid;
 
 use super::Upgrade;
@@ -58,7 +55,6 @@ pub fn run(args: Args, document: RawFd) -> Result<ExitCode> {
         "the document is for process {}",
         state.pid
     );
-    name_process(&state.binary);
     let config = current_config(&args, &state.config)?;
     logging::init(config.error_log.level);
     let log = ErrorLog::of(inherit::take(state.log)?);
@@ -77,18 +73,10 @@ pub fn run(args: Args, document: RawFd) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Executing has named the process after the file; `ps` shows it as it would after a start.
-fn name_process(binary: &Path) {
-    let name = binary.file_name().unwrap_or_default().as_bytes();
-    if let Ok(name) = CString::new(&name[..name.len().min(15)]) {
-        let _ = prctl::set_name(&name);
-    }
-}
-
 /// The configuration that is in force, for when the one in the file is refused.
 fn current_config(args: &Args, dumped: &str) -> Result<Config> {
-    let memory = memfd_create(c"culvert-config", MFdFlags::MFD_CLOEXEC)
-        .context("failed to create a memory file")?;
+    let memory =
+        memfd_create(c"culvert-config", MFdFlags::MFD_CLOEXEC).context("failed to create a memory file")?;
     let mut file = File::from(memory);
     file.write_all(dumped.as_bytes())
         .context("failed to write to a memory file")?;
@@ -144,10 +132,7 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
 }
 
 fn take_all<const N: usize>(numbers: [RawFd; N]) -> Result<[OwnedFd; N]> {
-    let taken: Vec<OwnedFd> = numbers
-        .into_iter()
-        .map(inherit::take)
-        .collect::<Result<_>>()?;
+    let taken: Vec<OwnedFd> = numbers.into_iter().map(inherit::take).collect::<Result<_>>()?;
     taken.try_into().map_err(|_| anyhow!("descriptors are missing"))
 }
 

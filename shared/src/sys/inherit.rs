@@ -17,7 +17,8 @@ pub fn set_inheritable<'a>(
         false => FdFlag::FD_CLOEXEC,
     };
     for descriptor in descriptors {
-        fcntl(descriptor, FcntlArg::F_SETFD(flags)).context("failed to set whether a descriptor is inherited")?;
+        fcntl(descriptor, FcntlArg::F_SETFD(flags))
+            .context("failed to set whether a descriptor is inherited")?;
     }
     Ok(())
 }
