@@ -329,12 +329,7 @@ impl Bpf {
             .attach_sockmap(loaded.maps.sources.as_fd().as_raw_fd())
             .context("failed to attach the verdict program to its sockmap")?;
         self.entry.set(number, loaded.progs.pressure.as_fd())?;
-        SlotMaps::new(
-            &loaded.maps,
-            worker_connections,
-            number,
-            Arc::clone(&self.entry),
-        )
+        SlotMaps::new(&loaded.maps, worker_connections, number, Arc::clone(&self.entry))
     }
 }
 

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use culvert_bpf::OWN_DESCRIPTORS;
+use culvert_bpf::{ENTRY_DESCRIPTORS, OWN_DESCRIPTORS};
 use culvert_shared::{counters, message, sessions};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -67,8 +67,8 @@ pub struct State {
     pub bpf: Option<BpfState>,
     /// Why it is not.
     pub no_bpf: Option<String>,
-    /// Entry programs that stores belong to: places, programs, link.
-    pub entries: Vec<[RawFd; 3]>,
+    /// Entry programs that stores belong to, and the one for new stores.
+    pub entries: Vec<[RawFd; ENTRY_DESCRIPTORS]>,
     /// Every store that sessions or workers are in.
     pub stores: Vec<StoreState>,
     /// The number of the newest store.
@@ -99,8 +99,8 @@ pub type Id = [u32; 3];
 /// See [`culvert_bpf::Bpf`].
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub struct BpfState {
-    /// The map of bytes forwarded.
-    pub totals: RawFd,
+    /// The index of its entry program in [`State::entries`].
+    pub entry: usize,
     /// The cgroup.
     pub cgroup: PathBuf,
     /// The one that it is below, if it was made by the program.
@@ -278,12 +278,12 @@ mod tests {
             last_owner: 9,
             listeners: vec![("[::1]:80".parse().unwrap(), 0, 4)],
             bpf: Some(BpfState {
-                totals: 5,
+                entry: 0,
                 cgroup: "/sys/fs/cgroup/culvert-7".into(),
                 parent: None,
             }),
             no_bpf: None,
-            entries: vec![[10, 11, 12]],
+            entries: vec![[10, 11, 12, 27, 28]],
             stores: vec![StoreState {
                 id: 2,
                 capacity: 64,

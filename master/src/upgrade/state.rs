@@ -23,11 +23,7 @@ impl Master {
         let mut stores = Vec::new();
         for store in self.all_stores() {
             let maps = store.maps.as_ref().map(|maps| {
-                let known = entries.iter().position(|entry| Arc::ptr_eq(entry, maps.entry()));
-                let entry = known.unwrap_or_else(|| {
-                    entries.push(maps.entry());
-                    entries.len() - 1
-                });
+                let entry = index_of(&mut entries, maps.entry());
                 MapsState {
                     own: maps.descriptors().map(|fd| descriptors.add(fd)),
                     number: maps.number(),
@@ -42,7 +38,7 @@ impl Master {
             });
         }
         let bpf = self.kernel.bpf().map(|bpf| BpfState {
-            totals: descriptors.add(bpf.totals_descriptor()),
+            entry: index_of(&mut entries, bpf.entry()),
             cgroup: bpf.cgroup().path().to_owned(),
             parent: bpf.cgroup().parent().map(ToOwned::to_owned),
         });
@@ -104,6 +100,14 @@ impl Master {
         stores.dedup_by_key(|store| store.id);
         stores
     }
+}
+
+fn index_of<'a>(entries: &mut Vec<&'a Arc<Entry>>, wanted: &'a Arc<Entry>) -> usize {
+    let known = entries.iter().position(|entry| Arc::ptr_eq(entry, wanted));
+    known.unwrap_or_else(|| {
+        entries.push(wanted);
+        entries.len() - 1
+    })
 }
 
 fn worker_state<'a>(worker: &'a Worker, descriptors: &mut Descriptors<'a>, now: Instant) -> WorkerState {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use culvert_bpf::{Bpf, Entry, OWN_DESCRIPTORS, SlotMaps};
+use culvert_bpf::{Bpf, ENTRY_DESCRIPTORS, Entry, OWN_DESCRIPTORS, SlotMaps};
 use culvert_shared::config::{self, Config};
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
@@ -96,8 +96,9 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
     let board = Arc::new(Shared::<Board>::of_fd(board_file.as_fd(), 1)?);
     let (pid_path, pid_file) = &state.pid_file;
     let pid_file = PidFile::taken_over(pid_path.clone(), inherit::take(*pid_file)?)?;
-    let stores = take_stores(state)?;
-    let kernel = Kernel::after(take_bpf(state), state.last_store);
+    let entries = take_entries(state)?;
+    let stores = take_stores(state, &entries)?;
+    let kernel = Kernel::after(take_bpf(state, &entries), state.last_store);
     let listeners = (state.listeners.iter())
         .map(|(address, slot, socket)| Ok((*address, *slot, inherit::take(*socket)?)))
         .collect::<Result<Vec<_>>>()?;
@@ -136,14 +137,14 @@ fn take_all<const N: usize>(numbers: [RawFd; N]) -> Result<[OwnedFd; N]> {
     taken.try_into().map_err(|_| anyhow!("descriptors are missing"))
 }
 
-fn take_stores(state: &State) -> Result<Stores> {
-    let entries: Vec<Arc<Entry>> = state
-        .entries
-        .iter()
-        .map(|entry| Ok(Arc::new(Entry::take_over(take_all(*entry)?)?)))
-        .collect::<Result<_>>()?;
+fn take_entries(state: &State) -> Result<Vec<Arc<Entry>>> {
+    let take = |entry: &[RawFd; ENTRY_DESCRIPTORS]| Ok(Arc::new(Entry::take_over(take_all(*entry)?)?));
+    state.entries.iter().map(take).collect()
+}
+
+fn take_stores(state: &State, entries: &[Arc<Entry>]) -> Result<Stores> {
     let store = |store: &StoreState| {
-        let taken = take_store(store, &entries);
+        let taken = take_store(store, entries);
         Ok((
             store.id,
             Arc::new(taken.with_context(|| format!("store {}", store.id))?),
@@ -176,17 +177,18 @@ fn take_store(state: &StoreState, entries: &[Arc<Entry>]) -> Result<Store> {
     })
 }
 
-fn take_bpf(state: &State) -> Result<Bpf, Option<String>> {
+fn take_bpf(state: &State, entries: &[Arc<Entry>]) -> Result<Bpf, Option<String>> {
     let Some(BpfState {
-        totals,
+        entry,
         cgroup,
         parent,
     }) = &state.bpf
     else {
         return Err(state.no_bpf.clone());
     };
-    inherit::take(*totals)
-        .and_then(|totals| Bpf::take_over(&totals, cgroup.clone(), parent.clone()))
+    let before = entries.get(*entry).context("its entry program is missing");
+    before
+        .and_then(|before| Bpf::take_over(before, cgroup.clone(), parent.clone()))
         .map_err(|error| {
             log::error!("in-kernel forwarding is not to be had any more, new sessions are copied: {error:#}");
             Some(format!("{error:#}"))
