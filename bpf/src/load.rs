@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,12 +11,12 @@ use anyhow::{Context, Result, ensure};
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::shm::Shared;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, OpenObject};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenObject};
 
 use crate::abi::{CpuTotal, SlotTotal};
 use crate::cgroup::Cgroup;
 use crate::pair::SlotMaps;
-use crate::skel::entry::EntrySkelBuilder;
+use crate::skel::entry::{EntryMaps, EntrySkelBuilder};
 use crate::skel::slot::SlotSkelBuilder;
 
 /// The most sessions of one worker: two sockets each must be countable by the kernel's map index.
@@ -24,25 +24,30 @@ const MAX_WORKER_CONNECTIONS: u32 = 1 << 24;
 
 /// What the slots of a program have in common. Sockets made after it belong to its cgroup.
 pub struct Bpf {
-    totals_map: MapHandle,
-    slot_totals_map: MapHandle,
-    totals: Arc<Totals>,
     entry: Arc<Entry>,
-    _cgroup: Cgroup,
+    cgroup: Cgroup,
 }
 
-/// The entry program: attached to the cgroup, it sends each socket's events to its slot's program.
-pub(crate) struct Entry {
+/// Descriptors of an entry: two maps, the link, and what is counted.
+pub const ENTRY_DESCRIPTORS: usize = 5;
+
+/// The entry program: attached to the cgroup, it sends each socket's events to its slot's program. And what
+/// the programs of these slots count.
+pub struct Entry {
     places: MapHandle,
     programs: MapHandle,
     /// Detaches the program when the last process closes it.
-    link: Link,
+    link: OwnedFd,
+    totals_map: MapHandle,
+    slot_totals_map: MapHandle,
+    totals: Arc<Totals>,
     /// Numbers of slot programs that are in use.
     numbers: Mutex<BTreeSet<u32>>,
 }
 
 impl Entry {
-    fn load(cgroup: &Cgroup) -> Result<Entry> {
+    /// `totals_map`: where to count by CPU, in common with the slots of other entries.
+    fn load(cgroup: &Cgroup, totals_map: MapHandle) -> Result<Entry> {
         let mut storage = MaybeUninit::<OpenObject>::uninit();
         let open = EntrySkelBuilder::default()
             .open(&mut storage)
@@ -54,14 +59,63 @@ impl Entry {
             .entry
             .attach_cgroup(cgroup_fd)
             .context("failed to attach to the cgroup")?;
-        let places = MapHandle::try_from(&loaded.maps.places).context("failed to duplicate a BPF map")?;
-        let programs = MapHandle::try_from(&loaded.maps.slots).context("failed to duplicate a BPF map")?;
+        // A descriptor of it is all that keeps it attached.
+        let link = link.as_fd().try_clone_to_owned();
+        let slots = loaded.maps.slots.max_entries() as usize;
+        let slot_totals_map = shared_array("slot_totals", size_of::<SlotTotal>(), slots)?;
+        Entry::of(
+            &loaded.maps,
+            link.context("failed to duplicate a link")?,
+            totals_map,
+            slot_totals_map,
+        )
+    }
+
+    pub(crate) fn of(
+        maps: &EntryMaps<'_>,
+        link: OwnedFd,
+        totals_map: MapHandle,
+        slot_totals_map: MapHandle,
+    ) -> Result<Entry> {
+        let handle = |map| MapHandle::try_from(map).context("failed to duplicate a BPF map");
+        let totals = Totals {
+            cpus: Shared::of_fd(totals_map.as_fd(), totals_map.max_entries() as usize)?,
+            slots: Shared::of_fd(slot_totals_map.as_fd(), slot_totals_map.max_entries() as usize)?,
+        };
         Ok(Entry {
-            places,
-            programs,
+            places: handle(&maps.places)?,
+            programs: handle(&maps.slots)?,
             link,
+            totals_map,
+            slot_totals_map,
+            totals: Arc::new(totals),
             numbers: Mutex::default(),
         })
+    }
+
+    /// What another program needs to go on with it, in the order of [`Entry::take_over`].
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; ENTRY_DESCRIPTORS] {
+        [
+            self.places.as_fd(),
+            self.programs.as_fd(),
+            self.link.as_fd(),
+            self.totals_map.as_fd(),
+            self.slot_totals_map.as_fd(),
+        ]
+    }
+
+    /// A number that is in use already.
+    pub(crate) fn claim(&self, number: u32) {
+        let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        numbers.insert(number);
+    }
+
+    pub(crate) fn totals(&self) -> &Arc<Totals> {
+        &self.totals
+    }
+
+    pub(crate) fn totals_map(&self) -> &MapHandle {
+        &self.totals_map
     }
 
     /// Slots that can exist at once.
@@ -195,26 +249,30 @@ impl Bpf {
         let cpus = libbpf_rs::num_possible_cpus().context("failed to count the possible CPUs")?;
         // First, because it fails with the clearest words where BPF is not to be had.
         let totals_map = shared_array("totals", size_of::<CpuTotal>(), cpus)?;
-        let cgroup = Cgroup::enter(stay)?;
-        let entry = Arc::new(Entry::load(&cgroup)?);
-        let slots = entry.capacity() as usize;
-        let slot_totals_map = shared_array("slot_totals", size_of::<SlotTotal>(), slots)?;
-        let totals = Arc::new(Totals {
-            cpus: Shared::of_fd(totals_map.as_fd(), cpus)?,
-            slots: Shared::of_fd(slot_totals_map.as_fd(), slots)?,
-        });
+        Bpf::with(totals_map, Cgroup::enter(stay)?)
+    }
+
+    /// With an entry of its own, beside those that are attached already.
+    pub(crate) fn with(totals_map: MapHandle, cgroup: Cgroup) -> Result<Bpf> {
         Ok(Bpf {
-            totals_map,
-            slot_totals_map,
-            totals,
-            entry,
-            _cgroup: cgroup,
+            entry: Arc::new(Entry::load(&cgroup, totals_map)?),
+            cgroup,
         })
+    }
+
+    /// The entry of its slots.
+    pub fn entry(&self) -> &Arc<Entry> {
+        &self.entry
+    }
+
+    /// The cgroup that its programs are attached to.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
     }
 
     /// What the programs counted.
     pub fn totals(&self) -> Arc<Totals> {
-        Arc::clone(&self.totals)
+        Arc::clone(self.entry.totals())
     }
 
     /// Makes the maps of one worker slot, for `worker_connections` pairs, and attaches its programs. They
@@ -225,7 +283,7 @@ impl Bpf {
             "worker_connections = {worker_connections} does not fit a sockmap, at most {MAX_WORKER_CONNECTIONS} do"
         );
         let number = self.entry.reserve()?;
-        self.totals.forget_slot(number);
+        self.entry.totals.forget_slot(number);
         let loaded = self.load_numbered(number, worker_connections);
         if loaded.is_err() {
             self.entry.remove(number);
@@ -254,10 +312,10 @@ impl Bpf {
             map.set_max_entries(sockets).context("failed to size a BPF map")?;
         }
         maps.totals
-            .reuse_fd(self.totals_map.as_fd())
+            .reuse_fd(self.entry.totals_map.as_fd())
             .context("failed to share the totals map")?;
         maps.slot_totals
-            .reuse_fd(self.slot_totals_map.as_fd())
+            .reuse_fd(self.entry.slot_totals_map.as_fd())
             .context("failed to share the slots' totals map")?;
         maps.places
             .reuse_fd(self.entry.places().as_fd())
@@ -271,13 +329,7 @@ impl Bpf {
             .attach_sockmap(loaded.maps.sources.as_fd().as_raw_fd())
             .context("failed to attach the verdict program to its sockmap")?;
         self.entry.set(number, loaded.progs.pressure.as_fd())?;
-        SlotMaps::new(
-            &loaded.maps,
-            worker_connections,
-            number,
-            Arc::clone(&self.entry),
-            self.totals(),
-        )
+        SlotMaps::new(&loaded.maps, worker_connections, number, Arc::clone(&self.entry))
     }
 }
 

@@ -2,7 +2,7 @@
 //! never reads or writes their data, and needs no capability.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
@@ -15,8 +15,11 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::abi::{self, FLOW_FLOOR_BYTES, Flow, SlotTotal, flow_pause};
 use crate::events::{Events, LANES, Lane};
-use crate::load::{Entry, Totals};
+use crate::load::Entry;
 use crate::skel::slot::SlotMaps as SkeletonMaps;
+
+/// Descriptors of a slot's maps: four, its ring buffers, and the memory that says who reads those.
+pub const OWN_DESCRIPTORS: usize = 4 + LANES + 1;
 
 /// The maps of one worker slot.
 pub struct SlotMaps {
@@ -27,11 +30,12 @@ pub struct SlotMaps {
     flows: Shared<Flow>,
     rings: [MapHandle; LANES],
     lanes: Shared<Lane>,
+    /// The memory of `lanes`.
+    lanes_file: OwnedFd,
     capacity: u32,
     /// What the entry program knows the slot's program by.
     number: u32,
     entry: Arc<Entry>,
-    totals: Arc<Totals>,
 }
 
 /// One direction of a pair as the program left it.
@@ -98,7 +102,22 @@ impl SlotMaps {
         capacity: u32,
         number: u32,
         entry: Arc<Entry>,
-        totals: Arc<Totals>,
+    ) -> Result<SlotMaps> {
+        SlotMaps::with(
+            maps,
+            capacity,
+            number,
+            entry,
+            Shared::in_file(c"culvert-lanes", LANES)?,
+        )
+    }
+
+    pub(crate) fn with(
+        maps: &SkeletonMaps<'_>,
+        capacity: u32,
+        number: u32,
+        entry: Arc<Entry>,
+        (lanes, lanes_file): (Shared<Lane>, OwnedFd),
     ) -> Result<SlotMaps> {
         let handle = |map| MapHandle::try_from(map).context("failed to duplicate a BPF map descriptor");
         let flows = Shared::of_fd(maps.flows.as_fd(), 2 * capacity as usize)?;
@@ -114,11 +133,11 @@ impl SlotMaps {
                 handle(&maps.lane_2)?,
                 handle(&maps.lane_3)?,
             ],
-            lanes: Shared::anonymous(LANES)?,
+            lanes,
+            lanes_file,
             capacity,
             number,
             entry,
-            totals,
         })
     }
 
@@ -136,7 +155,7 @@ impl SlotMaps {
     }
 
     fn total(&self) -> &SlotTotal {
-        self.totals.slot_total(self.number)
+        self.entry.totals().slot_total(self.number)
     }
 
     /// Whether the total of the slot lets a flow go on that has few enough bytes outstanding itself. If not,
@@ -172,6 +191,28 @@ impl SlotMaps {
             .chain(&self.rings)
             .map(|map| map.as_fd().as_raw_fd());
         maps.chain(self.entry.fds()).collect()
+    }
+
+    /// What another program needs to go on with them, besides the entry's; in the order of
+    /// [`SlotMaps::take_over`].
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; OWN_DESCRIPTORS] {
+        let [a, b, c, d] = self.rings.each_ref().map(AsFd::as_fd);
+        [
+            self.sources.as_fd(),
+            self.targets.as_fd(),
+            self.indices.as_fd(),
+            self.flows_map.as_fd(),
+            a,
+            b,
+            c,
+            d,
+            self.lanes_file.as_fd(),
+        ]
+    }
+
+    /// The entry program that they belong to.
+    pub fn entry(&self) -> &Arc<Entry> {
+        &self.entry
     }
 
     /// Pairs that fit.

@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
@@ -63,6 +64,11 @@ pub enum Action {
     },
     /// `-s`: signal the running master.
     Signal(Signal),
+    /// `--take-over-check`: say whether this binary could take over what the document in this descriptor
+    /// describes. Not for people: the running master asks.
+    TakeOverCheck(RawFd),
+    /// `--take-over`: go on with it.
+    TakeOver(RawFd),
     /// `-V`: print the version and what the kernel probe found.
     Version,
     /// `-h`: print [`HELP`].
@@ -150,6 +156,7 @@ struct Seen {
     dump: bool,
     quiet: bool,
     signal: Option<Signal>,
+    upgrade: Option<Action>,
     version: bool,
     help: bool,
 }
@@ -169,6 +176,7 @@ impl Seen {
             _ if self.help => Action::Help,
             _ if self.version => Action::Version,
             Some(signal) => Action::Signal(signal),
+            None if self.upgrade.is_some() => self.upgrade.unwrap_or(Action::Run),
             None if self.dump => Action::Dump { quiet: self.quiet },
             None if self.test => Action::Test { quiet: self.quiet },
             None => Action::Run,
@@ -198,6 +206,14 @@ fn long_option(
         (b"set", inline) => {
             let value = value_of("--set", "KEY=VALUE", inline, rest)?;
             seen.set.push(key_and_value(value)?);
+        }
+        (b"take-over", inline) => {
+            let value = value_of("--take-over", "FD", inline, rest)?;
+            seen.upgrade = Some(Action::TakeOver(descriptor(&value)?));
+        }
+        (b"take-over-check", inline) => {
+            let value = value_of("--take-over-check", "FD", inline, rest)?;
+            seen.upgrade = Some(Action::TakeOverCheck(descriptor(&value)?));
         }
         (b"version", None) => seen.version = true,
         (b"help", None) => seen.help = true,
@@ -283,6 +299,11 @@ fn key_and_value(given: OsString) -> Result<String, UsageError> {
             shown(OsStr::new(&text))
         ))),
     }
+}
+
+fn descriptor(given: &OsStr) -> Result<RawFd, UsageError> {
+    let number = given.to_str().and_then(|text| text.parse().ok());
+    number.ok_or_else(|| UsageError(format!("{} is not the number of a descriptor", shown(given))))
 }
 
 fn signal(name: &OsStr) -> Result<Signal, UsageError> {

@@ -21,7 +21,8 @@ use crate::kernel::Kernel;
 use crate::pidfile::PidFile;
 use crate::retain;
 use crate::steering::Steering;
-use crate::supervise::Master;
+use crate::supervise::{Master, Outside};
+use crate::upgrade::Upgrade;
 
 /// The signals that the master acts on.
 const SIGNALS: [Signal; 8] = [
@@ -56,7 +57,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
     let pid_file = PidFile::acquire(&config.pid)?;
 
-    let board = Arc::new(Shared::<Board>::anonymous(1)?);
+    let (board, board_file) = Shared::<Board>::in_file(c"culvert-board", 1)?;
+    let board = Arc::new(board);
     board[0].generation.store(1, Relaxed);
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -74,11 +76,21 @@ pub fn run(args: Args) -> Result<ExitCode> {
         generation.slots(),
         std::process::id()
     );
-    Master::new(args, generation, kernel, board, log, pid_file, steering).run(&signals)?;
+    let outside = Outside {
+        log,
+        pid_file,
+        steering,
+        upgrade: Upgrade::new(board_file)?,
+    };
+    Master::new(args, generation, kernel, board, outside).run(&signals)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn take_signals() -> Result<SignalFd> {
+/// Blocks the signals that the master acts on, and makes the descriptor that it reads them from.
+///
+/// # Errors
+/// No more descriptors are to be had.
+pub fn take_signals() -> Result<SignalFd> {
     let set = SigSet::from_iter(SIGNALS);
     set.thread_block().context("failed to block signals")?;
     SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)

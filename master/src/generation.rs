@@ -33,7 +33,8 @@ pub struct Generation {
     pub assigned: Assigned,
     /// How many sessions the master may keep.
     pub keeper_room: u64,
-    rows: Rows,
+    /// Every name that has had a row.
+    pub rows: Rows,
 }
 
 impl Generation {
@@ -94,6 +95,31 @@ impl Generation {
         })
     }
 
+    /// The one that another binary has served; nothing is made anew.
+    ///
+    /// # Errors
+    /// A limit is too low.
+    pub fn taken_over(
+        number: u64,
+        config: Config,
+        mut rows: Rows,
+        listeners: Listeners,
+        stores: StoreTable,
+    ) -> Result<Generation> {
+        Ok(Generation {
+            number,
+            user: rights::target_user(&config),
+            keeper_room: limits::raise_descriptors(&config)?,
+            assigned: rows.assign(&config)?,
+            config: Arc::new(config),
+            listeners,
+            // The programs of the binary before go on until the next generation has its own.
+            groups: Groups::none(None),
+            stores,
+            rows,
+        })
+    }
+
     /// How many worker slots it has.
     pub fn slots(&self) -> usize {
         self.config.worker_cpus.len()
@@ -127,6 +153,16 @@ impl Generation {
         }
         Ok(listeners)
     }
+}
+
+/// Whether a generation could be built of a configuration, as far as that can be said without building it.
+///
+/// # Errors
+/// As [`Generation::next`].
+pub fn check(config: &Config, rows: &Rows) -> Result<()> {
+    check_workers(config)?;
+    limits::raise_descriptors(config)?;
+    rows.clone().assign(config).map(drop)
 }
 
 fn check_workers(config: &Config) -> Result<()> {

@@ -2,7 +2,7 @@
 //! them to the next worker when one has let go of its sessions, or has died.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -32,6 +32,27 @@ struct Kept {
 }
 
 impl Keeper {
+    /// What another binary kept: sessions, the worker that cares for each, its sockets; and those that no
+    /// worker cares for.
+    pub fn of(sessions: Vec<(SessionId, Option<Owner>, [OwnedFd; 2])>, unheld: Vec<SessionId>) -> Keeper {
+        let kept = |(id, holder, sockets)| (id, Kept { holder, sockets });
+        Keeper {
+            sessions: sessions.into_iter().map(kept).collect(),
+            unheld,
+        }
+    }
+
+    /// The sessions, the worker that cares for each, its sockets.
+    pub fn sessions(&self) -> impl Iterator<Item = (SessionId, Option<Owner>, [BorrowedFd<'_>; 2])> {
+        let sessions = self.sessions.iter();
+        sessions.map(|(id, kept)| (*id, kept.holder, kept.sockets.each_ref().map(AsFd::as_fd)))
+    }
+
+    /// Those that no worker cares for.
+    pub fn unheld(&self) -> &[SessionId] {
+        &self.unheld
+    }
+
     fn keep(&mut self, owner: Owner, sessions: Vec<SessionId>, sockets: Vec<OwnedFd>) {
         let mut sockets = sockets.into_iter();
         for id in sessions {

@@ -112,6 +112,16 @@ impl Listeners {
             .map(|((address, slot), socket)| (*address, *slot, &**socket))
     }
 
+    /// The sockets that another binary has opened.
+    pub fn of(sockets: impl IntoIterator<Item = (SocketAddr, usize, OwnedFd)>) -> Listeners {
+        let sockets = sockets.into_iter();
+        Listeners {
+            sockets: sockets
+                .map(|(address, slot, socket)| ((address, slot), Rc::new(socket)))
+                .collect(),
+        }
+    }
+
     fn overlaps(&self, address: SocketAddr) -> bool {
         let port_and_family = |address: SocketAddr| (address.port(), address.is_ipv4());
         self.sockets

@@ -4,6 +4,7 @@
 //! `generation` to the next. A generation is made of `listen`, `accepting`, `kernel` and `rows`; `spawn` makes a
 //! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
 //! outlive their workers. `notify` tells a service manager, `steering` is what is changed on the host.
+//! `upgrade` turns the running master into another binary.
 
 #![forbid(unsafe_code)]
 
@@ -30,6 +31,7 @@ mod steering;
 mod supervise;
 #[cfg(test)]
 mod testing;
+mod upgrade;
 mod worker;
 
 use std::process::ExitCode;
@@ -67,6 +69,8 @@ fn act(args: Args) -> Result<ExitCode> {
             Some(config) => signal::send(signal, &config).map(|()| ExitCode::SUCCESS),
             None => Ok(ExitCode::FAILURE),
         },
+        Action::TakeOverCheck(document) => Ok(upgrade::check::run(&args, document)),
+        Action::TakeOver(document) => upgrade::take_over::run(args, document),
         Action::Version => Ok(check::version()),
         Action::Help => Ok(check::print(args::HELP.trim_end())),
     }

@@ -86,7 +86,7 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
                 owner,
                 generation: generation.number,
                 stores,
-                control: ours,
+                control: Some(ours),
             };
             Ok(Worker::new(born, Instant::now()))
         }

@@ -29,6 +29,7 @@ use crate::pidfile::PidFile;
 use crate::reload::Pending;
 use crate::spawn::{Blueprint, spawn};
 use crate::steering::Steering;
+use crate::upgrade::Upgrade;
 use crate::worker::{State, Worker};
 
 /// The longest sleep, well within what poll(2) can count.
@@ -52,7 +53,29 @@ pub enum Phase {
 pub struct SlotCare {
     backoff: Backoff,
     /// When its dead worker is to be replaced.
-    replace_at: Option<Instant>,
+    pub replace_at: Option<Instant>,
+}
+
+impl SlotCare {
+    /// Of a slot whose worker is to be replaced then.
+    pub fn due(replace_at: Option<Instant>) -> SlotCare {
+        SlotCare {
+            replace_at,
+            ..SlotCare::default()
+        }
+    }
+}
+
+/// What the master has to do with beside its workers, from the start to its end.
+pub struct Outside {
+    /// As in [`Master`].
+    pub log: ErrorLog,
+    /// As in [`Master`].
+    pub pid_file: PidFile,
+    /// As in [`Master`].
+    pub steering: Steering,
+    /// As in [`Master`].
+    pub upgrade: Upgrade,
 }
 
 /// The running master.
@@ -85,8 +108,12 @@ pub struct Master {
     pub phase: Phase,
     /// The service manager, if there is one.
     pub notifier: Notifier,
-    last_owner: u32,
-    has_served: bool,
+    /// How it becomes another binary.
+    pub upgrade: Upgrade,
+    /// The newest mark of a worker.
+    pub last_owner: u32,
+    /// Some worker has accepted connections.
+    pub has_served: bool,
     failure: Option<anyhow::Error>,
 }
 
@@ -97,10 +124,14 @@ impl Master {
         current: Generation,
         kernel: Kernel,
         board: Arc<Shared<Board>>,
-        log: ErrorLog,
-        pid_file: PidFile,
-        steering: Steering,
+        outside: Outside,
     ) -> Master {
+        let Outside {
+            log,
+            pid_file,
+            steering,
+            upgrade,
+        } = outside;
         let slots = vec![SlotCare::default(); current.slots()];
         Master {
             args,
@@ -117,6 +148,7 @@ impl Master {
             steering,
             phase: Phase::Serving,
             notifier: Notifier::from_environment(),
+            upgrade,
             last_owner: 0,
             has_served: false,
             failure: None,
@@ -128,7 +160,11 @@ impl Master {
     /// # Errors
     /// The first workers could not be started, or the loop itself fails.
     pub fn run(mut self, signals: &SignalFd) -> Result<()> {
-        self.fill_all_slots(Instant::now());
+        let now = Instant::now();
+        match self.has_served {
+            true => self.go_on(now),
+            false => self.fill_all_slots(now),
+        }
         while !(self.is_ending() && self.workers.is_empty()) {
             self.wait(signals)?;
             let now = Instant::now();
@@ -151,6 +187,14 @@ impl Master {
                 log::info!("stopped");
                 Ok(())
             }
+        }
+    }
+
+    /// After an exec: workers of this binary take over from those of the one before.
+    fn go_on(&mut self, now: Instant) {
+        self.reap(now);
+        if self.phase == Phase::Serving {
+            self.begin_reload(now);
         }
     }
 
@@ -182,6 +226,7 @@ impl Master {
             .chain(replacements)
             .chain(pending)
             .chain(self.notifier.deadline())
+            .chain(self.upgrade.deadline())
             .min()
             // One more millisecond: poll counts whole ones, and waking early would mean spinning.
             .map_or(LONGEST_SLEEP, |at| {
@@ -210,9 +255,7 @@ impl Master {
             Signal::SIGHUP if self.is_ending() => log::warn!("reload ignored: the program is stopping"),
             Signal::SIGHUP => self.begin_reload(now),
             Signal::SIGUSR1 => self.reopen_log(),
-            Signal::SIGUSR2 => {
-                log::error!("SIGUSR2: changing to a new binary is not supported yet, nothing is done")
-            }
+            Signal::SIGUSR2 => self.begin_upgrade(now),
             // A terminal sends it whenever its window is resized, which is nobody's wish to pause.
             Signal::SIGWINCH if !from_kernel => self.pause(now),
             _ => {}
@@ -228,6 +271,7 @@ impl Master {
             self.has_served = true;
         }
         self.advance_reload(now);
+        self.advance_upgrade(now);
         for slot in 0..self.slots.len() {
             if self.slots[slot].replace_at.is_some_and(|at| at <= now) {
                 self.slots[slot].replace_at = None;
@@ -291,7 +335,7 @@ impl Master {
 
     fn bury(&mut self, pid: Pid, status: WaitStatus, now: Instant) {
         let Some(at) = self.workers.iter().position(|worker| worker.pid == pid) else {
-            return;
+            return self.upgrade.note_end(pid, status);
         };
         // What it said before it died counts.
         self.workers[at].hear(now);
@@ -344,6 +388,7 @@ impl Master {
     fn end(&mut self, phase: Phase) {
         self.phase = phase;
         self.abandon_reload();
+        self.upgrade.abandon();
         self.slots.iter_mut().for_each(|slot| slot.replace_at = None);
         // While the master held them, new connections would wait in them for nobody.
         self.current.listeners = Listeners::default();
@@ -389,7 +434,7 @@ impl Master {
 }
 
 /// How a process ended, in words.
-fn ending(status: WaitStatus) -> String {
+pub fn ending(status: WaitStatus) -> String {
     match status {
         WaitStatus::Exited(_, status) => format!("exited with status {status}"),
         WaitStatus::Signaled(_, Signal::SIGSYS, _) => {

@@ -89,8 +89,8 @@ pub struct Born {
     pub generation: u64,
     /// As in [`Worker`].
     pub stores: Vec<Arc<Store>>,
-    /// The master's end of the pair.
-    pub control: OwnedFd,
+    /// The master's end of the pair; `None` when the other one was closed.
+    pub control: Option<OwnedFd>,
 }
 
 impl Worker {
@@ -117,7 +117,17 @@ impl Worker {
             started: now,
             state: State::Starting,
             leaving: false,
-            control: Some(control),
+            control,
+        }
+    }
+
+    /// A worker that another binary has forked, in this process.
+    pub fn taken_over(born: Born, state: State, leaving: bool, to_adopt: Queue, now: Instant) -> Worker {
+        Worker {
+            state,
+            leaving,
+            to_adopt,
+            ..Worker::new(born, now)
         }
     }
 
@@ -275,7 +285,7 @@ mod tests {
             owner: Owner(1),
             generation: 1,
             stores: Vec::new(),
-            control,
+            control: Some(control),
         };
         (Worker::new(born, now), theirs, now)
     }

@@ -17,6 +17,10 @@ pub const MAX_LISTENERS: usize = 1024;
 /// Peers that the program can have had since its start.
 pub const MAX_PEERS: usize = 4096;
 
+/// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
+/// it whenever a field or a reason changes its place or meaning.
+const LAYOUT: &str = "culvert counters, layout 1";
+
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
         $(#[$doc])*
@@ -181,6 +185,21 @@ pub struct PeerRow {
     pub connect_failures: AtomicU64,
     /// Bytes of ended sessions, by direction.
     pub bytes: [AtomicU64; 2],
+}
+
+/// How the board is laid out, for two binaries to compare.
+pub fn layout() -> String {
+    let rows = [
+        size_of::<WorkerRow>(),
+        size_of::<ListenerRow>(),
+        size_of::<PeerRow>(),
+    ];
+    format!(
+        "{LAYOUT}, {} bytes with rows of {rows:?}, {} fallback and {} close reasons",
+        size_of::<Board>(),
+        FallbackReason::COUNT,
+        CloseReason::COUNT
+    )
 }
 
 impl Board {

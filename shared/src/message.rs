@@ -4,6 +4,10 @@
 use crate::sessions::Place;
 use crate::sys::fdpass::MAX_DESCRIPTORS;
 
+/// The version of these messages, for two binaries to compare: workers of one may have a master of the other.
+/// Change it whenever a message changes its bytes or meaning.
+pub const LAYOUT: &str = "culvert messages, layout 1";
+
 /// Sessions of one message at most: each may come with its two sockets.
 pub const BATCH: usize = MAX_DESCRIPTORS / 2;
 

@@ -13,6 +13,15 @@ use crate::counters::FallbackReason;
 use crate::ids::Owner;
 use crate::sys::shm::Shareable;
 
+/// The version of this layout: another binary may go on with a table if it has the same ([`layout`]). Change it
+/// whenever a word or a bit changes its place or meaning.
+const LAYOUT: &str = "culvert sessions, layout 1";
+
+/// How a record is laid out, for two binaries to compare.
+pub fn layout() -> String {
+    format!("{LAYOUT}, {} bytes", size_of::<Record>())
+}
+
 /// The longest name of an upstream that a record holds; a unix socket's path is shorter (unix(7)).
 const NAME_BYTES: usize = 112;
 /// Where the words of a record are; the order of [`Saved`].

@@ -1,6 +1,7 @@
 //! What belongs to a worker slot and outlives its workers: the table of its sessions, and its maps. The master
 //! makes it; the worker of the slot works with it, and with those of slots that are no more.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -19,6 +20,8 @@ pub struct Store {
     pub id: u32,
     /// The table, one record for each session that the slot has room for.
     pub records: Shared<Record>,
+    /// Its memory, for a program that goes on with it.
+    pub records_file: OwnedFd,
     /// The maps, with a pair for each record; `None` where BPF is not to be had.
     pub maps: Option<Arc<SlotMaps>>,
 }

@@ -69,6 +69,13 @@ fn every_signal_has_its_name() {
 }
 
 #[test]
+fn a_running_master_names_a_descriptor() {
+    assert_eq!(action(&["-c", "a", "--take-over", "7"]), Action::TakeOver(7));
+    assert_eq!(action(&["--take-over-check=7"]), Action::TakeOverCheck(7));
+    assert!(error(&["--take-over", "x"]).starts_with(r#""x" is not the number of a descriptor"#));
+}
+
+#[test]
 fn help_and_version_win_over_the_rest() {
     assert_eq!(action(&["-h", "-t"]), Action::Help);
     assert_eq!(action(&["--help"]), Action::Help);
