@@ -8,6 +8,7 @@ use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_worker::Listener;
 
+use crate::access_log::AccessLogs;
 use crate::kernel::{Kernel, StoreTable};
 use crate::limits;
 use crate::listen::Listeners;
@@ -26,6 +27,8 @@ pub struct Generation {
     pub listeners: Listeners,
     /// The stores of its slots.
     pub stores: StoreTable,
+    /// The files of its access logs.
+    pub access_logs: AccessLogs,
     /// The rows on the board.
     pub assigned: Assigned,
     /// How many sessions the master may keep.
@@ -43,6 +46,7 @@ impl Generation {
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = Rows::default();
         let assigned = rows.assign(&config)?;
+        let access_logs = AccessLogs::open(&config)?;
         let stores = kernel.first_stores_for(&config)?;
         let listeners = Listeners::default().next(&config)?;
         Ok(Generation {
@@ -51,6 +55,7 @@ impl Generation {
             config: Arc::new(config),
             listeners,
             stores,
+            access_logs,
             assigned,
             keeper_room,
             rows,
@@ -66,6 +71,7 @@ impl Generation {
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
+        let access_logs = AccessLogs::open(&config)?;
         kernel.open_for(&config, true);
         let stores = kernel.stores_for(&config, &self.stores)?;
         let listeners = self.listeners.next(&config)?;
@@ -75,6 +81,7 @@ impl Generation {
             config: Arc::new(config),
             listeners,
             stores,
+            access_logs,
             assigned,
             keeper_room,
             rows,

@@ -117,6 +117,10 @@ pub struct Board {
     pub pauses: AtomicU64,
     /// Log lines dropped because the log could not keep up.
     pub log_lines_dropped: AtomicU64,
+    /// Lines of access logs that were written.
+    pub access_lines_written: AtomicU64,
+    /// Lines of access logs that were dropped: the file took no more, or not fast enough.
+    pub access_lines_dropped: AtomicU64,
     /// Bytes copied in user space, by direction.
     pub relay_bytes: [AtomicU64; 2],
     /// Sessions that were to be offloaded and were not, by [`FallbackReason`].

@@ -208,6 +208,8 @@ fn revive(
     );
     session.server = server;
     session.last_active_ms = saved.last_active_ms;
+    session.connect_began_ns = saved.connect_began_ns;
+    session.connect_us = Some(saved.connect_us);
     session.streams = saved.streams.map(revive_stream);
     session.datapath = match saved.carrier {
         Carrier::Relay => Datapath::Relay,

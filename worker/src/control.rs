@@ -45,6 +45,7 @@ impl Worker {
                     if let Some(descriptor) = descriptors.next() {
                         logging::set_output(descriptor);
                     }
+                    self.access_logs.reopen(descriptors);
                 }
                 None if received.message.is_empty() => {
                     if !self.draining {

@@ -2,6 +2,7 @@
 //! timers between. Hands each event to the file that knows what it means.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +20,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::accept::Listening;
+use crate::access_log::AccessLogs;
 use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
@@ -44,7 +46,9 @@ pub(crate) const DRAIN_TIMER: u32 = 1;
 pub(crate) const PRESSURE_TIMER: u32 = 2;
 /// The timer that gives sessions that have lived long enough to the master's keeping.
 pub(crate) const KEEP_TIMER: u32 = 3;
-const FIRST_SESSION: u32 = 4;
+/// The timer that hands lines of access logs over.
+pub(crate) const LOG_TIMER: u32 = 4;
+const FIRST_SESSION: u32 = 5;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -59,6 +63,9 @@ pub struct Worker {
     pub(crate) settings: Vec<Rc<config::Stream>>,
     /// The row of each listener and its server.
     pub(crate) rows: Vec<(usize, usize)>,
+    /// The address of each listener, as configured.
+    pub(crate) addresses: Vec<SocketAddr>,
+    pub(crate) access_logs: AccessLogs,
     /// The stores that it cares for, its own slot's first.
     pub(crate) wards: Vec<Ward>,
     pub(crate) relay_reason: Option<String>,
@@ -118,9 +125,11 @@ impl Worker {
             .iter()
             .map(|listener| (listener.row, listener.server))
             .collect();
+        let addresses = start.listeners.iter().map(|listener| listener.address).collect();
         let listeners = Listening::open_all(start.listeners)?;
         let hostname =
             nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+        let access_logs = AccessLogs::new(&start.config, start.access_logs, start.slot, &hostname);
         let weights =
             |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
         Ok(Worker {
@@ -145,6 +154,8 @@ impl Worker {
             owner: start.owner,
             wards,
             rows,
+            addresses,
+            access_logs,
             paused: Vec::new(),
             keeping: Keeping::default(),
             adopted: 0,
@@ -207,6 +218,7 @@ impl Worker {
         for token in self.table.tokens() {
             self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));
         }
+        self.access_logs.finish();
         Ok(())
     }
 
@@ -283,6 +295,7 @@ impl Worker {
             ACCEPT_TIMER => self.end_rest(),
             PRESSURE_TIMER => self.look_at_paused(),
             KEEP_TIMER => self.keep_due(),
+            LOG_TIMER => self.flush_access_logs(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

@@ -367,6 +367,8 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
             Datapath::Relay | Datapath::Pending => Carrier::Relay,
         },
         upstream: upstream.name.clone(),
+        connect_began_ns: session.connect_began_ns,
+        connect_us: session.connect_us.unwrap_or(0),
         streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),
         settings: SavedSettings {
             proxy_timeout_ms: settings.proxy_timeout.as_millis() as u64,

@@ -200,6 +200,12 @@ pub struct Session {
     pub upstream: Option<Upstream>,
     /// The group and the peers of it that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
+    /// Peers that did not take it, for the access log.
+    pub failed_peers: Vec<String>,
+    /// When connecting to the present peer began, on CLOCK_MONOTONIC.
+    pub connect_began_ns: u64,
+    /// How long that took; `None` before it is done.
+    pub connect_us: Option<u64>,
     /// How far it is.
     pub phase: Phase,
     /// Its directions, by [`Direction`].
@@ -240,6 +246,9 @@ impl Session {
             is_status: false,
             upstream: None,
             tried: None,
+            failed_peers: Vec::new(),
+            connect_began_ns: 0,
+            connect_us: None,
             phase: Phase::Streaming,
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],

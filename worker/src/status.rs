@@ -94,6 +94,10 @@ impl Worker {
             "cpus": self.cpu_status(),
             "fallbacks": by_reason(FallbackReason::ALL.iter().map(|reason| reason.name()), &board.fallbacks),
             "closes": by_reason(CloseReason::ALL.iter().map(|reason| reason.name()), &board.closes),
+            "access_log": {
+                "written": load(&board.access_lines_written),
+                "dropped": load(&board.access_lines_dropped),
+            },
             "log_lines_dropped": load(&board.log_lines_dropped),
         })
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
 use super::{Action, Balance, Config, LogTarget, OnReload, Part, Server, Stream, Target, Template};
-use super::{cpus, expand};
+use super::{access_log, cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
 /// of upstreams are resolved, `${VAR}`, `set` and `include` are replaced by what they stand for.
@@ -49,6 +49,7 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
     )?;
     writeln!(out, "\n[stream]")?;
     write_stream(out, &config.stream)?;
+    write_log_formats(out, config)?;
     for upstream in config
         .upstreams
         .iter()
@@ -69,6 +70,26 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         .servers
         .iter()
         .try_for_each(|server| write_server(out, config, server))
+}
+
+/// Those that are used.
+fn write_log_formats(out: &mut String, config: &Config) -> std::fmt::Result {
+    let mut written: Vec<String> = Vec::new();
+    for log in config.access_logs() {
+        let format = &log.format;
+        if access_log::is_ready_made(&format.name) || written.contains(&format.name) {
+            continue;
+        }
+        writeln!(
+            out,
+            "\n[[log_format]]\nname = {}\nescape = {}\nformat = {}",
+            quoted(&expand::escape(&format.name)),
+            quoted(format.escape.name()),
+            quoted(&access_log::write_format(&format.parts))
+        )?;
+        written.push(format.name.clone());
+    }
+    Ok(())
 }
 
 fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt::Result {
@@ -130,7 +151,9 @@ fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
         out,
         "on_reload = {}",
         quoted(on_reload.map_or("", |(name, _)| name))
-    )
+    )?;
+    let log = access_log::write_log(stream.access_log.as_deref(), quoted);
+    writeln!(out, "access_log = {log}")
 }
 
 /// A literal that would lengthen the name of the variable before it goes into a variable of its own.

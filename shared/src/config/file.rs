@@ -44,6 +44,7 @@ pub(super) const ROOT: &[Key] = &[
     value("pid"),
     shaped("error_log", Shape::Table(&[value("path"), value("level")])),
     value("include"),
+    shaped("log_format", Shape::Tables(LOG_FORMAT)),
     shaped("stream", Shape::Table(STREAM)),
     shaped("upstream", Shape::Tables(UPSTREAM)),
     shaped("server", Shape::Tables(SERVER)),
@@ -60,7 +61,14 @@ pub(super) const STREAM: &[Key] = &[
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
+    shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
+
+/// `[[log_format]]`.
+const LOG_FORMAT: &[Key] = &[value("name"), value("escape"), value("format")];
+
+/// An `access_log` that is a table.
+const ACCESS_LOG: &[Key] = &[value("path"), value("format"), value("buffer"), value("flush")];
 
 /// `[[upstream]]`.
 const UPSTREAM: &[Key] = &[
@@ -87,6 +95,7 @@ const SERVER: &[Key] = &[
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
+    shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
 
 /// Names that users of the nginx module bring along, with ours.
