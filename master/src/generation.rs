@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_worker::Listener;
@@ -27,6 +28,8 @@ pub struct Generation {
     pub listeners: Listeners,
     /// The stores of its slots.
     pub stores: StoreTable,
+    /// Where workers tell of their busiest sessions; the same for all generations.
+    pub lookout: Arc<Lookout>,
     /// The files of its access logs.
     pub access_logs: AccessLogs,
     /// The rows on the board.
@@ -55,6 +58,7 @@ impl Generation {
             config: Arc::new(config),
             listeners,
             stores,
+            lookout: Arc::new(Lookout::new()?),
             access_logs,
             assigned,
             keeper_room,
@@ -81,6 +85,7 @@ impl Generation {
             config: Arc::new(config),
             listeners,
             stores,
+            lookout: Arc::clone(&self.lookout),
             access_logs,
             assigned,
             keeper_room,

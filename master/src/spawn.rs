@@ -141,7 +141,8 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
     let listeners = generation.worker_listeners(slot)?;
     let stores = generation.stores.of_slot(slot);
     let access_logs = generation.access_logs.duplicate()?;
-    let mut keep: Vec<RawFd> = vec![control.as_raw_fd(), log.install()?];
+    let lookout = Arc::clone(&generation.lookout);
+    let mut keep: Vec<RawFd> = vec![control.as_raw_fd(), lookout.raw_fd(), log.install()?];
     keep.extend(listeners.iter().map(|listener| listener.socket.as_raw_fd()));
     keep.extend(access_logs.iter().map(AsRawFd::as_raw_fd));
     let maps = stores.iter().filter_map(|store| store.maps.as_ref());
@@ -155,6 +156,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         owner,
         config: Arc::clone(&generation.config),
         access_logs,
+        lookout,
         listeners,
         peer_rows: generation.assigned.peers.clone(),
         board: Arc::clone(board),

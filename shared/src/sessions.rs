@@ -354,7 +354,7 @@ impl Saved {
     }
 }
 
-fn address_words(address: SocketAddr) -> [u64; 3] {
+pub(crate) fn address_words(address: SocketAddr) -> [u64; 3] {
     let (family, ip, scope) = match address {
         SocketAddr::V4(v4) => (4u64, u128::from(u32::from(*v4.ip())), 0),
         SocketAddr::V6(v6) => (6, u128::from(*v6.ip()), v6.scope_id()),
@@ -363,7 +363,7 @@ fn address_words(address: SocketAddr) -> [u64; 3] {
     [head, (ip >> 64) as u64, ip as u64]
 }
 
-fn address(words: &[u64]) -> Option<SocketAddr> {
+pub(crate) fn address(words: &[u64]) -> Option<SocketAddr> {
     let port = (words[0] >> 32) as u16;
     let ip = u128::from(words[1]) << 64 | u128::from(words[2]);
     match words[0] >> 56 {

@@ -76,6 +76,8 @@ impl Worker {
             WorkerRow::down(&self.gauges().peer_active[row]);
         }
         board.count_close(reason);
+        let lasted_ms = clock::now_ms().saturating_sub(session.started_ms);
+        board.session_duration.count(1000 * lasted_ms);
         // The access log says the same, and where there is one, that is where it is looked for.
         let level = match session.settings.access_log {
             Some(_) => log::Level::Debug,
@@ -100,7 +102,7 @@ impl Worker {
                 to_upstream.written,
                 to_downstream.kernel,
                 to_downstream.written,
-                clock::now_ms().saturating_sub(session.started_ms),
+                lasted_ms,
             );
         }
         self.log_session(session, reason, carried, pauses);

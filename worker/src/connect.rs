@@ -192,6 +192,9 @@ impl Worker {
         session.phase = Phase::Streaming;
         let now_ns = clock::now_ns();
         session.connect_us = Some(now_ns.saturating_sub(session.connect_began_ns) / 1000);
+        self.board[0]
+            .connect_duration
+            .count(session.connect_us.unwrap_or(0));
         session.last_active_ms = now_ns / 1_000_000;
         session.tried = None;
         self.begin_streaming(token, session)

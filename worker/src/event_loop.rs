@@ -5,10 +5,12 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use culvert_bpf::Totals;
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::{self, Config};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::{Direction, Owner};
@@ -37,6 +39,7 @@ use crate::timer::Wheel;
 const CONTROL: mio::Token = mio::Token(usize::MAX);
 const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
 const KERNEL: mio::Token = mio::Token(usize::MAX - 2);
+const BELL: mio::Token = mio::Token(usize::MAX - 3);
 
 /// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
 pub(crate) const ACCEPT_TIMER: u32 = 0;
@@ -48,7 +51,9 @@ pub(crate) const PRESSURE_TIMER: u32 = 2;
 pub(crate) const KEEP_TIMER: u32 = 3;
 /// The timer that hands lines of access logs over.
 pub(crate) const LOG_TIMER: u32 = 4;
-const FIRST_SESSION: u32 = 5;
+/// The timer that looks for the busiest sessions.
+pub(crate) const BUSY_TIMER: u32 = 5;
+const FIRST_SESSION: u32 = 6;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -66,6 +71,9 @@ pub struct Worker {
     /// The address of each listener, as configured.
     pub(crate) addresses: Vec<SocketAddr>,
     pub(crate) access_logs: AccessLogs,
+    pub(crate) lookout: Arc<Lookout>,
+    /// HTTP connections that it holds.
+    pub(crate) http_connections: usize,
     /// The stores that it cares for, its own slot's first.
     pub(crate) wards: Vec<Ward>,
     pub(crate) relay_reason: Option<String>,
@@ -110,6 +118,10 @@ impl Worker {
                 Interest::READABLE,
             )
             .context("failed to watch the master's socket")?;
+        registry
+            .register(&mut SourceFd(&start.lookout.raw_fd()), BELL, Interest::READABLE)
+            .context("failed to watch for questions")?;
+        start.lookout.forget(start.row);
         let wards = start
             .stores
             .into_iter()
@@ -156,6 +168,8 @@ impl Worker {
             rows,
             addresses,
             access_logs,
+            lookout: start.lookout,
+            http_connections: 0,
             paused: Vec::new(),
             keeping: Keeping::default(),
             adopted: 0,
@@ -180,6 +194,7 @@ impl Worker {
         let mut events = Events::with_capacity(256);
         let mut due = Vec::new();
         self.listen()?;
+        self.gauges().ready.store(1, Relaxed);
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {
@@ -193,6 +208,7 @@ impl Worker {
                     CONTROL => self.hear_master(),
                     SESSIONS => self.more_events = true,
                     KERNEL => self.take_kernel_events(),
+                    BELL => self.tell_busiest(),
                     mio::Token(listener) => self.accept(listener),
                 }
             }
@@ -296,6 +312,7 @@ impl Worker {
             PRESSURE_TIMER => self.look_at_paused(),
             KEEP_TIMER => self.keep_due(),
             LOG_TIMER => self.flush_access_logs(),
+            BUSY_TIMER => self.tell_busiest(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

@@ -4,6 +4,7 @@
 //! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies) → `close` (totals, reason, log line).
 //! `keep` lets a session outlive this process, `adopt` takes over what another one left.
 //! `access_log` gathers the lines that `access_line` writes of ended sessions, `log_writer` waits for the disk.
+//! `http` serves `status`, `page` and `metrics`; `busy` tells every worker of the busiest sessions of all.
 //! `drive` decides what is done next, `session` holds the states, `event_loop` the only poll.
 
 #![forbid(unsafe_code)]
@@ -13,6 +14,7 @@ mod access_line;
 mod access_log;
 mod adopt;
 mod balance;
+mod busy;
 mod clock;
 mod close;
 mod confine;
@@ -20,9 +22,12 @@ mod connect;
 mod control;
 mod drive;
 mod event_loop;
+mod http;
 mod keep;
 mod log_writer;
+mod metrics;
 mod offload;
+mod page;
 mod pressure;
 mod relay;
 mod route;

@@ -10,6 +10,8 @@ use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
 use nix::errno::Errno;
 
+use crate::busy::Seen;
+use crate::http::Connection;
 use crate::route::Ends;
 use crate::store::Seat;
 use crate::table::Side;
@@ -178,6 +180,11 @@ pub enum Phase {
     },
     /// Bytes move.
     Streaming,
+    /// It is no proxied session, but an HTTP connection.
+    Http {
+        /// When it is ended, or looked at again, on the worker's clock.
+        deadline_ms: u64,
+    },
 }
 
 /// One downstream connection and what became of it.
@@ -194,7 +201,7 @@ pub struct Session {
     pub server: Option<usize>,
     /// The settings in force.
     pub settings: Rc<Settings>,
-    /// It is served a status document, and is no proxied session.
+    /// It is served a status document or HTTP, and is no proxied session.
     pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
     pub upstream: Option<Upstream>,
@@ -222,6 +229,10 @@ pub struct Session {
     pub last_active_ms: u64,
     /// What its readers had acknowledged when it last looked idle; `None` before that.
     pub acknowledged_bytes: Option<u64>,
+    /// What has come and goes over HTTP, if that is what it is.
+    pub http: Option<Box<Connection>>,
+    /// What was last told of it to people.
+    pub seen: Seen,
     /// It stands in the queue of sessions that have more to do.
     pub queued: bool,
 }
@@ -257,6 +268,8 @@ impl Session {
             started_ms: now_ms,
             last_active_ms: now_ms,
             acknowledged_bytes: None,
+            http: None,
+            seen: Seen::default(),
             queued: false,
         }
     }

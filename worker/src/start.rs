@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use culvert_bpf::Totals;
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::Config;
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
@@ -31,6 +32,8 @@ pub struct WorkerStart {
     pub peer_rows: Vec<Vec<usize>>,
     /// The board.
     pub board: Arc<Shared<Board>>,
+    /// Where workers tell of their busiest sessions.
+    pub lookout: Arc<Lookout>,
     /// The slot's own store, then those of other slots that it is to care for.
     pub stores: Vec<Arc<Store>>,
     /// Why there are none.

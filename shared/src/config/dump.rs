@@ -47,6 +47,14 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         "error_log = {{ path = {target}, level = {} }}",
         quoted(&level)
     )?;
+    for http in config
+        .servers
+        .iter()
+        .filter(|server| server.action == Action::Http)
+    {
+        writeln!(out, "\n[http]")?;
+        write_listen(out, http)?;
+    }
     writeln!(out, "\n[stream]")?;
     write_stream(out, &config.stream)?;
     write_log_formats(out, config)?;
@@ -66,10 +74,11 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         }
         writeln!(out, "]")?;
     }
-    config
+    let mut servers = config
         .servers
         .iter()
-        .try_for_each(|server| write_server(out, config, server))
+        .filter(|server| server.action != Action::Http);
+    servers.try_for_each(|server| write_server(out, config, server))
 }
 
 /// Those that are used.
@@ -93,17 +102,10 @@ fn write_log_formats(out: &mut String, config: &Config) -> std::fmt::Result {
 }
 
 fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt::Result {
-    writeln!(out, "\n[[server]]\nlisten = [")?;
-    for listen in &server.listen {
-        writeln!(
-            out,
-            "  {{ address = {}, backlog = {} }},",
-            quoted(&listen.address.to_string()),
-            listen.backlog
-        )?;
-    }
-    writeln!(out, "]")?;
+    writeln!(out, "\n[[server]]")?;
+    write_listen(out, server)?;
     match &server.action {
+        Action::Http => {}
         Action::Status => writeln!(out, "ebpf_status_return = true")?,
         Action::Proxy(Target::Upstream(index)) => {
             let name = config
@@ -115,6 +117,20 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
         Action::Proxy(Target::Variable(template)) => write_template(out, template)?,
     }
     write_stream(out, &server.stream)
+}
+
+fn write_listen(out: &mut String, server: &Server) -> std::fmt::Result {
+    writeln!(out, "listen = [")?;
+    for listen in &server.listen {
+        writeln!(
+            out,
+            "  {{ address = {}, backlog = {} }},",
+            quoted(&listen.address.to_string()),
+            listen.backlog
+        )?;
+    }
+    writeln!(out, "]")?;
+    Ok(())
 }
 
 fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {

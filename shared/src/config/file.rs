@@ -45,6 +45,7 @@ pub(super) const ROOT: &[Key] = &[
     shaped("error_log", Shape::Table(&[value("path"), value("level")])),
     value("include"),
     shaped("log_format", Shape::Tables(LOG_FORMAT)),
+    shaped("http", Shape::Table(HTTP)),
     shaped("stream", Shape::Table(STREAM)),
     shaped("upstream", Shape::Tables(UPSTREAM)),
     shaped("server", Shape::Tables(SERVER)),
@@ -63,6 +64,12 @@ pub(super) const STREAM: &[Key] = &[
     value("on_reload"),
     shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
+
+/// `[http]`.
+const HTTP: &[Key] = &[shaped(
+    "listen",
+    Shape::Mixed(&[value("address"), value("backlog")]),
+)];
 
 /// `[[log_format]]`.
 const LOG_FORMAT: &[Key] = &[value("name"), value("escape"), value("format")];

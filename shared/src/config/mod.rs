@@ -196,6 +196,8 @@ pub enum Action {
     Proxy(Target),
     /// Write the status document and close (`ebpf_status_return`).
     Status,
+    /// Serve metrics and the status over HTTP: what `http` says is the last server.
+    Http,
 }
 
 /// Where `proxy_pass` leads.

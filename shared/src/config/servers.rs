@@ -92,7 +92,20 @@ impl<'c, 'a> Servers<'c, 'a> {
             action: self.action(&key, at, table),
             stream: self.stream(table, &key, &inherited),
         });
-        let servers = servers.collect();
+        let mut servers: Vec<Server> = servers.collect();
+        if let Some(http) = root.get("http")
+            && let ValueKind::Table(table) = &http.kind
+        {
+            let at = self.check.findings.origin_of(http);
+            servers.push(Server {
+                listen: self.listen("http", at, table),
+                action: Action::Http,
+                stream: Stream {
+                    access_log: None,
+                    ..inherited.clone()
+                },
+            });
+        }
         (self.upstreams, inherited, servers)
     }
 

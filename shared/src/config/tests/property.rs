@@ -99,6 +99,7 @@ prop_compose! {
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
         groups in prop::collection::vec(prop::collection::vec((peer_address(), 1u32..=65_535), 1..4), 1..4),
         stream in stream(),
+        http in any::<bool>(),
         servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
     ) -> Config {
         let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, peers)| Upstream {
@@ -139,6 +140,11 @@ prop_compose! {
                 }
             };
             built.push(Server { listen, action, stream: own });
+        }
+        if http {
+            let stream = Stream { access_log: None, ..stream.clone() };
+            let listen = vec![Listen { address: ([127, 0, 0, 1], 9).into(), backlog: 5 }];
+            built.push(Server { listen, action: Action::Http, stream });
         }
         Config {
             user: user.map(|(name, id)| User { name: name.to_owned(), uid: id, gid: id }),
