@@ -5,6 +5,7 @@ mod harness;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use harness::pattern::ping;
@@ -409,4 +410,60 @@ fn a_kept_connection_keeps_no_worker_from_leaving() {
     assert!(proxy.wait_for_exit(SOON).is_some(), "the master still runs");
     assert_eq!(stream.read(&mut [0]).expect("an end, not a reset"), 0);
     let _ = stream.shutdown(Shutdown::Both);
+}
+
+/// The names that begin with `culvert_` in a text.
+fn names(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| word.starts_with("culvert_")).collect()
+}
+
+#[test]
+fn the_dashboard_names_only_metrics_that_are_served_and_nearly_all_of_them() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../conf/grafana-dashboard.json");
+    let text = std::fs::read_to_string(&path).expect("the dashboard");
+    let dashboard: Value = serde_json::from_str(&text).expect("JSON");
+    let mut expressions = String::new();
+    for panel in dashboard["panels"].as_array().expect("panels") {
+        for target in panel["targets"].as_array().expect("targets") {
+            expressions.push_str(target["expr"].as_str().expect("an expression"));
+            expressions.push('\n');
+        }
+    }
+    let upstream = Upstream::echo("127.0.0.1");
+    let (mut plan, http, _port) = plan(1);
+    let front = plan.server(&upstream);
+    let _proxy = plan.start();
+    ping(&mut connect(front), 1, 1).expect("an echo");
+    let page = get(http, "/metrics");
+    let served: BTreeSet<&str> = samples(&page)
+        .keys()
+        .filter_map(|series| series.split('{').next())
+        .filter_map(|name| names(&page).get(name).copied())
+        .collect();
+    let shown = names(&expressions);
+    assert!(shown.len() > 20, "{shown:?}");
+    for name in shown
+        .iter()
+        .chain(&names(&text))
+        .filter(|name| **name != "culvert_datapath_cpu_bytes_total")
+    {
+        assert!(served.contains(name), "{name} is not served: {served:?}");
+    }
+    let of_samples = |name: &&&str| !["_sum", "_count"].iter().any(|end| name.ends_with(end));
+    let unseen: Vec<_> = served.difference(&shown).filter(of_samples).collect();
+    let kept_out = [
+        "culvert_build_info",
+        "culvert_config_generation",
+        "culvert_config_last_reload_timestamp_seconds",
+        "culvert_config_reloads_total",
+        "culvert_datapath_sockmap",
+        "culvert_sessions_adopted_total",
+        "culvert_sessions_offloaded_total",
+        "culvert_start_time_seconds",
+    ];
+    assert!(
+        unseen.iter().all(|name| kept_out.contains(name)),
+        "not on the dashboard: {unseen:?}"
+    );
 }
