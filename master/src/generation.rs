@@ -4,11 +4,13 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_worker::Listener;
 
 use crate::accepting::Groups;
+use crate::access_log::AccessLogs;
 use crate::kernel::{Kernel, StoreTable};
 use crate::limits;
 use crate::listen::Listeners;
@@ -29,6 +31,10 @@ pub struct Generation {
     pub groups: Groups,
     /// The stores of its slots.
     pub stores: StoreTable,
+    /// Where workers tell of their busiest sessions; the same for all generations.
+    pub lookout: Arc<Lookout>,
+    /// The files of its access logs.
+    pub access_logs: AccessLogs,
     /// The rows on the board.
     pub assigned: Assigned,
     /// How many sessions the master may keep.
@@ -47,6 +53,7 @@ impl Generation {
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = Rows::default();
         let assigned = rows.assign(&config)?;
+        let access_logs = AccessLogs::open(&config)?;
         let stores = kernel.first_stores_for(&config)?;
         let listeners = Listeners::default().next(&config)?;
         let groups = match kernel.is_open() {
@@ -60,6 +67,8 @@ impl Generation {
             listeners,
             groups,
             stores,
+            lookout: Arc::new(Lookout::new()?),
+            access_logs,
             assigned,
             keeper_room,
             rows,
@@ -75,6 +84,7 @@ impl Generation {
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
+        let access_logs = AccessLogs::open(&config)?;
         kernel.open_for(&config, true);
         let stores = kernel.stores_for(&config, &self.stores, filling)?;
         let listeners = self.listeners.next(&config)?;
@@ -89,6 +99,8 @@ impl Generation {
             listeners,
             groups,
             stores,
+            lookout: Arc::clone(&self.lookout),
+            access_logs,
             assigned,
             keeper_room,
             rows,
@@ -111,6 +123,8 @@ impl Generation {
             user: rights::target_user(&config),
             keeper_room: limits::raise_descriptors(&config)?,
             assigned: rows.assign(&config)?,
+            lookout: Arc::new(Lookout::new()?),
+            access_logs: AccessLogs::open(&config)?,
             config: Arc::new(config),
             listeners,
             // The programs of the binary before go on until the next generation has its own.

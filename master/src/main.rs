@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod accepting;
+mod access_log;
 mod args;
 mod backoff;
 mod boot;

@@ -17,6 +17,7 @@ use nix::sys::signalfd::SignalFd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use crate::access_log::Files;
 use crate::args::Args;
 use crate::backoff::Backoff;
 use crate::error_log::ErrorLog;
@@ -254,7 +255,7 @@ impl Master {
             Signal::SIGQUIT => self.quit(now),
             Signal::SIGHUP if self.is_ending() => log::warn!("reload ignored: the program is stopping"),
             Signal::SIGHUP => self.begin_reload(now),
-            Signal::SIGUSR1 => self.reopen_log(),
+            Signal::SIGUSR1 => self.reopen_logs(),
             Signal::SIGUSR2 => self.begin_upgrade(now),
             // A terminal sends it whenever its window is resized, which is nobody's wish to pause.
             Signal::SIGWINCH if !from_kernel => self.pause(now),
@@ -408,7 +409,12 @@ impl Master {
             .for_each(|worker| worker.drain(limit, now));
     }
 
-    fn reopen_log(&mut self) {
+    fn reopen_logs(&mut self) {
+        let mut files = Files::default();
+        self.current.access_logs.reopen(&mut files);
+        for worker in &mut self.workers {
+            worker.access_logs.reopen(&mut files);
+        }
         let opened = ErrorLog::open(&self.current.config.error_log).and_then(|log| {
             log.install()?;
             Ok(log)
@@ -416,12 +422,12 @@ impl Master {
         match opened {
             Ok(log) => {
                 self.log = log;
-                for worker in &mut self.workers {
-                    worker.write_log_to(self.log.as_fd());
-                }
-                log::info!("SIGUSR1: the log was opened anew");
+                log::info!("SIGUSR1: the logs were opened anew");
             }
             Err(error) => log::error!("failed to open the log anew, the old one goes on: {error:#}"),
+        }
+        for worker in &mut self.workers {
+            worker.write_logs_to(self.log.as_fd());
         }
     }
 

@@ -105,6 +105,14 @@ pub struct Board {
     pub reloads_succeeded: AtomicU64,
     /// Reloads that were refused; the old configuration went on.
     pub reloads_failed: AtomicU64,
+    /// 1: the last reload was refused.
+    pub last_reload_failed: AtomicU64,
+    /// When a reload last succeeded, in milliseconds since the Unix epoch; 0: never.
+    pub last_reload_unix_ms: AtomicU64,
+    /// How long connecting to a peer took, where it succeeded.
+    pub connect_duration: Histogram,
+    /// How long ended sessions lasted.
+    pub session_duration: Histogram,
     /// Workers that died and were replaced.
     pub worker_restarts: AtomicU64,
     /// Sessions accepted.
@@ -119,6 +127,10 @@ pub struct Board {
     pub adopted: AtomicU64,
     /// Log lines dropped because the log could not keep up.
     pub log_lines_dropped: AtomicU64,
+    /// Lines of access logs that were written.
+    pub access_lines_written: AtomicU64,
+    /// Lines of access logs that were dropped: the file took no more, or not fast enough.
+    pub access_lines_dropped: AtomicU64,
     /// Bytes copied in user space, by direction.
     pub relay_bytes: [AtomicU64; 2],
     /// Sessions that were to be offloaded and were not, by [`FallbackReason`].
@@ -151,6 +163,8 @@ pub struct WorkerRow {
     slot_number: AtomicU32,
     /// The CPUs that it may run on, a bit each; CPUs from 1024 up are not shown.
     pub cpus: [AtomicU64; 16],
+    /// 1 once it accepts connections.
+    pub ready: AtomicU32,
     /// 1 while it takes no new sessions and finishes its old ones.
     pub draining: AtomicU32,
     /// Sessions that it has accepted.
@@ -200,6 +214,40 @@ pub fn layout() -> String {
         FallbackReason::COUNT,
         CloseReason::COUNT
     )
+}
+
+/// The upper limits of a histogram's buckets, in microseconds; one more bucket takes the rest.
+pub const HISTOGRAM_US: [u64; 12] = [
+    100,
+    500,
+    1_000,
+    5_000,
+    25_000,
+    100_000,
+    500_000,
+    1_000_000,
+    10_000_000,
+    60_000_000,
+    600_000_000,
+    3_600_000_000,
+];
+
+/// How often something took how long.
+#[repr(C)]
+pub struct Histogram {
+    /// Counts, each bucket for itself.
+    pub buckets: [AtomicU64; HISTOGRAM_US.len() + 1],
+    /// The sum, in microseconds.
+    pub sum_us: AtomicU64,
+}
+
+impl Histogram {
+    /// Counts something that took so long.
+    pub fn count(&self, us: u64) {
+        let bucket = HISTOGRAM_US.partition_point(|limit| *limit < us);
+        Board::add(&self.buckets[bucket], 1);
+        Board::add(&self.sum_us, us);
+    }
 }
 
 impl Board {
@@ -290,6 +338,7 @@ impl WorkerRow {
     pub fn clear(&self) {
         let gauges = [
             &self.pid,
+            &self.ready,
             &self.draining,
             &self.sessions,
             &self.offloaded,

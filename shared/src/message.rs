@@ -31,7 +31,7 @@ pub enum ToWorker {
     HandOver,
     /// Reset what is open and exit now.
     Stop,
-    /// Write the log to the descriptor that comes with the message.
+    /// Write the error log to the descriptor that comes with the message, and the access logs to those behind it.
     Log,
     /// Take these sessions over; both sockets of each come with the message.
     Adopt(Vec<SessionId>),

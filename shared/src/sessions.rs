@@ -41,8 +41,10 @@ mod at {
     pub const PERIOD: usize = 19;
     pub const SIZES: usize = 20;
     pub const CONNECTING: usize = 21;
-    pub const NAME_LEN: usize = 22;
-    pub const NAME: usize = 23;
+    pub const CONNECT_BEGAN: usize = 22;
+    pub const CONNECT_TOOK: usize = 23;
+    pub const NAME_LEN: usize = 24;
+    pub const NAME: usize = 25;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -138,6 +140,10 @@ pub struct Saved {
     pub carrier: Carrier,
     /// What it is connected to, for people.
     pub upstream: String,
+    /// When connecting to the peer began, in nanoseconds of CLOCK_MONOTONIC.
+    pub connect_began_ns: u64,
+    /// How long that took, in microseconds.
+    pub connect_us: u64,
     /// Its directions: to_upstream, to_downstream.
     pub streams: [SavedStream; 2],
     /// The settings that were in force for it, for when its listener is gone.
@@ -303,6 +309,8 @@ impl Saved {
         words[at::PERIOD] = self.settings.timer_period_ms;
         words[at::SIZES] =
             u64::from(self.settings.buffer_bytes) | u64::from(self.settings.backlog_bytes) << 32;
+        words[at::CONNECT_BEGAN] = self.connect_began_ns;
+        words[at::CONNECT_TOOK] = self.connect_us;
         let name = self.upstream.as_bytes();
         let name = &name[..name.len().min(NAME_BYTES)];
         words[at::NAME_LEN] = name.len() as u64;
@@ -349,6 +357,8 @@ impl Saved {
             joined: has(JOINED),
             carrier,
             upstream: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
+            connect_began_ns: words[at::CONNECT_BEGAN],
+            connect_us: words[at::CONNECT_TOOK],
             streams: [stream(0), stream(1)],
             settings: SavedSettings {
                 proxy_timeout_ms: words[at::TIMEOUT],
@@ -362,7 +372,7 @@ impl Saved {
     }
 }
 
-fn address_words(address: SocketAddr) -> [u64; 3] {
+pub(crate) fn address_words(address: SocketAddr) -> [u64; 3] {
     let (family, ip, scope) = match address {
         SocketAddr::V4(v4) => (4u64, u128::from(u32::from(*v4.ip())), 0),
         SocketAddr::V6(v6) => (6, u128::from(*v6.ip()), v6.scope_id()),
@@ -371,7 +381,7 @@ fn address_words(address: SocketAddr) -> [u64; 3] {
     [head, (ip >> 64) as u64, ip as u64]
 }
 
-fn address(words: &[u64]) -> Option<SocketAddr> {
+pub(crate) fn address(words: &[u64]) -> Option<SocketAddr> {
     let port = (words[0] >> 32) as u16;
     let ip = u128::from(words[1]) << 64 | u128::from(words[2]);
     match words[0] >> 56 {
@@ -508,7 +518,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_saved_is_what_is_read(
-            numbers in any::<[u64; 7]>(),
+            numbers in any::<[u64; 9]>(),
             small in any::<[u32; 3]>(),
             bits in any::<[bool; 4]>(),
             connecting_until_ms in any::<u64>(),
@@ -537,6 +547,8 @@ mod tests {
                     n => Carrier::Fallback(FallbackReason::ALL[n - 2]),
                 },
                 upstream,
+                connect_began_ns: numbers[7],
+                connect_us: numbers[8],
                 streams,
                 settings: SavedSettings {
                     proxy_timeout_ms: numbers[5],

@@ -201,7 +201,8 @@ impl Worker {
         let now_ms = clock::now_ms();
         let ends = Ends { remote, local };
         let settings = Rc::clone(&self.settings[server]);
-        let proxied = self.config.servers[server].action != Action::Status;
+        let is_http = self.config.servers[server].action == Action::Http;
+        let proxied = matches!(self.config.servers[server].action, Action::Proxy(_));
         let number = match proxied {
             true => 1 + self.board[0].sessions.fetch_add(1, Relaxed),
             false => 0,
@@ -219,6 +220,8 @@ impl Worker {
         self.with_session(token, |worker, session| {
             if proxied {
                 worker.connect(token, session)
+            } else if is_http {
+                worker.answer_http(token, session)
             } else {
                 worker.answer_status(token, session)
             }

@@ -199,7 +199,7 @@ impl Worker {
         match &self.config.servers[server].action {
             Action::Proxy(Target::Upstream(group)) => !leads_to(*group),
             Action::Proxy(Target::Variable(_)) => peer.is_some() && !(0..self.peer_rows.len()).any(leads_to),
-            Action::Status => true,
+            Action::Status | Action::Http => true,
         }
     }
 
@@ -241,6 +241,8 @@ fn revive(
             deadline_ms: saved.connecting_until_ms,
         };
     }
+    session.connect_began_ns = saved.connect_began_ns;
+    session.connect_us = Some(saved.connect_us);
     session.streams = saved.streams.map(revive_stream);
     session.datapath = match saved.carrier {
         Carrier::Relay => Datapath::Relay,

@@ -44,6 +44,7 @@ impl Worker {
     pub(crate) fn drive(&mut self, token: Token, session: &mut Session) -> Next {
         match session.phase {
             Phase::Streaming => self.stream(token, session),
+            Phase::Http { .. } => self.serve_http(session),
             Phase::Connecting { deadline_ms } => {
                 if session.ready[Side::Downstream.index()].failed {
                     return Next::Close(CloseReason::DownstreamLeftConnecting);
@@ -62,6 +63,7 @@ impl Worker {
         let now_ms = clock::now_ms();
         match session.phase {
             Phase::Connecting { deadline_ms } if now_ms < deadline_ms => Next::Wait(deadline_ms),
+            Phase::Http { .. } => self.serve_http(session),
             Phase::Connecting { .. } => self.peer_failed(token, session, Errno::ETIMEDOUT),
             Phase::Streaming => {
                 if now_ms >= self.idle_deadline_ms(session) && !readers_progress(session, now_ms) {

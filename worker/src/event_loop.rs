@@ -2,12 +2,15 @@
 //! timers between. Hands each event to the file that knows what it means.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use culvert_bpf::Totals;
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::{self, Config};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Owner;
@@ -19,6 +22,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::accept::{Intake, Listening};
+use crate::access_log::AccessLogs;
 use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
@@ -36,6 +40,7 @@ use crate::timer::Wheel;
 const CONTROL: mio::Token = mio::Token(usize::MAX);
 const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
 const KERNEL: mio::Token = mio::Token(usize::MAX - 2);
+const BELL: mio::Token = mio::Token(usize::MAX - 3);
 
 /// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
 pub(crate) const ACCEPT_TIMER: u32 = 0;
@@ -45,7 +50,11 @@ pub(crate) const DRAIN_TIMER: u32 = 1;
 pub(crate) const PRESSURE_TIMER: u32 = 2;
 /// The timer that gives sessions that have lived long enough to the master's keeping.
 pub(crate) const KEEP_TIMER: u32 = 3;
-const FIRST_SESSION: u32 = 4;
+/// The timer that hands lines of access logs over.
+pub(crate) const LOG_TIMER: u32 = 4;
+/// The timer that looks for the busiest sessions.
+pub(crate) const BUSY_TIMER: u32 = 5;
+const FIRST_SESSION: u32 = 6;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -60,6 +69,12 @@ pub struct Worker {
     pub(crate) settings: Vec<Rc<config::Stream>>,
     /// The row of each listener and its server.
     pub(crate) rows: Vec<(usize, usize)>,
+    /// The address of each listener, as configured.
+    pub(crate) addresses: Vec<SocketAddr>,
+    pub(crate) access_logs: AccessLogs,
+    pub(crate) lookout: Arc<Lookout>,
+    /// HTTP connections that it holds.
+    pub(crate) http_connections: usize,
     /// The stores that it cares for, its own slot's first.
     pub(crate) wards: Vec<Ward>,
     pub(crate) relay_reason: Option<String>,
@@ -104,6 +119,10 @@ impl Worker {
                 Interest::READABLE,
             )
             .context("failed to watch the master's socket")?;
+        registry
+            .register(&mut SourceFd(&start.lookout.raw_fd()), BELL, Interest::READABLE)
+            .context("failed to watch for questions")?;
+        start.lookout.forget(start.row);
         let wards = start
             .stores
             .into_iter()
@@ -122,9 +141,11 @@ impl Worker {
             .iter()
             .map(|listener| (listener.row, listener.server))
             .collect();
+        let addresses = start.listeners.iter().map(|listener| listener.address).collect();
         let listeners = Listening::open_all(start.listeners)?;
         let hostname =
             nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+        let access_logs = AccessLogs::new(&start.config, start.access_logs, start.slot, &hostname);
         let weights =
             |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
         Ok(Worker {
@@ -150,6 +171,10 @@ impl Worker {
             wards,
             rows,
             pressure: Pressure::default(),
+            addresses,
+            access_logs,
+            lookout: start.lookout,
+            http_connections: 0,
             keeping: Keeping::default(),
             adopted: 0,
             relay_reason: start.relay_reason,
@@ -175,6 +200,7 @@ impl Worker {
         let mut due = Vec::new();
         self.listen()?;
         self.tell_load();
+        self.gauges().ready.store(1, Relaxed);
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {
@@ -188,6 +214,7 @@ impl Worker {
                     CONTROL => self.hear_master(),
                     SESSIONS => self.more_events = true,
                     KERNEL => self.take_kernel_events(),
+                    BELL => self.tell_busiest(),
                     mio::Token(listener) => self.accept(listener),
                 }
             }
@@ -214,6 +241,7 @@ impl Worker {
         for token in self.table.tokens() {
             self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));
         }
+        self.access_logs.finish();
         Ok(())
     }
 
@@ -290,6 +318,8 @@ impl Worker {
             ACCEPT_TIMER => self.end_rest(),
             PRESSURE_TIMER => self.look_at_paused(),
             KEEP_TIMER => self.keep_due(),
+            LOG_TIMER => self.flush_access_logs(),
+            BUSY_TIMER => self.tell_busiest(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

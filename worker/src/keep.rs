@@ -240,7 +240,7 @@ impl Worker {
         self.drain();
         for token in self.table.tokens() {
             self.with_session(token, |worker, session| match session.phase {
-                Phase::Connecting { deadline_ms } => Next::Wait(deadline_ms),
+                Phase::Connecting { deadline_ms } | Phase::Http { deadline_ms } => Next::Wait(deadline_ms),
                 Phase::Streaming => worker.wait(session),
             });
         }
@@ -373,7 +373,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         last_active_ms: session.last_active_ms,
         connecting_until_ms: match session.phase {
             Phase::Connecting { deadline_ms } => deadline_ms.max(1),
-            Phase::Streaming => 0,
+            Phase::Streaming | Phase::Http { .. } => 0,
         },
         cookies: [cookie(Side::Downstream)?, cookie(Side::Upstream)?],
         client: session.client(),
@@ -388,6 +388,8 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
             Datapath::Relay | Datapath::Pending => Carrier::Relay,
         },
         upstream: upstream.name.clone(),
+        connect_began_ns: session.connect_began_ns,
+        connect_us: session.connect_us.unwrap_or(0),
         streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),
         settings: SavedSettings {
             proxy_timeout_ms: settings.proxy_timeout.as_millis() as u64,

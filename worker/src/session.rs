@@ -10,6 +10,8 @@ use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
 use nix::errno::Errno;
 
+use crate::busy::Seen;
+use crate::http::Connection;
 use crate::route::Ends;
 use crate::sockets::Interest;
 use crate::store::Seat;
@@ -191,6 +193,11 @@ pub enum Phase {
     },
     /// Bytes move.
     Streaming,
+    /// It is no proxied session, but an HTTP connection.
+    Http {
+        /// When it is ended, or looked at again, on the worker's clock.
+        deadline_ms: u64,
+    },
 }
 
 /// One downstream connection and what became of it.
@@ -207,12 +214,18 @@ pub struct Session {
     pub server: Option<usize>,
     /// The settings in force.
     pub settings: Rc<Settings>,
-    /// It is served a status document, and is no proxied session.
+    /// It is served a status document or HTTP, and is no proxied session.
     pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
     pub upstream: Option<Upstream>,
     /// The group and the peers of it that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
+    /// Peers that did not take it, for the access log.
+    pub failed_peers: Vec<String>,
+    /// When connecting to the present peer began, on CLOCK_MONOTONIC.
+    pub connect_began_ns: u64,
+    /// How long that took; `None` before it is done.
+    pub connect_us: Option<u64>,
     /// How far it is.
     pub phase: Phase,
     /// Its directions, by [`Direction`].
@@ -229,6 +242,10 @@ pub struct Session {
     pub last_active_ms: u64,
     /// What its readers had acknowledged when it last looked idle; `None` before that.
     pub acknowledged_bytes: Option<u64>,
+    /// What has come and goes over HTTP, if that is what it is.
+    pub http: Option<Box<Connection>>,
+    /// What was last told of it to people.
+    pub seen: Seen,
     /// It stands in the queue of sessions that have more to do.
     pub queued: bool,
 }
@@ -253,6 +270,9 @@ impl Session {
             is_status: false,
             upstream: None,
             tried: None,
+            failed_peers: Vec::new(),
+            connect_began_ns: 0,
+            connect_us: None,
             phase: Phase::Streaming,
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],
@@ -261,6 +281,8 @@ impl Session {
             started_ms: now_ms,
             last_active_ms: now_ms,
             acknowledged_bytes: None,
+            http: None,
+            seen: Seen::default(),
             queued: false,
         }
     }
@@ -294,6 +316,7 @@ impl Session {
             Phase::Connecting { .. } if side == Side::Upstream => Interest::Connected,
             Phase::Connecting { .. } => Interest::End,
             Phase::Streaming if self.streams.iter().any(|stream| stream.way == Way::Relay) => Interest::Data,
+            Phase::Http { .. } => Interest::Data,
             Phase::Streaming => Interest::End,
         }
     }

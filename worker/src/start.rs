@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use culvert_bpf::{SlotLoad, Totals};
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::Config;
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
@@ -23,12 +24,16 @@ pub struct WorkerStart {
     pub owner: Owner,
     /// The configuration.
     pub config: Arc<Config>,
+    /// The files of the access logs, in the order of [`Config::access_logs`].
+    pub access_logs: Vec<OwnedFd>,
     /// One listening socket for each listener of the configuration.
     pub listeners: Vec<Listener>,
     /// Rows on the board: for each upstream, for each of its peers.
     pub peer_rows: Vec<Vec<usize>>,
     /// The board.
     pub board: Arc<Shared<Board>>,
+    /// Where workers tell of their busiest sessions.
+    pub lookout: Arc<Lookout>,
     /// The slot's own store, then those of other slots that it is to care for.
     pub stores: Vec<Arc<Store>>,
     /// Why there are none.
@@ -60,9 +65,10 @@ pub fn run(start: WorkerStart) -> i32 {
     let board = Arc::clone(&start.board);
     let on_drop = move || Board::add(&board[0].log_lines_dropped, 1);
     let served = crate::event_loop::Worker::new(start).and_then(|mut worker| {
-        // Before the log writer's thread starts, which inherits it; after what reads files.
+        // Before the log writers' threads start, which inherit it; after what reads files.
         crate::confine::apply()?;
         logging::start_writer(on_drop)?;
+        worker.access_logs.start(&worker.board)?;
         worker.serve()
     });
     let status = match served {

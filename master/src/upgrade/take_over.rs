@@ -26,6 +26,7 @@ use nix::unistd::Pid;
 
 use super::Upgrade;
 use super::document::{self, BpfState, Id, Stage, State, StoreState, WorkerState};
+use crate::access_log::AccessLogs;
 use crate::args::Args;
 use crate::boot;
 use crate::error_log::ErrorLog;
@@ -247,6 +248,8 @@ fn take_worker(state: &WorkerState, stores: &Stores, now: Instant) -> Result<Wor
             .iter()
             .map(|id| find(stores, *id))
             .collect::<Result<_>>()?,
+        // It goes on with the files that it has, for the moment that it still lives.
+        access_logs: AccessLogs::default(),
         control: state.control.map(inherit::take).transpose()?,
     };
     let to_adopt = state.to_adopt.iter().copied().map(session).collect();

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
 
+use super::access_log::AccessLogs;
 use super::diagnostic::{Fault, Findings, OriginId};
 use super::servers::Servers;
 use super::source::join;
@@ -76,7 +77,8 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         .unwrap_or_default();
     let error_log = check.error_log(root);
     let upstreams = check.upstreams(root);
-    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams).read(root);
+    let access_logs = AccessLogs::read(&mut check, root);
+    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams, access_logs).read(root);
     Config {
         user,
         worker_cpus,

@@ -47,6 +47,8 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     // A reload that takes a listener away says that nobody new shall come, not that those who are there shall go:
     // what nginx does too, as long as its old workers may live.
     ("stream.on_reload", Default::Text("keep")),
+    // nginx: off, unless a file says where.
+    ("stream.access_log", Default::Text("off")),
 ];
 
 /// A default as a file would write it.
@@ -69,6 +71,16 @@ impl From<Default> for config::Value {
         }
     }
 }
+
+/// The format of an access log that names none: what nginx's own examples have, and how the session was carried.
+pub(super) const LOG_FORMAT: &str = "main";
+
+/// Lines that a worker gathers before they are written, in bytes: nginx's, where it gathers at all. A write for
+/// each session would cost more than the line.
+pub(super) const LOG_BUFFER_BYTES: usize = 64 << 10;
+
+/// How long a line may wait for others: nobody who follows the file notices a second.
+pub(super) const LOG_FLUSH: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Share of a peer that names none: all equal, as with nginx.
 pub(super) const WEIGHT: u32 = 1;

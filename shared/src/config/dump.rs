@@ -9,7 +9,7 @@ use super::units::{write_duration, write_size};
 use super::{
     Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, Server, Stream, Target, Template,
 };
-use super::{cpus, expand};
+use super::{access_log, cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
 /// of upstreams are resolved, `${VAR}`, `set` and `include` are replaced by what they stand for.
@@ -59,8 +59,17 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         "error_log = {{ path = {target}, level = {} }}",
         quoted(&level)
     )?;
+    for http in config
+        .servers
+        .iter()
+        .filter(|server| server.action == Action::Http)
+    {
+        writeln!(out, "\n[http]")?;
+        write_listen(out, http)?;
+    }
     writeln!(out, "\n[stream]")?;
     write_stream(out, &config.stream)?;
+    write_log_formats(out, config)?;
     for upstream in config
         .upstreams
         .iter()
@@ -77,24 +86,38 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         }
         writeln!(out, "]")?;
     }
-    config
+    let mut servers = config
         .servers
         .iter()
-        .try_for_each(|server| write_server(out, config, server))
+        .filter(|server| server.action != Action::Http);
+    servers.try_for_each(|server| write_server(out, config, server))
+}
+
+/// Those that are used.
+fn write_log_formats(out: &mut String, config: &Config) -> std::fmt::Result {
+    let mut written: Vec<String> = Vec::new();
+    for log in config.access_logs() {
+        let format = &log.format;
+        if access_log::is_ready_made(&format.name) || written.contains(&format.name) {
+            continue;
+        }
+        writeln!(
+            out,
+            "\n[[log_format]]\nname = {}\nescape = {}\nformat = {}",
+            quoted(&expand::escape(&format.name)),
+            quoted(format.escape.name()),
+            quoted(&access_log::write_format(&format.parts))
+        )?;
+        written.push(format.name.clone());
+    }
+    Ok(())
 }
 
 fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt::Result {
-    writeln!(out, "\n[[server]]\nlisten = [")?;
-    for listen in &server.listen {
-        writeln!(
-            out,
-            "  {{ address = {}, backlog = {} }},",
-            quoted(&listen.address.to_string()),
-            listen.backlog
-        )?;
-    }
-    writeln!(out, "]")?;
+    writeln!(out, "\n[[server]]")?;
+    write_listen(out, server)?;
     match &server.action {
+        Action::Http => {}
         Action::Status => writeln!(out, "ebpf_status_return = true")?,
         Action::Proxy(Target::Upstream(index)) => {
             let name = config
@@ -106,6 +129,20 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
         Action::Proxy(Target::Variable(template)) => write_template(out, template)?,
     }
     write_stream(out, &server.stream)
+}
+
+fn write_listen(out: &mut String, server: &Server) -> std::fmt::Result {
+    writeln!(out, "listen = [")?;
+    for listen in &server.listen {
+        writeln!(
+            out,
+            "  {{ address = {}, backlog = {} }},",
+            quoted(&listen.address.to_string()),
+            listen.backlog
+        )?;
+    }
+    writeln!(out, "]")?;
+    Ok(())
 }
 
 fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
@@ -142,7 +179,9 @@ fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
         out,
         "on_reload = {}",
         quoted(on_reload.map_or("", |(name, _)| name))
-    )
+    )?;
+    let log = access_log::write_log(stream.access_log.as_deref(), quoted);
+    writeln!(out, "access_log = {log}")
 }
 
 /// A literal that would lengthen the name of the variable before it goes into a variable of its own.

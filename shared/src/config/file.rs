@@ -46,6 +46,8 @@ pub(super) const ROOT: &[Key] = &[
     value("pid"),
     shaped("error_log", Shape::Table(&[value("path"), value("level")])),
     value("include"),
+    shaped("log_format", Shape::Tables(LOG_FORMAT)),
+    shaped("http", Shape::Table(HTTP)),
     shaped("stream", Shape::Table(STREAM)),
     shaped("upstream", Shape::Tables(UPSTREAM)),
     shaped("server", Shape::Tables(SERVER)),
@@ -62,7 +64,20 @@ pub(super) const STREAM: &[Key] = &[
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
+    shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
+
+/// `[http]`.
+const HTTP: &[Key] = &[shaped(
+    "listen",
+    Shape::Mixed(&[value("address"), value("backlog")]),
+)];
+
+/// `[[log_format]]`.
+const LOG_FORMAT: &[Key] = &[value("name"), value("escape"), value("format")];
+
+/// An `access_log` that is a table.
+const ACCESS_LOG: &[Key] = &[value("path"), value("format"), value("buffer"), value("flush")];
 
 /// `[[upstream]]`.
 const UPSTREAM: &[Key] = &[
@@ -89,6 +104,7 @@ const SERVER: &[Key] = &[
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
+    shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
 
 /// Names that users of the nginx module bring along, with ours.

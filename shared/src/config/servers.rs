@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
 
+use super::access_log::AccessLogs;
 use super::check::{Check, YEAR};
 use super::diagnostic::{Fault, OriginId, short};
 use super::file::nearest;
@@ -40,14 +41,16 @@ pub(super) struct Servers<'c, 'a> {
     upstreams: Vec<Upstream>,
     /// Every address that is listened on, with the key and the place of its listener.
     listeners: HashMap<SocketAddr, (String, OriginId)>,
+    access_logs: AccessLogs,
 }
 
 impl<'c, 'a> Servers<'c, 'a> {
-    pub(super) fn new(check: &'c mut Check<'a>, upstreams: Vec<Upstream>) -> Self {
+    pub(super) fn new(check: &'c mut Check<'a>, upstreams: Vec<Upstream>, access_logs: AccessLogs) -> Self {
         Servers {
             check,
             upstreams,
             listeners: HashMap::new(),
+            access_logs,
         }
     }
 
@@ -70,6 +73,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_timer_period: hour,
             ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
             on_reload: OnReload::Keep,
+            access_log: None,
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
         let tables = self.check.tables(root, "server");
@@ -88,7 +92,20 @@ impl<'c, 'a> Servers<'c, 'a> {
             action: self.action(&key, at, table),
             stream: self.stream(table, &key, &inherited),
         });
-        let servers = servers.collect();
+        let mut servers: Vec<Server> = servers.collect();
+        if let Some(http) = root.get("http")
+            && let ValueKind::Table(table) = &http.kind
+        {
+            let at = self.check.findings.origin_of(http);
+            servers.push(Server {
+                listen: self.listen("http", at, table),
+                action: Action::Http,
+                stream: Stream {
+                    access_log: None,
+                    ..inherited.clone()
+                },
+            });
+        }
         (self.upstreams, inherited, servers)
     }
 
@@ -109,7 +126,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_timer_period,
             ebpf_backlog_size,
             on_reload,
+            ref access_log,
         } = *inherited;
+        let access_log = self.access_logs.of_table(check, table, key, access_log);
         Stream {
             ebpf_enable: check
                 .at(table, key, "ebpf_enable", valid::boolean)
@@ -138,6 +157,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             on_reload: check
                 .at(table, key, "on_reload", valid::on_reload)
                 .unwrap_or(on_reload),
+            access_log,
         }
     }
 

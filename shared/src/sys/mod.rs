@@ -2,6 +2,7 @@
 
 pub mod fdpass;
 pub mod inherit;
+pub mod local_time;
 pub mod process;
 pub mod repair;
 pub mod shm;

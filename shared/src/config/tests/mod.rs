@@ -136,6 +136,7 @@ fn the_least_configuration_has_every_default() {
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
         on_reload: OnReload::Keep,
+        access_log: None,
     };
     let expected = Config {
         user: None,

@@ -9,7 +9,7 @@ fn stream() -> impl Strategy<Value = Stream> {
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
     let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
-    (any::<[bool; 4]>(), times, sizes).prop_map(|(flags, times, sizes)| Stream {
+    (any::<[bool; 4]>(), times, sizes, access_log()).prop_map(|(flags, times, sizes, access_log)| Stream {
         ebpf_enable: flags[0],
         proxy_timeout: times.0,
         proxy_connect_timeout: times.1,
@@ -19,7 +19,45 @@ fn stream() -> impl Strategy<Value = Stream> {
         ebpf_timer_period: times.2,
         ebpf_backlog_size: sizes.1,
         on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
+        access_log,
     })
+}
+
+/// One of a few formats, so that logs share them; each name stands for one format.
+fn log_format() -> impl Strategy<Value = LogFormat> {
+    (0usize..4).prop_map(|n| {
+        let (_, variable) = access_log::VARIABLES[n];
+        let literal = |text: &str| LogPart::Literal(text.to_owned());
+        LogFormat {
+            name: format!("f{n} ${{é}}"),
+            escape: [Escape::Default, Escape::Json, Escape::None, Escape::Json][n],
+            parts: vec![
+                literal("{\"a\":"),
+                LogPart::Variable(variable),
+                literal("x\\é"),
+                LogPart::Variable(variable),
+                LogPart::Variable(variable),
+                literal(" }"),
+            ],
+        }
+    })
+}
+
+fn access_log() -> impl Strategy<Value = Option<Arc<AccessLog>>> {
+    let log = (
+        "/[ -~é\n]{1,30}",
+        log_format(),
+        1usize..=4 << 20,
+        0u64..=365 * 86_400_000,
+    );
+    prop::option::of(log.prop_map(|(path, format, buffer_bytes, flush)| {
+        Arc::new(AccessLog {
+            path: path.into(),
+            format: Arc::new(format),
+            buffer_bytes,
+            flush: Duration::from_millis(flush),
+        })
+    }))
 }
 
 fn peer_address() -> impl Strategy<Value = Address> {
@@ -63,6 +101,7 @@ prop_compose! {
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
         groups in prop::collection::vec(prop::collection::vec((peer_address(), 1u32..=65_535), 1..4), 1..4),
         stream in stream(),
+        http in any::<bool>(),
         servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
     ) -> Config {
         let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, peers)| Upstream {
@@ -103,6 +142,11 @@ prop_compose! {
                 }
             };
             built.push(Server { listen, action, stream: own });
+        }
+        if http {
+            let stream = Stream { access_log: None, ..stream.clone() };
+            let listen = vec![Listen { address: ([127, 0, 0, 1], 9).into(), backlog: 5 }];
+            built.push(Server { listen, action: Action::Http, stream });
         }
         Config {
             user: user.map(|(name, id)| User { name: name.to_owned(), uid: id, gid: id }),
