@@ -143,6 +143,7 @@ impl Worker {
         let share = self.pair(session).and_then(|(maps, _)| maps.share_bytes(sources));
         // The kernel takes twice what it is told.
         let share = share.map_or(usize::MAX, |bytes| bytes as usize / 2);
+        let held_back = self.flow(session, direction).paused;
         let Some(socket) = session.socket(source(direction)) else {
             return;
         };
@@ -163,10 +164,14 @@ impl Worker {
         if fixed && !is_promised {
             let _ = sockets::set_receive_buffer(socket.as_fd(), bytes);
         }
-        // One that has to wait is looked at by the clock, like a narrow one.
-        let waits = fixed && is_promised;
-        session.stream(direction).buffers = if waits { Buffers::Narrow } else { buffers };
-        if (waits || buffers == Buffers::Narrow) && !self.pressure.narrow.contains(&(token, direction)) {
+        session.stream(direction).buffers = match fixed && is_promised && buffers == Buffers::Wide {
+            false => buffers,
+            // Looked at by the clock while it is held back, and at its next pause.
+            true if held_back => Buffers::Narrow,
+            true => Buffers::Own,
+        };
+        let looked_at = session.stream(direction).buffers == Buffers::Narrow;
+        if looked_at && !self.pressure.narrow.contains(&(token, direction)) {
             self.pressure.narrow.push((token, direction));
         }
     }
