@@ -136,6 +136,27 @@ fn sixty_readers_that_stand_still_take_no_more_than_the_workers_total() {
 }
 
 #[test]
+fn readers_that_stood_still_for_long_are_served_at_once_when_they_read() {
+    // A segment that was allowed and dropped is sent again after 0.2, 0.4, ... 3.2 s, and then 6.4 s later: a session
+    // that has one is silent for the rest of that.
+    const STANDSTILL: Duration = Duration::from_secs(8);
+    const SILENCE: Duration = Duration::from_millis(2500);
+    const EACH: u64 = 4 * MIB;
+    let (proxy, front) = proxy_of("16m");
+    let sessions = push(&proxy, &front, 60, EACH);
+    std::thread::sleep(STANDSTILL);
+    for session in &sessions {
+        let silence = harness::patient(SILENCE);
+        session
+            .reading
+            .set_read_timeout(Some(silence))
+            .expect("a timeout");
+    }
+    finish_all(sessions, 0, EACH);
+    must_have_stayed_in_the_kernel(&proxy.settle());
+}
+
+#[test]
 fn a_reader_that_reads_is_served_while_others_use_the_total_up() {
     const EACH: u64 = 8 * MIB;
     const TOTAL: u64 = 40 * MIB;

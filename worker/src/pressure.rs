@@ -124,6 +124,10 @@ impl Worker {
     /// What a source has gathered comes all at once when it is let go. So where too many are held back for
     /// each to gather that much within the worker's total, a source's buffer stays as it is, or shrinks to
     /// the source's share, until they are fewer again.
+    ///
+    /// A buffer shrinks only while its window is closed. What the peer was allowed to send has to fit: a segment
+    /// that is dropped although it was allowed is lost for the peer, which sends it again after a timeout that
+    /// doubles each time, up to two minutes, and no window that opens meanwhile makes it try earlier.
     pub(crate) fn size_buffers(&mut self, token: Token, session: &mut Session, direction: Direction) {
         let backlog = session.settings.ebpf_backlog_size as usize;
         let former = session.stream(direction).buffers;
@@ -139,28 +143,35 @@ impl Worker {
         let share = self.pair(session).and_then(|(maps, _)| maps.share_bytes(sources));
         // The kernel takes twice what it is told.
         let share = share.map_or(usize::MAX, |bytes| bytes as usize / 2);
+        let held_back = self.flow(session, direction).paused;
         let Some(socket) = session.socket(source(direction)) else {
             return;
         };
-        if share >= wide {
+        let present = sockets::receive_buffer(socket.as_fd()).map_or(0, |bytes| bytes / 2);
+        let (buffers, bytes) = if share >= wide {
+            (Buffers::Wide, wide.min(self.limits.receive_bytes))
+        } else {
+            // Whole segments, or the sender waits for its probe timer each time.
+            let segment = sockets::segment_bytes(socket.as_fd()).unwrap_or(0);
+            (Buffers::Narrow, share.max(NARROW_SEGMENTS * segment).min(wide))
+        };
+        let fixed = match buffers {
             // What was fixed once does not size itself again.
-            if former == Buffers::Narrow || (former == Buffers::Own && wide <= self.limits.receive_bytes) {
-                let bytes = wide.min(self.limits.receive_bytes);
-                let _ = sockets::set_receive_buffer(socket.as_fd(), bytes);
-            }
-            session.stream(direction).buffers = Buffers::Wide;
-            return;
+            Buffers::Wide => former == Buffers::Narrow || (former == Buffers::Own && bytes == wide),
+            _ => present > 2 * bytes || present < bytes,
+        };
+        let is_promised = bytes < present && !sockets::is_window_closed(socket.as_fd());
+        if fixed && !is_promised {
+            let _ = sockets::set_receive_buffer(socket.as_fd(), bytes);
         }
-        // A window that does not take whole segments is not used before the sender's probe timer comes out, and
-        // that doubles with each probe while the source is held back.
-        let segment = sockets::segment_bytes(socket.as_fd()).unwrap_or(0);
-        let narrow = share.max(NARROW_SEGMENTS * segment).min(wide);
-        let present = sockets::receive_buffer(socket.as_fd()).map_or(narrow, |bytes| bytes / 2);
-        if present > 2 * narrow || present < narrow {
-            let _ = sockets::set_receive_buffer(socket.as_fd(), narrow);
-        }
-        session.stream(direction).buffers = Buffers::Narrow;
-        if !self.pressure.narrow.contains(&(token, direction)) {
+        session.stream(direction).buffers = match fixed && is_promised && buffers == Buffers::Wide {
+            false => buffers,
+            // Looked at by the clock while it is held back, and at its next pause.
+            true if held_back => Buffers::Narrow,
+            true => Buffers::Own,
+        };
+        let looked_at = session.stream(direction).buffers == Buffers::Narrow;
+        if looked_at && !self.pressure.narrow.contains(&(token, direction)) {
             self.pressure.narrow.push((token, direction));
         }
     }

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result};
+use culvert_shared::sys::socket::tcp_info;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -177,6 +178,12 @@ pub fn set_receive_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno>
 /// The size of a receive buffer, as the kernel counts it: twice what was asked for.
 pub fn receive_buffer(fd: BorrowedFd<'_>) -> Result<usize, Errno> {
     getsockopt(&fd, sockopt::RcvBuf)
+}
+
+/// Whether the peer may send nothing: a smaller buffer breaks no promise then. Linux tells it since 6.2; an older
+/// one never says so.
+pub fn is_window_closed(fd: BorrowedFd<'_>) -> bool {
+    tcp_info(fd).is_ok_and(|info| info.receive_window == Some(0))
 }
 
 /// How large a connection's segments are.

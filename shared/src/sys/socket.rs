@@ -1,6 +1,7 @@
 //! Socket calls that `nix` has no safe wrapper for.
 
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::libc;
@@ -14,6 +15,8 @@ pub struct TcpInfo {
     pub bytes_received: u64,
     /// Neither end has ended its stream.
     pub established: bool,
+    /// Bytes that the last ACK allowed the peer to send (`tcpi_rcv_wnd`); `None` before Linux 6.2.
+    pub receive_window: Option<u32>,
 }
 
 /// `TCP_ESTABLISHED` of the kernel's tcp_states.h.
@@ -41,6 +44,8 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
         bytes_acked: info.tcpi_bytes_acked,
         bytes_received: info.tcpi_bytes_received,
         established: info.tcpi_state == ESTABLISHED,
+        receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
+            .then_some(info.tcpi_rcv_wnd),
     })
 }
 
