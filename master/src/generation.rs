@@ -109,6 +109,7 @@ impl Generation {
                     address: listen.address,
                     server,
                     row: *row,
+                    proxy_protocol: listen.proxy_protocol,
                 });
             }
         }

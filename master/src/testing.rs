@@ -20,6 +20,9 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
         on_reload: OnReload::Keep,
+        proxy_protocol: None,
+        proxy_protocol_timeout: Duration::from_secs(30),
+        set_real_ip_from: Vec::new(),
     };
     Config {
         user: None,
@@ -52,6 +55,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                 listen: vec![Listen {
                     address: address(listen),
                     backlog: 511,
+                    proxy_protocol: false,
                 }],
                 action: Action::Proxy(Target::Upstream(0)),
                 stream: stream.clone(),

@@ -85,6 +85,12 @@ reasons! {
         WorkerDied = "worker_died",
         /// Its listener or its peer is gone since a reload, and `on_reload` is `"close"`.
         Removed = "removed",
+        /// What the client sent first is not what the listener is for: no valid PROXY header.
+        BadRequest = "bad_request",
+        /// The client did not send in time what has to be read before its peer is chosen.
+        ReadTimeout = "read_timeout",
+        /// The client left before it had sent that.
+        DownstreamLeftReading = "downstream_left_reading",
         /// The status document was written.
         Status = "status",
     }

@@ -28,6 +28,8 @@ pub struct Listening {
     pub(crate) address: SocketAddr,
     pub(crate) server: usize,
     pub(crate) row: usize,
+    /// Connections begin with a PROXY header.
+    proxy_protocol: bool,
     /// The accept queue may hold more: readiness is edge-triggered and was not used up.
     more: bool,
     /// It rests: the process ran out of descriptors or memory.
@@ -43,6 +45,7 @@ impl Listening {
             address: listener.address,
             server: listener.server,
             row: listener.row,
+            proxy_protocol: listener.proxy_protocol,
             more: false,
             resting: false,
             full: false,
@@ -152,8 +155,9 @@ impl Worker {
     fn begin(&mut self, listener: usize, downstream: OwnedFd, remote: SocketAddr) {
         let listening = &self.listeners[listener];
         let (server, row, local) = (listening.server, listening.row, listening.address);
+        let header_first = listening.proxy_protocol;
         let now_ms = clock::now_ms();
-        let ends = Ends { remote, local };
+        let ends = Ends::new(remote, local);
         let settings = Rc::clone(&self.settings[server]);
         let proxied = self.config.servers[server].action != Action::Status;
         let number = match proxied {
@@ -162,6 +166,7 @@ impl Worker {
         };
         let mut session = Session::new(number, downstream, ends, row, settings, now_ms);
         session.server = Some(server);
+        session.is_status = !proxied;
         Board::add(&self.board[0].listeners[row].accepted, 1);
         let token = self.table.reserve();
         self.table.put(token, Box::new(session));
@@ -170,11 +175,7 @@ impl Worker {
             WorkerRow::up(&self.gauges().listener_active[row]);
         }
         self.with_session(token, |worker, session| {
-            if proxied {
-                worker.connect(token, session)
-            } else {
-                worker.answer_status(token, session)
-            }
+            worker.enter(token, session, header_first)
         });
     }
 }

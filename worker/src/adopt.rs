@@ -193,10 +193,7 @@ fn revive(
     settings: Rc<Settings>,
     seat: Seat,
 ) -> Session {
-    let ends = Ends {
-        remote: saved.client,
-        local: saved.local,
-    };
+    let ends = Ends::new(saved.client, saved.local);
     let listener = saved.listener as usize;
     let mut session = Session::new(
         saved.number,

@@ -23,6 +23,7 @@ use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
+use crate::preread::Glance;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
@@ -82,6 +83,7 @@ pub struct Worker {
     /// The sessions' epoll had more events than one turn takes.
     more_events: bool,
     pub(crate) scratch: Scratch,
+    pub(crate) glance: Glance,
     pub(crate) limits: BufferLimits,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
@@ -138,6 +140,7 @@ impl Worker {
                 .map(|server| Rc::new(server.stream.clone()))
                 .collect(),
             scratch: Scratch::new(&start.config),
+            glance: Glance::new(),
             limits: BufferLimits::read(),
             config: start.config,
             board: start.board,

@@ -1,6 +1,6 @@
 //! A worker process: accepts, connects, hands sessions to the kernel, watches them end.
 //!
-//! A session's way, file by file: `accept` → `table` (its slot) → `route` → `balance` → `connect` →
+//! A session's way, file by file: `accept` → `table` (its slot) → `preread` (what its client must send first) → `route` → `balance` → `connect` →
 //! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies) → `close` (totals, reason, log line).
 //! `keep` lets a session outlive this process, `adopt` takes over what another one left.
 //! `drive` decides what is done next, `session` holds the states, `event_loop` the only poll.
@@ -18,7 +18,9 @@ mod drive;
 mod event_loop;
 mod keep;
 mod offload;
+mod preread;
 mod pressure;
+mod proxy_protocol;
 mod relay;
 mod route;
 mod session;

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable};
 
+use crate::proxy_protocol::Addresses;
+
 /// Upstream groups by name, and what variables need.
 pub struct Router {
     groups: HashMap<String, usize>,
@@ -24,10 +26,26 @@ pub enum Route {
 /// What is known of a session before its peer is chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct Ends {
-    /// The client's address.
+    /// The client's address: who connected, or who a PROXY header that is believed names.
     pub remote: SocketAddr,
     /// The address that it connected to.
     pub local: SocketAddr,
+    /// Who connected.
+    pub peer: SocketAddr,
+    /// What a PROXY header names, believed or not.
+    pub header: Option<Addresses>,
+}
+
+impl Ends {
+    /// Those of a connection that began with no PROXY header.
+    pub fn new(remote: SocketAddr, local: SocketAddr) -> Ends {
+        Ends {
+            remote,
+            local,
+            peer: remote,
+            header: None,
+        }
+    }
 }
 
 impl Router {
@@ -83,8 +101,19 @@ impl Router {
             Variable::ServerAddr => ends.local.ip().to_string(),
             Variable::ServerPort => ends.local.port().to_string(),
             Variable::Hostname => self.hostname.clone(),
+            Variable::RealipRemoteAddr => ends.peer.ip().to_string(),
+            Variable::RealipRemotePort => ends.peer.port().to_string(),
+            Variable::ProxyProtocolAddr => named(ends, |named| named.source.ip().to_string()),
+            Variable::ProxyProtocolPort => named(ends, |named| named.source.port().to_string()),
+            Variable::ProxyProtocolServerAddr => named(ends, |named| named.destination.ip().to_string()),
+            Variable::ProxyProtocolServerPort => named(ends, |named| named.destination.port().to_string()),
         }
     }
+}
+
+/// Something that the PROXY header names; empty without one, as with nginx.
+fn named(ends: &Ends, what: impl FnOnce(&Addresses) -> String) -> String {
+    ends.header.as_ref().map(what).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -102,10 +131,7 @@ mod tests {
     }
 
     fn ends() -> Ends {
-        Ends {
-            remote: "192.0.2.1:5000".parse().unwrap(),
-            local: "[::1]:81".parse().unwrap(),
-        }
+        Ends::new("192.0.2.1:5000".parse().unwrap(), "[::1]:81".parse().unwrap())
     }
 
     fn route(parts: Vec<Part>) -> Result<Route, String> {

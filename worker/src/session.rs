@@ -11,6 +11,7 @@ use culvert_shared::ids::Direction;
 use nix::errno::Errno;
 
 use crate::route::Ends;
+use crate::sockets::Interest;
 use crate::store::Seat;
 use crate::table::Side;
 
@@ -168,9 +169,23 @@ pub struct Upstream {
     pub row: Option<usize>,
 }
 
+/// What is read of a client before its peer is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Awaited {
+    /// Its PROXY header.
+    Header,
+}
+
 /// How far a session is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
+    /// The client has to send something first, until this time.
+    Reading {
+        /// When it is given up, on the worker's clock.
+        deadline_ms: u64,
+        /// What it has to send.
+        awaited: Awaited,
+    },
     /// A peer is being connected to, until this time.
     Connecting {
         /// When the attempt is given up, on the worker's clock.
@@ -194,6 +209,8 @@ pub struct Session {
     pub server: Option<usize>,
     /// The settings in force.
     pub settings: Rc<Settings>,
+    /// What is waited for on the client's socket until bytes move; `None`: it is not watched yet.
+    pub attention: Option<Interest>,
     /// It is served a status document, and is no proxied session.
     pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
@@ -237,6 +254,7 @@ impl Session {
             listener,
             server: None,
             settings,
+            attention: None,
             is_status: false,
             upstream: None,
             tried: None,

@@ -49,6 +49,8 @@ pub struct Listener {
     pub server: usize,
     /// Its row on the board.
     pub row: usize,
+    /// Connections begin with a PROXY header.
+    pub proxy_protocol: bool,
 }
 
 /// Serves until told to stop; returns the process's exit status.

@@ -120,6 +120,26 @@ impl Check<'_> {
         }
     }
 
+    /// What stands under a key that takes one value or a list of them. `None`: it is not there. What is wrong is
+    /// reported and left out.
+    pub(super) fn list<'v, T>(
+        &mut self,
+        table: &'v Map<String, Value>,
+        prefix: &str,
+        name: &str,
+        read: impl Fn(Given<'v>) -> Result<T, Fault>,
+    ) -> Option<Vec<T>> {
+        let (value, key) = (table.get(name)?, join(prefix, name));
+        Some(match &value.kind {
+            ValueKind::Array(items) => items
+                .iter()
+                .enumerate()
+                .filter_map(|(n, item)| self.read(&format!("{key}[{n}]"), item, &read))
+                .collect(),
+            _ => self.read(&key, value, read).into_iter().collect(),
+        })
+    }
+
     /// The tables of a list such as `[[server]]`, each with its key and origin.
     pub(super) fn tables<'v>(
         &mut self,

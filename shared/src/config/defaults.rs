@@ -42,6 +42,10 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     // A reload that takes a listener away says that nobody new shall come, not that those who are there shall go:
     // what nginx does too, as long as its old workers may live.
     ("stream.on_reload", Default::Text("keep")),
+    // nginx: proxy_protocol off.
+    ("stream.proxy_protocol", Default::Flag(false)),
+    // nginx: proxy_protocol_timeout 30s.
+    ("stream.proxy_protocol_timeout", Default::Text("30s")),
 ];
 
 /// A default as a file would write it.

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
-use super::{Action, Balance, Config, LogTarget, OnReload, Part, Server, Stream, Target, Template};
+use super::{
+    Action, Balance, Config, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target, Template,
+};
 use super::{cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
@@ -76,9 +78,10 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
     for listen in &server.listen {
         writeln!(
             out,
-            "  {{ address = {}, backlog = {} }},",
+            "  {{ address = {}, backlog = {}, proxy_protocol = {} }},",
             quoted(&listen.address.to_string()),
-            listen.backlog
+            listen.backlog,
+            listen.proxy_protocol
         )?;
     }
     writeln!(out, "]")?;
@@ -130,7 +133,25 @@ fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
         out,
         "on_reload = {}",
         quoted(on_reload.map_or("", |(name, _)| name))
-    )
+    )?;
+    let version = match stream.proxy_protocol {
+        None => "false".to_owned(),
+        Some(ProxyProtocol::V1) => quoted("v1"),
+        Some(ProxyProtocol::V2) => quoted("v2"),
+    };
+    writeln!(out, "proxy_protocol = {version}")?;
+    writeln!(
+        out,
+        "proxy_protocol_timeout = {}",
+        quoted(&write_duration(stream.proxy_protocol_timeout))
+    )?;
+    writeln!(out, "set_real_ip_from = {}", list(&stream.set_real_ip_from))
+}
+
+/// A list of texts.
+fn list<T: ToString>(items: &[T]) -> String {
+    let items: Vec<String> = items.iter().map(|item| quoted(&item.to_string())).collect();
+    format!("[{}]", items.join(", "))
 }
 
 /// A literal that would lengthen the name of the variable before it goes into a variable of its own.

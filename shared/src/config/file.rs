@@ -60,6 +60,9 @@ pub(super) const STREAM: &[Key] = &[
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
+    value("proxy_protocol"),
+    value("proxy_protocol_timeout"),
+    value("set_real_ip_from"),
 ];
 
 /// `[[upstream]]`.
@@ -74,7 +77,7 @@ const PEER: &[Key] = &[value("address"), value("weight")];
 
 /// `[[server]]`: its own keys, then those of [`STREAM`].
 const SERVER: &[Key] = &[
-    shaped("listen", Shape::Mixed(&[value("address"), value("backlog")])),
+    shaped("listen", Shape::Mixed(LISTEN)),
     value("proxy_pass"),
     shaped("set", Shape::Free),
     value("ebpf_status_return"),
@@ -87,7 +90,13 @@ const SERVER: &[Key] = &[
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
+    value("proxy_protocol"),
+    value("proxy_protocol_timeout"),
+    value("set_real_ip_from"),
 ];
+
+/// An entry of a server's `listen` that is a table.
+const LISTEN: &[Key] = &[value("address"), value("backlog"), value("proxy_protocol")];
 
 /// Names that users of the nginx module bring along, with ours.
 const FORMER_NAMES: &[(&str, &str)] = &[

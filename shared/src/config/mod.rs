@@ -16,6 +16,7 @@ mod expand;
 mod file;
 mod include;
 mod layer;
+mod network;
 mod servers;
 mod source;
 mod template;
@@ -31,6 +32,7 @@ use std::time::Duration;
 
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
+pub use network::Network;
 
 /// Reads, merges and checks a configuration: the file with what it includes, over it the environment
 /// (`CULVERT_STREAM__PROXY_TIMEOUT=5s`), over that `overrides` (`stream.proxy_timeout=5s`, the last one counts).
@@ -185,6 +187,8 @@ pub struct Listen {
     pub address: SocketAddr,
     /// The accept queue's length, in connections.
     pub backlog: u32,
+    /// Connections begin with a PROXY header.
+    pub proxy_protocol: bool,
 }
 
 /// What a server does with a connection.
@@ -232,6 +236,18 @@ pub enum Variable {
     ServerPort,
     /// The host's name.
     Hostname,
+    /// The client's address in the PROXY header, without port.
+    ProxyProtocolAddr,
+    /// The client's port in the PROXY header.
+    ProxyProtocolPort,
+    /// The address that the client connected to, as the PROXY header says it, without port.
+    ProxyProtocolServerAddr,
+    /// The port that the client connected to, as the PROXY header says it.
+    ProxyProtocolServerPort,
+    /// The address that connected here, whatever a PROXY header says, without port.
+    RealipRemoteAddr,
+    /// The port that connected here.
+    RealipRemotePort,
 }
 
 /// Settings of `[stream]` that a server inherits.
@@ -255,6 +271,21 @@ pub struct Stream {
     pub ebpf_backlog_size: u32,
     /// What becomes of a session whose listener or peer is gone after a reload.
     pub on_reload: OnReload,
+    /// Send the upstream a PROXY header of this version.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// How long a client may take to send its PROXY header.
+    pub proxy_protocol_timeout: Duration,
+    /// Whose PROXY headers are believed.
+    pub set_real_ip_from: Vec<Network>,
+}
+
+/// A version of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    /// A line of text.
+    V1,
+    /// Binary.
+    V2,
 }
 
 /// What becomes of a session whose listener or peer is gone after a reload.

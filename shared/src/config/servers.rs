@@ -13,7 +13,8 @@ use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
-    Action, Address, Balance, Listen, OnReload, Part, Peer, Server, Stream, Target, Template, Upstream,
+    Action, Address, Balance, Listen, Network, OnReload, Part, Peer, Server, Stream, Target, Template,
+    Upstream,
 };
 use super::{address, defaults, units};
 
@@ -70,6 +71,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_timer_period: hour,
             ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
             on_reload: OnReload::Keep,
+            proxy_protocol: None,
+            proxy_protocol_timeout: hour,
+            set_real_ip_from: Vec::new(),
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
         let tables = self.check.tables(root, "server");
@@ -109,6 +113,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_timer_period,
             ebpf_backlog_size,
             on_reload,
+            proxy_protocol,
+            proxy_protocol_timeout,
+            ref set_real_ip_from,
         } = *inherited;
         Stream {
             ebpf_enable: check
@@ -138,6 +145,17 @@ impl<'c, 'a> Servers<'c, 'a> {
             on_reload: check
                 .at(table, key, "on_reload", valid::on_reload)
                 .unwrap_or(on_reload),
+            proxy_protocol: check
+                .at(table, key, "proxy_protocol", valid::proxy_protocol)
+                .unwrap_or(proxy_protocol),
+            proxy_protocol_timeout: check
+                .at(table, key, "proxy_protocol_timeout", timeout)
+                .unwrap_or(proxy_protocol_timeout),
+            set_real_ip_from: check
+                .list(table, key, "set_real_ip_from", |given| {
+                    Network::read(valid::text(given, "\"10.0.0.0/8\"")?)
+                })
+                .unwrap_or_else(|| set_real_ip_from.clone()),
         }
     }
 
@@ -166,7 +184,7 @@ impl<'c, 'a> Servers<'c, 'a> {
         }
         let mut listen = Vec::new();
         for (key, item) in items {
-            let backlog = match &item.kind {
+            let (backlog, proxy_protocol) = match &item.kind {
                 ValueKind::Table(table) => {
                     if !table.contains_key("address") {
                         let at = self.check.findings.origin_of(item);
@@ -176,14 +194,16 @@ impl<'c, 'a> Servers<'c, 'a> {
                     let backlog = self.check.at(table, &key, "backlog", |given| {
                         valid::number(given, 1..=BACKLOG_MAX)
                     });
+                    let proxy_protocol = self.check.at(table, &key, "proxy_protocol", valid::boolean);
                     if let Some(address) = table.get("address") {
-                        self.bind(&join(&key, "address"), address, backlog, &mut listen);
+                        let options = (backlog, proxy_protocol);
+                        self.bind(&join(&key, "address"), address, options, &mut listen);
                     }
                     continue;
                 }
-                _ => None,
+                _ => (None, None),
             };
-            self.bind(&key, item, backlog, &mut listen);
+            self.bind(&key, item, (backlog, proxy_protocol), &mut listen);
         }
         listen
     }
@@ -193,7 +213,13 @@ impl<'c, 'a> Servers<'c, 'a> {
     /// Only equal addresses clash: every listener is bound with SO_REUSEPORT by the same user, and then Linux lets
     /// a wildcard and an address of the same port stand side by side and gives a connection to the closer match
     /// (`inet_csk_get_port`, `inet_lhash2_lookup`). IPv6 listeners take no IPv4 connections (nginx: ipv6only=on).
-    fn bind(&mut self, key: &str, value: &Value, backlog: Option<u32>, listen: &mut Vec<Listen>) {
+    fn bind(
+        &mut self,
+        key: &str,
+        value: &Value,
+        (backlog, proxy_protocol): (Option<u32>, Option<bool>),
+        listen: &mut Vec<Listen>,
+    ) {
         let world = self.check.world;
         let addresses = self.check.read(key, value, |given| match given.kind {
             ValueKind::I64(port) => address::listener_port(*port),
@@ -212,6 +238,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             listen.push(Listen {
                 address,
                 backlog: backlog.unwrap_or(defaults::BACKLOG),
+                proxy_protocol: proxy_protocol.unwrap_or(false),
             });
         }
     }

@@ -17,6 +17,12 @@ pub(super) const SESSION_VARIABLES: &[(&str, Variable)] = &[
     ("server_addr", Variable::ServerAddr),
     ("server_port", Variable::ServerPort),
     ("hostname", Variable::Hostname),
+    ("proxy_protocol_addr", Variable::ProxyProtocolAddr),
+    ("proxy_protocol_port", Variable::ProxyProtocolPort),
+    ("proxy_protocol_server_addr", Variable::ProxyProtocolServerAddr),
+    ("proxy_protocol_server_port", Variable::ProxyProtocolServerPort),
+    ("realip_remote_addr", Variable::RealipRemoteAddr),
+    ("realip_remote_port", Variable::RealipRemotePort),
 ];
 
 /// The session variable of that name.

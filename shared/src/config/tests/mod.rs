@@ -136,6 +136,9 @@ fn the_least_configuration_has_every_default() {
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
         on_reload: OnReload::Keep,
+        proxy_protocol: None,
+        proxy_protocol_timeout: Duration::from_secs(30),
+        set_real_ip_from: Vec::new(),
     };
     let expected = Config {
         user: None,
@@ -157,6 +160,7 @@ fn the_least_configuration_has_every_default() {
             listen: vec![Listen {
                 address: ([0, 0, 0, 0], 8080).into(),
                 backlog: 511,
+                proxy_protocol: false,
             }],
             action: Action::Proxy(Target::Upstream(0)),
             stream,

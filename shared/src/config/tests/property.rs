@@ -9,7 +9,10 @@ fn stream() -> impl Strategy<Value = Stream> {
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
     let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
-    (any::<[bool; 4]>(), times, sizes).prop_map(|(flags, times, sizes)| Stream {
+    let versions = prop::option::of(prop::sample::select(vec![ProxyProtocol::V1, ProxyProtocol::V2]));
+    let networks = prop::collection::vec(network(), 0..3);
+    let header = (versions, millis(1..=year), networks);
+    (any::<[bool; 4]>(), times, sizes, header).prop_map(|(flags, times, sizes, header)| Stream {
         ebpf_enable: flags[0],
         proxy_timeout: times.0,
         proxy_connect_timeout: times.1,
@@ -19,7 +22,14 @@ fn stream() -> impl Strategy<Value = Stream> {
         ebpf_timer_period: times.2,
         ebpf_backlog_size: sizes.1,
         on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
+        proxy_protocol: header.0,
+        proxy_protocol_timeout: header.1,
+        set_real_ip_from: header.2,
     })
+}
+
+fn network() -> impl Strategy<Value = Network> {
+    (any::<std::net::IpAddr>(), 0u8..=32).prop_map(|(ip, bits)| Network::new(ip, bits).expect("few bits"))
 }
 
 fn peer_address() -> impl Strategy<Value = Address> {
@@ -75,7 +85,7 @@ prop_compose! {
             let listen = (0..listeners).map(|n| {
                 port += 1;
                 let ip: std::net::IpAddr = if n == 0 { [127, 0, 0, 1].into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
-                Listen { address: (ip, port).into(), backlog }
+                Listen { address: (ip, port).into(), backlog, proxy_protocol: backlog % 2 == 0 }
             }).collect();
             let action = match way {
                 Way::Status => Action::Status,
