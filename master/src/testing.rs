@@ -23,6 +23,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         proxy_protocol: None,
         proxy_protocol_timeout: Duration::from_secs(30),
         set_real_ip_from: Vec::new(),
+        access: Vec::new(),
     };
     Config {
         user: None,

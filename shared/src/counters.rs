@@ -87,6 +87,8 @@ reasons! {
         Removed = "removed",
         /// What the client sent first is not what the listener is for: no valid PROXY header.
         BadRequest = "bad_request",
+        /// `access` does not let the client in.
+        Denied = "denied",
         /// The client did not send in time what has to be read before its peer is chosen.
         ReadTimeout = "read_timeout",
         /// The client left before it had sent that.

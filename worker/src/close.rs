@@ -31,6 +31,8 @@ impl Worker {
         }
         if !session.is_status {
             self.account(&session, reason);
+        } else if reason == CloseReason::Denied {
+            self.board[0].count_close(reason);
         }
         self.part(&session);
         let seat = session.seat.take();

@@ -4,6 +4,7 @@
 
 use std::os::fd::AsFd;
 
+use culvert_shared::config::allows;
 use culvert_shared::counters::CloseReason;
 use culvert_shared::ids::Direction;
 use nix::errno::Errno;
@@ -40,7 +41,7 @@ impl Worker {
     /// A session was accepted: what its client has to send first is read first.
     pub(crate) fn enter(&mut self, token: Token, session: &mut Session, header_first: bool) -> Next {
         if !header_first {
-            return self.go_on(token, session);
+            return self.admit(token, session);
         }
         let patience = session.settings.proxy_protocol_timeout;
         session.phase = Phase::Reading {
@@ -67,7 +68,7 @@ impl Worker {
         };
         self.glance.0 = glance;
         match look {
-            Ok(Look::Done) => self.go_on(token, session),
+            Ok(Look::Done) => self.admit(token, session),
             // A stream that has ended brings no more.
             Ok(Look::Incomplete) if session.ready[Side::Downstream.index()].ended => {
                 Next::Close(CloseReason::DownstreamLeftReading)
@@ -98,6 +99,14 @@ impl Worker {
         take_out(session, header.bytes)?;
         believe(session, &header);
         Ok(Look::Done)
+    }
+
+    /// It is known who the client is: whether it may come in is decided now, before anything is spent on it.
+    fn admit(&mut self, token: Token, session: &mut Session) -> Next {
+        if !allows(&session.settings.access, session.ends.remote.ip()) {
+            return Next::Close(CloseReason::Denied);
+        }
+        self.go_on(token, session)
     }
 
     /// All that had to be read is read.

@@ -145,7 +145,8 @@ fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
         "proxy_protocol_timeout = {}",
         quoted(&write_duration(stream.proxy_protocol_timeout))
     )?;
-    writeln!(out, "set_real_ip_from = {}", list(&stream.set_real_ip_from))
+    writeln!(out, "set_real_ip_from = {}", list(&stream.set_real_ip_from))?;
+    writeln!(out, "access = {}", list(&stream.access))
 }
 
 /// A list of texts.

@@ -63,6 +63,7 @@ pub(super) const STREAM: &[Key] = &[
     value("proxy_protocol"),
     value("proxy_protocol_timeout"),
     value("set_real_ip_from"),
+    value("access"),
 ];
 
 /// `[[upstream]]`.
@@ -93,15 +94,18 @@ const SERVER: &[Key] = &[
     value("proxy_protocol"),
     value("proxy_protocol_timeout"),
     value("set_real_ip_from"),
+    value("access"),
 ];
 
 /// An entry of a server's `listen` that is a table.
 const LISTEN: &[Key] = &[value("address"), value("backlog"), value("proxy_protocol")];
 
-/// Names that users of the nginx module bring along, with ours.
+/// Names that users of nginx and of its module bring along, with ours.
 const FORMER_NAMES: &[(&str, &str)] = &[
     ("ebpf_proxy_timeout", "proxy_timeout"),
     ("ebpf_proxy_buffer_size", "proxy_buffer_size"),
+    ("allow", "access"),
+    ("deny", "access"),
 ];
 
 pub(super) fn find(keys: &[Key], name: &str) -> Option<Key> {

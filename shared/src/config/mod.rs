@@ -6,6 +6,7 @@
 //! The way of a value: `source` (text, place, `expand`, `include`) → `layer` (defaults, file, environment, command line) →
 //! `check` and `servers` (with `valid`, `units`, `address`, `cpus`, `template`) → [`Config`] → `dump`.
 
+mod access;
 mod address;
 mod check;
 mod cpus;
@@ -30,6 +31,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
 pub use network::Network;
@@ -277,6 +279,8 @@ pub struct Stream {
     pub proxy_protocol_timeout: Duration,
     /// Whose PROXY headers are believed.
     pub set_real_ip_from: Vec<Network>,
+    /// Who may connect.
+    pub access: Vec<Rule>,
 }
 
 /// A version of the PROXY protocol.

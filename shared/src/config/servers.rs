@@ -13,7 +13,7 @@ use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
-    Action, Address, Balance, Listen, Network, OnReload, Part, Peer, Server, Stream, Target, Template,
+    Action, Address, Balance, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target, Template,
     Upstream,
 };
 use super::{address, defaults, units};
@@ -74,6 +74,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_protocol: None,
             proxy_protocol_timeout: hour,
             set_real_ip_from: Vec::new(),
+            access: Vec::new(),
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
         let tables = self.check.tables(root, "server");
@@ -116,6 +117,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_protocol,
             proxy_protocol_timeout,
             ref set_real_ip_from,
+            ref access,
         } = *inherited;
         Stream {
             ebpf_enable: check
@@ -156,6 +158,11 @@ impl<'c, 'a> Servers<'c, 'a> {
                     Network::read(valid::text(given, "\"10.0.0.0/8\"")?)
                 })
                 .unwrap_or_else(|| set_real_ip_from.clone()),
+            access: check
+                .list(table, key, "access", |given| {
+                    Rule::read(valid::text(given, "\"deny 10.0.0.0/8\"")?)
+                })
+                .unwrap_or_else(|| access.clone()),
         }
     }
 

@@ -139,6 +139,7 @@ fn the_least_configuration_has_every_default() {
         proxy_protocol: None,
         proxy_protocol_timeout: Duration::from_secs(30),
         set_real_ip_from: Vec::new(),
+        access: Vec::new(),
     };
     let expected = Config {
         user: None,

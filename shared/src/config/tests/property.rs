@@ -11,7 +11,10 @@ fn stream() -> impl Strategy<Value = Stream> {
     let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
     let versions = prop::option::of(prop::sample::select(vec![ProxyProtocol::V1, ProxyProtocol::V2]));
     let networks = prop::collection::vec(network(), 0..3);
-    let header = (versions, millis(1..=year), networks);
+    let whom = prop::option::of(network());
+    let rule = (any::<bool>(), whom).prop_map(|(allow, whom)| Rule { allow, whom });
+    let access = prop::collection::vec(rule, 0..3);
+    let header = (versions, millis(1..=year), networks, access);
     (any::<[bool; 4]>(), times, sizes, header).prop_map(|(flags, times, sizes, header)| Stream {
         ebpf_enable: flags[0],
         proxy_timeout: times.0,
@@ -25,6 +28,7 @@ fn stream() -> impl Strategy<Value = Stream> {
         proxy_protocol: header.0,
         proxy_protocol_timeout: header.1,
         set_real_ip_from: header.2,
+        access: header.3,
     })
 }
 
