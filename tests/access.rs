@@ -1,14 +1,17 @@
-//! Who may connect.
+//! Who may connect, how many at once, and how fast.
 
 mod harness;
 
 use std::io::{self, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
 
 use harness::pattern::ping;
 use harness::sockets::try_connect;
-use harness::{Bytes, Ending, Plan, Status, Upstream, connect, receive};
+use harness::{Bytes, Ending, Plan, Proxy, Status, Upstream, connect, receive};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, socket};
+use nix::unistd::Pid;
 use std::os::fd::AsRawFd;
 
 /// Connects from an address of this host.
@@ -138,4 +141,147 @@ fn the_status_document_is_for_those_who_may_connect() {
     assert_denied(connect_from("127.0.0.2", hidden));
     assert_let_in(try_connect(front));
     assert_eq!(denied(&proxy.settle()), 1);
+}
+
+const ZONE: &str = "[[limit_conn_zone]]\nname = \"per_client\"\nkey = \"$remote_addr\"\n";
+
+/// Opens a session and waits for its first answer; `None`: it was reset.
+fn open(front: SocketAddr, ip: &str) -> Option<TcpStream> {
+    let mut client = connect_from(ip, front).ok()?;
+    ping(&mut client, 1, 1).ok()?;
+    Some(client)
+}
+
+/// Exactly `room` more sessions of an address are let in; they stay open.
+#[track_caller]
+fn fill_up(front: SocketAddr, ip: &str, room: usize) -> Vec<TcpStream> {
+    let opened: Vec<_> = (0..room + 5).map(|_| open(front, ip)).collect();
+    let opened: Vec<TcpStream> = opened.into_iter().flatten().collect();
+    assert_eq!(opened.len(), room, "sessions that {ip} got");
+    opened
+}
+
+fn end(client: TcpStream) {
+    client.shutdown(Shutdown::Write).expect("the end of the stream");
+    let _ = receive(&mut &client, 1);
+}
+
+fn reload(proxy: &Proxy) {
+    let before = proxy.status().generation();
+    proxy.signal(Signal::SIGHUP);
+    proxy.wait("the generation has changed", |s| s.generation() > before);
+}
+
+#[test]
+fn a_client_has_as_many_sessions_as_limit_conn_says_over_all_workers_and_servers() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().workers(3).tables(ZONE);
+    let front = plan.server_with("127.0.0.1", &echo, "limit_conn = \"per_client 7\"");
+    let other = plan.server_with("127.0.0.1", &echo, "limit_conn = [\"per_client 8\"]");
+    let unlimited = plan.server(&echo);
+    let proxy = plan.start();
+    let mut open_here = fill_up(front, "127.0.0.1", 7);
+    let elsewhere = fill_up(front, "127.0.0.2", 7);
+    // The servers count together; the other one lets in one more.
+    let one_more = fill_up(other, "127.0.0.1", 1);
+    let free: Vec<TcpStream> = (0..20).filter_map(|_| open(unlimited, "127.0.0.1")).collect();
+    assert_eq!(free.len(), 20);
+    for client in open_here.drain(..4).chain(one_more) {
+        end(client);
+    }
+    proxy.wait("they have ended", |s| s.active() == 3 + 7 + 20);
+    open_here.extend(fill_up(front, "127.0.0.1", 4));
+    let status = proxy.status();
+    assert_eq!(status.number("/closes/limit_conn"), 20, "{:#}", status.json());
+    assert_eq!(status.relay(), Bytes::default());
+    assert_eq!(status.fallbacks(), 0);
+    drop((open_here, elsewhere, free));
+    proxy.settle();
+    drop(fill_up(front, "127.0.0.1", 7));
+    proxy.settle();
+}
+
+#[test]
+fn counts_stay_right_over_reloads_and_killed_workers() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().workers(2).tables(ZONE);
+    let front = plan.server_with("127.0.0.1", &echo, "limit_conn = \"per_client 6\"");
+    let proxy = plan.start();
+    let kept = fill_up(front, "127.0.0.1", 6);
+    // Handed over, twice.
+    for reloads in 1..=2 {
+        reload(&proxy);
+        proxy.wait("the sessions are with the next workers", |s| {
+            s.number("/sessions/adopted") == 6 * reloads && s.workers().len() == 2
+        });
+        fill_up(front, "127.0.0.1", 0);
+    }
+    // Their workers killed; young sessions of another address die with them.
+    let young = fill_up(front, "127.0.0.2", 6);
+    for worker in proxy.status().workers() {
+        kill(Pid::from_raw(worker.pid), Signal::SIGKILL).expect("killing a worker");
+    }
+    proxy.wait("the kept sessions are with the next workers", |s| {
+        s.number("/sessions/adopted") >= 18 && s.number("/worker_restarts") == 2
+    });
+    fill_up(front, "127.0.0.1", 0);
+    let survivors = proxy.status().active() - 6;
+    assert_eq!(survivors, 0, "young sessions die with their worker");
+    let again = fill_up(front, "127.0.0.2", 6);
+    drop(young);
+    for client in kept {
+        let mut client = client;
+        ping(&mut client, 2, 2).expect("an answer");
+        end(client);
+    }
+    drop(again);
+    proxy.settle();
+    let again = (fill_up(front, "127.0.0.1", 6), fill_up(front, "127.0.0.2", 6));
+    drop(again);
+    proxy.settle();
+}
+
+#[test]
+fn connections_of_a_key_come_at_the_rate_and_a_burst_at_once() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().workers(2).tables(ZONE);
+    let front = plan.server_with(
+        "127.0.0.1",
+        &echo,
+        "limit_conn_rate = \"per_client 10r/s burst=4\"",
+    );
+    let proxy = plan.start();
+    let begun = Instant::now();
+    let mut let_in = 0;
+    while begun.elapsed() < Duration::from_millis(1500) {
+        let_in += open(front, "127.0.0.1").iter().count();
+    }
+    assert!(
+        (18..=21).contains(&let_in),
+        "5 at once and 15 in 1.5 s, got {let_in}"
+    );
+    assert!(
+        open(front, "127.0.0.2").is_some(),
+        "another key has a rate of its own"
+    );
+    let status = proxy.settle();
+    assert!(
+        status.number("/closes/limit_conn_rate") > 0,
+        "{:#}",
+        status.json()
+    );
+    assert_eq!(status.fallbacks(), 0);
+}
+
+#[test]
+fn an_empty_key_does_not_count() {
+    let echo = Upstream::echo("127.0.0.1");
+    let zone = ZONE.replace("remote_addr", "proxy_protocol_addr");
+    let mut plan = Plan::new().tables(&zone);
+    let front = plan.server_with("127.0.0.1", &echo, "limit_conn = \"per_client 1\"");
+    let proxy = plan.start();
+    let clients: Vec<TcpStream> = (0..5).filter_map(|_| open(front, "127.0.0.1")).collect();
+    assert_eq!(clients.len(), 5);
+    drop(clients);
+    proxy.settle();
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
+use culvert_shared::limits::Limits;
 use culvert_worker::Listener;
 
 use crate::kernel::{Kernel, StoreTable};
@@ -28,6 +29,8 @@ pub struct Generation {
     pub stores: StoreTable,
     /// The rows on the board.
     pub assigned: Assigned,
+    /// What limits count; the same in all generations.
+    pub limits: Arc<Limits>,
     /// How many sessions the master may keep.
     pub keeper_room: u64,
     rows: Rows,
@@ -52,6 +55,7 @@ impl Generation {
             listeners,
             stores,
             assigned,
+            limits: Arc::new(Limits::new()?),
             keeper_room,
             rows,
         })
@@ -76,6 +80,7 @@ impl Generation {
             listeners,
             stores,
             assigned,
+            limits: Arc::clone(&self.limits),
             keeper_room,
             rows,
         })

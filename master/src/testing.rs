@@ -24,6 +24,8 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         proxy_protocol_timeout: Duration::from_secs(30),
         set_real_ip_from: Vec::new(),
         access: Vec::new(),
+        limit_conn: Vec::new(),
+        limit_conn_rate: Vec::new(),
     };
     Config {
         user: None,
@@ -50,6 +52,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
             })
             .collect(),
         stream: stream.clone(),
+        limit_zones: Vec::new(),
         servers: listeners
             .iter()
             .map(|listen| Server {

@@ -89,6 +89,10 @@ reasons! {
         BadRequest = "bad_request",
         /// `access` does not let the client in.
         Denied = "denied",
+        /// Its key has as many sessions as `limit_conn` allows.
+        LimitConn = "limit_conn",
+        /// The connections of its key come faster than `limit_conn_rate` allows.
+        LimitRate = "limit_conn_rate",
         /// The client did not send in time what has to be read before its peer is chosen.
         ReadTimeout = "read_timeout",
         /// The client left before it had sent that.

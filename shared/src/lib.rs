@@ -5,6 +5,7 @@
 pub mod config;
 pub mod counters;
 pub mod ids;
+pub mod limits;
 pub mod logging;
 pub mod message;
 pub mod sessions;

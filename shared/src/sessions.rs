@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use crate::counters::FallbackReason;
 use crate::ids::Owner;
+use crate::limits::MAX_HOLDS;
 use crate::sys::shm::Shareable;
 
 /// The longest name of an upstream that a record holds; a unix socket's path is shorter (unix(7)).
@@ -32,7 +33,8 @@ mod at {
     pub const PERIOD: usize = 19;
     pub const SIZES: usize = 20;
     pub const NAME_LEN: usize = 21;
-    pub const NAME: usize = 22;
+    pub const HOLDS: usize = 22;
+    pub const NAME: usize = 24;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -128,6 +130,8 @@ pub struct Saved {
     pub upstream: String,
     /// Its directions: to_upstream, to_downstream.
     pub streams: [SavedStream; 2],
+    /// What it counts in, by [`crate::limits::Held`]; 0: nothing.
+    pub holds: [u32; MAX_HOLDS],
     /// The settings that were in force for it, for when its listener is gone.
     pub settings: SavedSettings,
 }
@@ -224,6 +228,11 @@ impl Record {
         self.busy.store(busy.into(), Release);
     }
 
+    /// What its session counts in.
+    pub fn holds(&self) -> [u32; MAX_HOLDS] {
+        holds(&[0, 1].map(|word| self.words[at::HOLDS + word].load(Relaxed)))
+    }
+
     /// Reads the record; `None`: it makes no sense.
     pub fn read(&self) -> Option<Saved> {
         let words: [u64; at::END] = std::array::from_fn(|word| self.words[word].load(Relaxed));
@@ -287,6 +296,9 @@ impl Saved {
         words[at::PERIOD] = self.settings.timer_period_ms;
         words[at::SIZES] =
             u64::from(self.settings.buffer_bytes) | u64::from(self.settings.backlog_bytes) << 32;
+        for (word, pair) in self.holds.chunks(2).enumerate() {
+            words[at::HOLDS + word] = u64::from(pair[0]) | u64::from(pair[1]) << 32;
+        }
         let name = self.upstream.as_bytes();
         let name = &name[..name.len().min(NAME_BYTES)];
         words[at::NAME_LEN] = name.len() as u64;
@@ -333,6 +345,7 @@ impl Saved {
             carrier,
             upstream: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
             streams: [stream(0), stream(1)],
+            holds: holds(&[words[at::HOLDS], words[at::HOLDS + 1]]),
             settings: SavedSettings {
                 proxy_timeout_ms: words[at::TIMEOUT],
                 timer_period_ms: words[at::PERIOD],
@@ -342,6 +355,10 @@ impl Saved {
             },
         })
     }
+}
+
+fn holds(words: &[u64; MAX_HOLDS / 2]) -> [u32; MAX_HOLDS] {
+    std::array::from_fn(|hold| (words[hold / 2] >> (32 * (hold % 2))) as u32)
 }
 
 fn address_words(address: SocketAddr) -> [u64; 3] {
@@ -499,6 +516,7 @@ mod tests {
             carrier in 0usize..7,
             upstream in "[ -~]{0,112}",
             streams in [stream(), stream()],
+            holds in any::<[u32; MAX_HOLDS]>(),
         ) {
             let saved = Saved {
                 number: numbers[0],
@@ -518,6 +536,7 @@ mod tests {
                 },
                 upstream,
                 streams,
+                holds,
                 settings: SavedSettings {
                     proxy_timeout_ms: numbers[5],
                     timer_period_ms: numbers[6],

@@ -21,6 +21,7 @@ use crate::session::{Datapath, Session, Stream, Upstream, Way, target};
 use crate::sockets::{self, Interest};
 use crate::store::Seat;
 use crate::table::{Side, Token};
+use crate::tally;
 
 impl Worker {
     /// Takes sessions over; `sockets` are their descriptors, downstream and upstream of each. Says how many.
@@ -46,6 +47,7 @@ impl Worker {
                         id.place.0
                     );
                     self.board[0].count_close(CloseReason::WorkerDied);
+                    self.give_back_of(id);
                     self.keeping.forget(id);
                 }
             }
@@ -82,6 +84,9 @@ impl Worker {
             return reset("its sockets are not the ones that the record names");
         }
         let died = !record.was_let_go();
+        // Before the record: until both are this worker's, the master takes the earlier worker's session for one that
+        // lives on.
+        self.tally.take_over(&saved.holds);
         record.pass_to(self.owner);
         record.set_kept(Kept::Yes);
 
@@ -108,6 +113,15 @@ impl Worker {
         let session = revive(saved, downstream, upstream, server, settings, seat);
         self.take_in(session, died);
         Ok(())
+    }
+
+    /// Takes a session that is not taken over off the counts.
+    fn give_back_of(&mut self, id: SessionId) {
+        let ward = self.wards.iter().find(|ward| ward.store.id == id.store);
+        if let Some(record) = ward.and_then(|ward| ward.store.record_of(id)) {
+            let holds = tally::revived(&record.holds());
+            self.tally.release(&holds);
+        }
     }
 
     /// Gives a session that was built from its record a slot, and goes on with it.
@@ -206,6 +220,7 @@ fn revive(
     session.server = server;
     session.last_active_ms = saved.last_active_ms;
     session.streams = saved.streams.map(revive_stream);
+    session.holds = tally::revived(&saved.holds);
     session.datapath = match saved.carrier {
         Carrier::Relay => Datapath::Relay,
         Carrier::Sockmap => Datapath::Sockmap,

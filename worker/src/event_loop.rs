@@ -31,6 +31,7 @@ use crate::sockets::{BufferLimits, Sockets};
 use crate::start::WorkerStart;
 use crate::store::Ward;
 use crate::table::{Side, Table, Token};
+use crate::tally::Tally;
 use crate::timer::Wheel;
 
 const CONTROL: mio::Token = mio::Token(usize::MAX);
@@ -85,6 +86,7 @@ pub struct Worker {
     pub(crate) scratch: Scratch,
     pub(crate) glance: Glance,
     pub(crate) limits: BufferLimits,
+    pub(crate) tally: Tally,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
 }
@@ -140,6 +142,7 @@ impl Worker {
                 .map(|server| Rc::new(server.stream.clone()))
                 .collect(),
             scratch: Scratch::new(&start.config),
+            tally: Tally::new(start.limits, start.owner),
             glance: Glance::new(),
             limits: BufferLimits::read(),
             config: start.config,

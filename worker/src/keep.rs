@@ -20,6 +20,7 @@ use crate::session::{Datapath, Phase, Session, Stream};
 use crate::sockets::Interest;
 use crate::store::Seat;
 use crate::table::{Side, Token};
+use crate::tally;
 
 /// How long a session lives before it is given to the master: most are over by then, and pay nothing.
 const KEEP_AFTER_MS: u64 = 1_000;
@@ -370,6 +371,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         },
         upstream: upstream.name.clone(),
         streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),
+        holds: tally::saved(&session.holds),
         settings: SavedSettings {
             proxy_timeout_ms: settings.proxy_timeout.as_millis() as u64,
             timer_period_ms: settings.ebpf_timer_period.as_millis() as u64,

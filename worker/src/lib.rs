@@ -29,6 +29,7 @@ mod start;
 mod status;
 mod store;
 mod table;
+mod tally;
 mod timer;
 
 pub use start::{Listener, WorkerStart, run};

@@ -106,6 +106,9 @@ impl Worker {
         if !allows(&session.settings.access, session.ends.remote.ip()) {
             return Next::Close(CloseReason::Denied);
         }
+        if let Some(reason) = self.count_in_limits(session) {
+            return Next::Close(reason);
+        }
         self.go_on(token, session)
     }
 

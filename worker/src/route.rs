@@ -83,7 +83,8 @@ impl Router {
             .map(|address| Route::Address(Address::Tcp(address)))
     }
 
-    fn expand(&self, template: &Template, ends: &Ends) -> String {
+    /// A template's value.
+    pub fn expand(&self, template: &Template, ends: &Ends) -> String {
         let mut value = String::new();
         for part in &template.0 {
             match part {

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use culvert_shared::config::Stream as Settings;
 use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
+use culvert_shared::limits::Held;
 use nix::errno::Errno;
 
 use crate::route::Ends;
@@ -225,6 +226,8 @@ pub struct Session {
     pub ready: [Readiness; 2],
     /// Whether the kernel carries it.
     pub datapath: Datapath,
+    /// What it counts in, for `limit_conn`.
+    pub holds: Vec<Held>,
     /// Its place in a store.
     pub seat: Option<Seat>,
     /// When it was accepted.
@@ -262,6 +265,7 @@ impl Session {
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],
             datapath: Datapath::Pending,
+            holds: Vec::new(),
             seat: None,
             started_ms: now_ms,
             last_active_ms: now_ms,

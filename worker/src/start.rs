@@ -8,6 +8,7 @@ use culvert_bpf::Totals;
 use culvert_shared::config::Config;
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
+use culvert_shared::limits::Limits;
 use culvert_shared::logging;
 use culvert_shared::sys::shm::Shared;
 
@@ -29,6 +30,8 @@ pub struct WorkerStart {
     pub peer_rows: Vec<Vec<usize>>,
     /// The board.
     pub board: Arc<Shared<Board>>,
+    /// What limits count.
+    pub limits: Arc<Limits>,
     /// The slot's own store, then those of other slots that it is to care for.
     pub stores: Vec<Arc<Store>>,
     /// Why there are none.

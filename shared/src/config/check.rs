@@ -63,7 +63,8 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         .unwrap_or_default();
     let error_log = check.error_log(root);
     let upstreams = check.upstreams(root);
-    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams).read(root);
+    let limit_zones = check.limit_zones(root);
+    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams, &limit_zones).read(root);
     Config {
         user,
         worker_cpus,
@@ -74,6 +75,7 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         error_log,
         upstreams,
         stream,
+        limit_zones,
         servers,
     }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
 use super::{
-    Action, Balance, Config, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target, Template,
+    Action, Balance, Config, LimitZone, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target,
+    Template,
 };
 use super::{cpus, expand};
 
@@ -50,7 +51,8 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         quoted(&level)
     )?;
     writeln!(out, "\n[stream]")?;
-    write_stream(out, &config.stream)?;
+    write_stream(out, config, &config.stream)?;
+    write_zones(out, &config.limit_zones)?;
     for upstream in config
         .upstreams
         .iter()
@@ -96,10 +98,11 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
         }
         Action::Proxy(Target::Variable(template)) => write_template(out, template)?,
     }
-    write_stream(out, &server.stream)
+    write_stream(out, config, &server.stream)
 }
 
-fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
+fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt::Result {
+    let zones = &config.limit_zones;
     writeln!(out, "ebpf_enable = {}", stream.ebpf_enable)?;
     writeln!(
         out,
@@ -146,7 +149,29 @@ fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
         quoted(&write_duration(stream.proxy_protocol_timeout))
     )?;
     writeln!(out, "set_real_ip_from = {}", list(&stream.set_real_ip_from))?;
-    writeln!(out, "access = {}", list(&stream.access))
+    writeln!(out, "access = {}", list(&stream.access))?;
+    let limits: Vec<String> = stream.limit_conn.iter().map(|limit| limit.text(zones)).collect();
+    writeln!(out, "limit_conn = {}", list(&limits))?;
+    let rates: Vec<String> = stream
+        .limit_conn_rate
+        .iter()
+        .map(|rate| rate.text(zones))
+        .collect();
+    writeln!(out, "limit_conn_rate = {}", list(&rates))
+}
+
+fn write_zones(out: &mut String, zones: &[LimitZone]) -> std::fmt::Result {
+    for zone in zones {
+        // A key has no `set`, so no literal in it can run into a variable's name.
+        let part = |part: &Part| match part {
+            Part::Literal(literal) => expand::escape(literal),
+            Part::Variable(variable) => format!("${}", variable_name(*variable)),
+        };
+        let key: String = zone.key.0.iter().map(part).collect();
+        let (name, key) = (quoted(&zone.name), quoted(&key));
+        writeln!(out, "\n[[limit_conn_zone]]\nname = {name}\nkey = {key}")?;
+    }
+    Ok(())
 }
 
 /// A list of texts.

@@ -47,6 +47,7 @@ pub(super) const ROOT: &[Key] = &[
     shaped("stream", Shape::Table(STREAM)),
     shaped("upstream", Shape::Tables(UPSTREAM)),
     shaped("server", Shape::Tables(SERVER)),
+    shaped("limit_conn_zone", Shape::Tables(LIMIT_CONN_ZONE)),
 ];
 
 /// `[stream]`: what every server inherits.
@@ -64,7 +65,12 @@ pub(super) const STREAM: &[Key] = &[
     value("proxy_protocol_timeout"),
     value("set_real_ip_from"),
     value("access"),
+    value("limit_conn"),
+    value("limit_conn_rate"),
 ];
+
+/// `[[limit_conn_zone]]`.
+const LIMIT_CONN_ZONE: &[Key] = &[value("name"), value("key")];
 
 /// `[[upstream]]`.
 const UPSTREAM: &[Key] = &[
@@ -95,6 +101,8 @@ const SERVER: &[Key] = &[
     value("proxy_protocol_timeout"),
     value("set_real_ip_from"),
     value("access"),
+    value("limit_conn"),
+    value("limit_conn_rate"),
 ];
 
 /// An entry of a server's `listen` that is a table.

@@ -17,6 +17,7 @@ mod expand;
 mod file;
 mod include;
 mod layer;
+mod limit;
 mod network;
 mod servers;
 mod source;
@@ -34,6 +35,7 @@ use std::time::Duration;
 pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
+pub use limit::{LimitConn, LimitRate, LimitZone};
 pub use network::Network;
 
 /// Reads, merges and checks a configuration: the file with what it includes, over it the environment
@@ -93,6 +95,8 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// What `[stream]` says, for sessions whose server is gone.
     pub stream: Stream,
+    /// What sessions are counted by.
+    pub limit_zones: Vec<LimitZone>,
     /// Servers, in file order.
     pub servers: Vec<Server>,
 }
@@ -281,6 +285,10 @@ pub struct Stream {
     pub set_real_ip_from: Vec<Network>,
     /// Who may connect.
     pub access: Vec<Rule>,
+    /// How many sessions a key may have at once.
+    pub limit_conn: Vec<LimitConn>,
+    /// How fast the connections of a key may come.
+    pub limit_conn_rate: Vec<LimitRate>,
 }
 
 /// A version of the PROXY protocol.

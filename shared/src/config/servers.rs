@@ -13,8 +13,8 @@ use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
-    Action, Address, Balance, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target, Template,
-    Upstream,
+    Action, Address, Balance, LimitZone, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target,
+    Template, Upstream,
 };
 use super::{address, defaults, units};
 
@@ -39,15 +39,17 @@ pub(super) struct Servers<'c, 'a> {
     check: &'c mut Check<'a>,
     /// The named groups, then the unnamed ones.
     upstreams: Vec<Upstream>,
+    zones: &'c [LimitZone],
     /// Every address that is listened on, with the key and the place of its listener.
     listeners: HashMap<SocketAddr, (String, OriginId)>,
 }
 
 impl<'c, 'a> Servers<'c, 'a> {
-    pub(super) fn new(check: &'c mut Check<'a>, upstreams: Vec<Upstream>) -> Self {
+    pub(super) fn new(check: &'c mut Check<'a>, upstreams: Vec<Upstream>, zones: &'c [LimitZone]) -> Self {
         Servers {
             check,
             upstreams,
+            zones,
             listeners: HashMap::new(),
         }
     }
@@ -75,6 +77,8 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_protocol_timeout: hour,
             set_real_ip_from: Vec::new(),
             access: Vec::new(),
+            limit_conn: Vec::new(),
+            limit_conn_rate: Vec::new(),
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
         let tables = self.check.tables(root, "server");
@@ -103,6 +107,7 @@ impl<'c, 'a> Servers<'c, 'a> {
         let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
         let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
         let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
+        let zones = self.zones;
         let check = &mut self.check;
         let Stream {
             ebpf_enable,
@@ -118,6 +123,8 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_protocol_timeout,
             ref set_real_ip_from,
             ref access,
+            ref limit_conn,
+            ref limit_conn_rate,
         } = *inherited;
         Stream {
             ebpf_enable: check
@@ -163,6 +170,12 @@ impl<'c, 'a> Servers<'c, 'a> {
                     Rule::read(valid::text(given, "\"deny 10.0.0.0/8\"")?)
                 })
                 .unwrap_or_else(|| access.clone()),
+            limit_conn: check
+                .limit_conn(table, key, zones)
+                .unwrap_or_else(|| limit_conn.clone()),
+            limit_conn_rate: check
+                .limit_conn_rate(table, key, zones)
+                .unwrap_or_else(|| limit_conn_rate.clone()),
         }
     }
 

@@ -140,6 +140,8 @@ fn the_least_configuration_has_every_default() {
         proxy_protocol_timeout: Duration::from_secs(30),
         set_real_ip_from: Vec::new(),
         access: Vec::new(),
+        limit_conn: Vec::new(),
+        limit_conn_rate: Vec::new(),
     };
     let expected = Config {
         user: None,
@@ -157,6 +159,7 @@ fn the_least_configuration_has_every_default() {
             peers,
         }],
         stream: stream.clone(),
+        limit_zones: Vec::new(),
         servers: vec![Server {
             listen: vec![Listen {
                 address: ([0, 0, 0, 0], 8080).into(),

@@ -15,20 +15,38 @@ fn stream() -> impl Strategy<Value = Stream> {
     let rule = (any::<bool>(), whom).prop_map(|(allow, whom)| Rule { allow, whom });
     let access = prop::collection::vec(rule, 0..3);
     let header = (versions, millis(1..=year), networks, access);
-    (any::<[bool; 4]>(), times, sizes, header).prop_map(|(flags, times, sizes, header)| Stream {
-        ebpf_enable: flags[0],
-        proxy_timeout: times.0,
-        proxy_connect_timeout: times.1,
-        proxy_buffer_size: sizes.0,
-        proxy_half_close: flags[1],
-        tcp_nodelay: flags[2],
-        ebpf_timer_period: times.2,
-        ebpf_backlog_size: sizes.1,
-        on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
-        proxy_protocol: header.0,
-        proxy_protocol_timeout: header.1,
-        set_real_ip_from: header.2,
-        access: header.3,
+    let limit = (0usize..2, 1u32..=65_535).prop_map(|(zone, connections)| LimitConn { zone, connections });
+    let rate =
+        (0usize..2, 1u32..=60_000, any::<bool>(), 0u32..=65_535).prop_map(|(zone, each, minute, burst)| {
+            LimitRate {
+                zone,
+                connections: each,
+                period: Duration::from_secs(if minute { 60 } else { 1 }),
+                burst,
+            }
+        });
+    let limits = (
+        prop::collection::vec(limit, 0..3),
+        prop::collection::vec(rate, 0..3),
+    );
+    (any::<[bool; 4]>(), times, sizes, header, limits).prop_map(|(flags, times, sizes, header, limits)| {
+        Stream {
+            ebpf_enable: flags[0],
+            proxy_timeout: times.0,
+            proxy_connect_timeout: times.1,
+            proxy_buffer_size: sizes.0,
+            proxy_half_close: flags[1],
+            tcp_nodelay: flags[2],
+            ebpf_timer_period: times.2,
+            ebpf_backlog_size: sizes.1,
+            on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
+            proxy_protocol: header.0,
+            proxy_protocol_timeout: header.1,
+            set_real_ip_from: header.2,
+            access: header.3,
+            limit_conn: limits.0,
+            limit_conn_rate: limits.1,
+        }
     })
 }
 
@@ -128,6 +146,13 @@ prop_compose! {
             },
             upstreams,
             stream,
+            limit_zones: vec![
+                LimitZone { name: "one".into(), key: Template(vec![Part::Variable(Variable::RemoteAddr)]) },
+                LimitZone {
+                    name: "two".into(),
+                    key: Template(vec![Part::Literal("x-".into()), Part::Variable(Variable::ServerPort), Part::Literal("-y".into())]),
+                },
+            ],
             servers: built,
         }
     }
