@@ -26,6 +26,9 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         access: Vec::new(),
         limit_conn: Vec::new(),
         limit_conn_rate: Vec::new(),
+        ssl_preread: false,
+        preread_buffer_size: 16 * 1024,
+        preread_timeout: Duration::from_secs(30),
     };
     Config {
         user: None,

@@ -85,7 +85,8 @@ reasons! {
         WorkerDied = "worker_died",
         /// Its listener or its peer is gone since a reload, and `on_reload` is `"close"`.
         Removed = "removed",
-        /// What the client sent first is not what the listener is for: no valid PROXY header.
+        /// What the client sent first is not what the listener is for: no valid PROXY header, or a TLS hello longer than
+        /// `preread_buffer_size`.
         BadRequest = "bad_request",
         /// `access` does not let the client in.
         Denied = "denied",

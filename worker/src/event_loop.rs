@@ -143,7 +143,7 @@ impl Worker {
                 .collect(),
             scratch: Scratch::new(&start.config),
             tally: Tally::new(start.limits, start.owner),
-            glance: Glance::new(),
+            glance: Glance::new(&start.config),
             limits: BufferLimits::read(),
             config: start.config,
             board: start.board,

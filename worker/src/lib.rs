@@ -10,6 +10,7 @@
 mod accept;
 mod adopt;
 mod balance;
+mod client_hello;
 mod clock;
 mod close;
 mod connect;

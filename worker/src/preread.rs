@@ -1,14 +1,15 @@
-//! What is read of a client before its peer is chosen: its PROXY header. The receive queue is only looked at
-//! (MSG_PEEK), and of it exactly the header is taken out: what follows stays in the queue, for the kernel to
+//! What is read of a client before its peer is chosen: its PROXY header, its TLS hello. The receive queue is only looked at
+//! (MSG_PEEK), and of it exactly the header is taken out: what follows, the hello too, stays in the queue, for the kernel to
 //! forward. A session holds no buffer meanwhile, and each segment that arrives is one look of bounded length.
 
 use std::os::fd::AsFd;
 
-use culvert_shared::config::allows;
+use culvert_shared::config::{Config, allows};
 use culvert_shared::counters::CloseReason;
 use culvert_shared::ids::Direction;
 use nix::errno::Errno;
 
+use crate::client_hello;
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
@@ -22,8 +23,11 @@ pub struct Glance(Vec<u8>);
 
 impl Glance {
     /// Large enough for whatever is read ahead.
-    pub fn new() -> Glance {
-        Glance(vec![0; proxy_protocol::LONGEST])
+    pub fn new(config: &Config) -> Glance {
+        let hellos = config.servers.iter().map(|server| &server.stream);
+        let hellos = hellos.filter(|stream| stream.ssl_preread);
+        let longest = hellos.map(|stream| stream.preread_buffer_size).max().unwrap_or(0);
+        Glance(vec![0; longest.max(proxy_protocol::LONGEST)])
     }
 }
 
@@ -56,19 +60,28 @@ impl Worker {
         let Phase::Reading { deadline_ms, awaited } = session.phase else {
             return self.go_on(token, session);
         };
+        let limit = match awaited {
+            Awaited::Header => proxy_protocol::LONGEST,
+            Awaited::Hello => session.settings.preread_buffer_size,
+        };
         let mut glance = std::mem::take(&mut self.glance.0);
-        let seen = sockets::peek(session.downstream.as_fd(), &mut glance);
+        let limit = limit.min(glance.len());
+        let seen = sockets::peek(session.downstream.as_fd(), &mut glance[..limit]);
         let look = match seen {
             Ok(0) => Err(CloseReason::DownstreamLeftReading),
             Ok(seen) => match awaited {
-                Awaited::Header => self.look_for_header(session, &glance[..seen]),
+                Awaited::Header => look_for_header(session, &glance[..seen]),
+                Awaited::Hello => Ok(look_for_hello(session, &glance[..seen], limit)),
             },
             Err(Errno::EAGAIN) => Ok(Look::Incomplete),
             Err(_) => Err(CloseReason::DownstreamLeftReading),
         };
         self.glance.0 = glance;
         match look {
-            Ok(Look::Done) => self.admit(token, session),
+            Ok(Look::Done) => match awaited {
+                Awaited::Header => self.admit(token, session),
+                Awaited::Hello => self.go_on(token, session),
+            },
             // A stream that has ended brings no more.
             Ok(Look::Incomplete) if session.ready[Side::Downstream.index()].ended => {
                 Next::Close(CloseReason::DownstreamLeftReading)
@@ -90,17 +103,6 @@ impl Worker {
         }
     }
 
-    fn look_for_header(&mut self, session: &mut Session, seen: &[u8]) -> Result<Look, CloseReason> {
-        let header = match proxy_protocol::read(seen) {
-            Read::Header(header) => header,
-            Read::Incomplete => return Ok(Look::Incomplete),
-            Read::Invalid(why) => return Ok(Look::Bad(why)),
-        };
-        take_out(session, header.bytes)?;
-        believe(session, &header);
-        Ok(Look::Done)
-    }
-
     /// It is known who the client is: whether it may come in is decided now, before anything is spent on it.
     fn admit(&mut self, token: Token, session: &mut Session) -> Next {
         if !allows(&session.settings.access, session.ends.remote.ip()) {
@@ -108,6 +110,14 @@ impl Worker {
         }
         if let Some(reason) = self.count_in_limits(session) {
             return Next::Close(reason);
+        }
+        if session.settings.ssl_preread && !session.is_status {
+            let patience = session.settings.preread_timeout;
+            session.phase = Phase::Reading {
+                deadline_ms: clock::now_ms() + patience.as_millis() as u64,
+                awaited: Awaited::Hello,
+            };
+            return self.read_ahead(token, session);
         }
         self.go_on(token, session)
     }
@@ -136,6 +146,30 @@ impl Worker {
             Some(before) if before == interest => Ok(()),
             Some(_) => self.sockets.change(&session.downstream, token, side, interest),
         }
+    }
+}
+
+fn look_for_header(session: &mut Session, seen: &[u8]) -> Result<Look, CloseReason> {
+    let header = match proxy_protocol::read(seen) {
+        Read::Header(header) => header,
+        Read::Incomplete => return Ok(Look::Incomplete),
+        Read::Invalid(why) => return Ok(Look::Bad(why)),
+    };
+    take_out(session, header.bytes)?;
+    believe(session, &header);
+    Ok(Look::Done)
+}
+
+/// Whatever it is, nothing of it is taken out: the peer is to have it.
+fn look_for_hello(session: &mut Session, seen: &[u8], limit: usize) -> Look {
+    match client_hello::read(seen) {
+        client_hello::Read::Hello(hello) => {
+            session.ends.hello = Some(Box::new(hello));
+            Look::Done
+        }
+        client_hello::Read::NotTls => Look::Done,
+        client_hello::Read::Incomplete if seen.len() < limit => Look::Incomplete,
+        client_hello::Read::Incomplete => Look::Bad("its TLS hello is longer than preread_buffer_size"),
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable};
 
+use crate::client_hello::Hello;
 use crate::proxy_protocol::Addresses;
 
 /// Upstream groups by name, and what variables need.
@@ -24,7 +25,7 @@ pub enum Route {
 }
 
 /// What is known of a session before its peer is chosen.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Ends {
     /// The client's address: who connected, or who a PROXY header that is believed names.
     pub remote: SocketAddr,
@@ -34,6 +35,8 @@ pub struct Ends {
     pub peer: SocketAddr,
     /// What a PROXY header names, believed or not.
     pub header: Option<Addresses>,
+    /// What the TLS hello says.
+    pub hello: Option<Box<Hello>>,
 }
 
 impl Ends {
@@ -44,6 +47,7 @@ impl Ends {
             local,
             peer: remote,
             header: None,
+            hello: None,
         }
     }
 }
@@ -104,12 +108,20 @@ impl Router {
             Variable::Hostname => self.hostname.clone(),
             Variable::RealipRemoteAddr => ends.peer.ip().to_string(),
             Variable::RealipRemotePort => ends.peer.port().to_string(),
+            Variable::SslPrereadServerName => said(ends, |hello| &hello.server_name),
+            Variable::SslPrereadAlpnProtocols => said(ends, |hello| &hello.alpn_protocols),
+            Variable::SslPrereadProtocol => said(ends, |hello| hello.protocol),
             Variable::ProxyProtocolAddr => named(ends, |named| named.source.ip().to_string()),
             Variable::ProxyProtocolPort => named(ends, |named| named.source.port().to_string()),
             Variable::ProxyProtocolServerAddr => named(ends, |named| named.destination.ip().to_string()),
             Variable::ProxyProtocolServerPort => named(ends, |named| named.destination.port().to_string()),
         }
     }
+}
+
+/// Something that the TLS hello says; empty without one, as with nginx.
+fn said(ends: &Ends, what: impl FnOnce(&Hello) -> &str) -> String {
+    ends.hello.as_deref().map(what).unwrap_or_default().to_owned()
 }
 
 /// Something that the PROXY header names; empty without one, as with nginx.

@@ -175,6 +175,8 @@ pub struct Upstream {
 pub enum Awaited {
     /// Its PROXY header.
     Header,
+    /// Its TLS hello.
+    Hello,
 }
 
 /// How far a session is.

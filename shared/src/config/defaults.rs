@@ -46,6 +46,12 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.proxy_protocol", Default::Flag(false)),
     // nginx: proxy_protocol_timeout 30s.
     ("stream.proxy_protocol_timeout", Default::Text("30s")),
+    // nginx: ssl_preread off.
+    ("stream.ssl_preread", Default::Flag(false)),
+    // nginx: preread_buffer_size 16k.
+    ("stream.preread_buffer_size", Default::Text("16k")),
+    // nginx: preread_timeout 30s.
+    ("stream.preread_timeout", Default::Text("30s")),
 ];
 
 /// A default as a file would write it.

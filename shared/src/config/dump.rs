@@ -157,7 +157,11 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
         .iter()
         .map(|rate| rate.text(zones))
         .collect();
-    writeln!(out, "limit_conn_rate = {}", list(&rates))
+    writeln!(out, "limit_conn_rate = {}", list(&rates))?;
+    writeln!(out, "ssl_preread = {}", stream.ssl_preread)?;
+    let (size, timeout) = (stream.preread_buffer_size, stream.preread_timeout);
+    writeln!(out, "preread_buffer_size = {}", quoted(&write_size(size)))?;
+    writeln!(out, "preread_timeout = {}", quoted(&write_duration(timeout)))
 }
 
 fn write_zones(out: &mut String, zones: &[LimitZone]) -> std::fmt::Result {

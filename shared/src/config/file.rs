@@ -67,6 +67,9 @@ pub(super) const STREAM: &[Key] = &[
     value("access"),
     value("limit_conn"),
     value("limit_conn_rate"),
+    value("ssl_preread"),
+    value("preread_buffer_size"),
+    value("preread_timeout"),
 ];
 
 /// `[[limit_conn_zone]]`.
@@ -103,6 +106,9 @@ const SERVER: &[Key] = &[
     value("access"),
     value("limit_conn"),
     value("limit_conn_rate"),
+    value("ssl_preread"),
+    value("preread_buffer_size"),
+    value("preread_timeout"),
 ];
 
 /// An entry of a server's `listen` that is a table.

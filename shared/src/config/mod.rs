@@ -254,6 +254,12 @@ pub enum Variable {
     RealipRemoteAddr,
     /// The port that connected here.
     RealipRemotePort,
+    /// The server that the TLS hello asks for.
+    SslPrereadServerName,
+    /// The protocols that the TLS hello offers, separated by commas.
+    SslPrereadAlpnProtocols,
+    /// The highest version of TLS that the hello offers.
+    SslPrereadProtocol,
 }
 
 /// Settings of `[stream]` that a server inherits.
@@ -289,6 +295,12 @@ pub struct Stream {
     pub limit_conn: Vec<LimitConn>,
     /// How fast the connections of a key may come.
     pub limit_conn_rate: Vec<LimitRate>,
+    /// Look at the client's TLS hello before its peer is chosen.
+    pub ssl_preread: bool,
+    /// How long a TLS hello may be, in bytes.
+    pub preread_buffer_size: usize,
+    /// How long a client may take to send it.
+    pub preread_timeout: Duration,
 }
 
 /// A version of the PROXY protocol.

@@ -23,6 +23,8 @@ const BACKLOG_MAX: u32 = 1 << 20;
 
 /// Two buffers of this size for each relayed session are 128 MiB: enough for any link.
 const BUFFER_MAX_BYTES: usize = 64 << 20;
+/// Looked at anew with each segment that arrives, so it must not be long. A hello with everything is below 16 KiB.
+const PREREAD_MAX_BYTES: usize = 64 << 10;
 /// Less than one full segment of the loopback device would pause at each of them.
 const BACKLOG_SIZE_MIN_BYTES: usize = 64 << 10;
 /// Sequence numbers are compared in 32 bits, signed.
@@ -79,6 +81,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             access: Vec::new(),
             limit_conn: Vec::new(),
             limit_conn_rate: Vec::new(),
+            ssl_preread: false,
+            preread_buffer_size: 1,
+            preread_timeout: hour,
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
         let tables = self.check.tables(root, "server");
@@ -107,6 +112,7 @@ impl<'c, 'a> Servers<'c, 'a> {
         let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
         let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
         let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
+        let preread = |given: Given| units::size(given, 1..=PREREAD_MAX_BYTES);
         let zones = self.zones;
         let check = &mut self.check;
         let Stream {
@@ -125,6 +131,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ref access,
             ref limit_conn,
             ref limit_conn_rate,
+            ssl_preread,
+            preread_buffer_size,
+            preread_timeout,
         } = *inherited;
         Stream {
             ebpf_enable: check
@@ -176,6 +185,15 @@ impl<'c, 'a> Servers<'c, 'a> {
             limit_conn_rate: check
                 .limit_conn_rate(table, key, zones)
                 .unwrap_or_else(|| limit_conn_rate.clone()),
+            ssl_preread: check
+                .at(table, key, "ssl_preread", valid::boolean)
+                .unwrap_or(ssl_preread),
+            preread_buffer_size: check
+                .at(table, key, "preread_buffer_size", preread)
+                .unwrap_or(preread_buffer_size),
+            preread_timeout: check
+                .at(table, key, "preread_timeout", timeout)
+                .unwrap_or(preread_timeout),
         }
     }
 

@@ -23,6 +23,9 @@ pub(super) const SESSION_VARIABLES: &[(&str, Variable)] = &[
     ("proxy_protocol_server_port", Variable::ProxyProtocolServerPort),
     ("realip_remote_addr", Variable::RealipRemoteAddr),
     ("realip_remote_port", Variable::RealipRemotePort),
+    ("ssl_preread_server_name", Variable::SslPrereadServerName),
+    ("ssl_preread_alpn_protocols", Variable::SslPrereadAlpnProtocols),
+    ("ssl_preread_protocol", Variable::SslPrereadProtocol),
 ];
 
 /// The session variable of that name.

@@ -25,12 +25,13 @@ fn stream() -> impl Strategy<Value = Stream> {
                 burst,
             }
         });
+    let hello = (1usize..=64 << 10, millis(1..=year));
     let limits = (
         prop::collection::vec(limit, 0..3),
         prop::collection::vec(rate, 0..3),
     );
-    (any::<[bool; 4]>(), times, sizes, header, limits).prop_map(|(flags, times, sizes, header, limits)| {
-        Stream {
+    (any::<[bool; 5]>(), times, sizes, header, limits, hello).prop_map(
+        |(flags, times, sizes, header, limits, hello)| Stream {
             ebpf_enable: flags[0],
             proxy_timeout: times.0,
             proxy_connect_timeout: times.1,
@@ -46,8 +47,11 @@ fn stream() -> impl Strategy<Value = Stream> {
             access: header.3,
             limit_conn: limits.0,
             limit_conn_rate: limits.1,
-        }
-    })
+            ssl_preread: flags[4],
+            preread_buffer_size: hello.0,
+            preread_timeout: hello.1,
+        },
+    )
 }
 
 fn network() -> impl Strategy<Value = Network> {
