@@ -269,3 +269,39 @@ fn openssl_reaches_the_server_that_its_hello_names() {
     assert!(status.sockmap().to_upstream > 0 && status.sockmap().to_downstream > 0);
     assert_eq!(status.fallbacks(), 0);
 }
+
+#[test]
+fn a_map_leads_names_to_upstreams_and_the_kernel_carries_them() {
+    let ((_one, one), (_two, two), (_rest, rest)) = (marked("one", 1), marked("two", 2), marked("rest", 3));
+    let map = r#"
+[[map]]
+source = "$ssl_preread_server_name"
+variable = "$class"
+hostnames = true
+values = ["exact.example first", "*.one.example first", "~^x[0-9]+[.] second", "default third"]
+
+[[map]]
+source = "$class-$remote_addr"
+variable = "$backend"
+values = ["first-127.0.0.1 one", "second-127.0.0.1 two", "default rest"]
+"#;
+    let mut plan = Plan::new().tables(&one).tables(&two).tables(&rest).tables(map);
+    let front = plan.server_with("127.0.0.1", "$backend", TLS);
+    let proxy = plan.start();
+    let names = [
+        ("exact.example", 1),
+        ("Exact.Example", 1),
+        ("a.b.one.example", 1),
+        ("one.example", 3),
+        ("x12.example", 2),
+        ("x.example", 3),
+        ("", 3),
+    ];
+    for (name, mark) in names {
+        assert_led_to(mark, front, &[&hello(name, 20)]);
+    }
+    let status = proxy.settle();
+    assert_eq!(status.number("/closes/finished"), names.len() as u64);
+    assert_eq!(status.relay(), Bytes::default());
+    assert_eq!(status.fallbacks(), 0);
+}

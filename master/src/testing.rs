@@ -55,6 +55,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
             })
             .collect(),
         stream: stream.clone(),
+        maps: Vec::new(),
         limit_zones: Vec::new(),
         servers: listeners
             .iter()

@@ -128,7 +128,7 @@ impl Worker {
         let weights =
             |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
         Ok(Worker {
-            router: Router::new(&start.config.upstreams, hostname),
+            router: Router::new(&start.config.upstreams, hostname).with_maps(&start.config.maps),
             groups: start
                 .config
                 .upstreams

@@ -18,6 +18,7 @@ mod control;
 mod drive;
 mod event_loop;
 mod keep;
+mod map;
 mod offload;
 mod preread;
 mod pressure;

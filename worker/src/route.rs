@@ -4,14 +4,16 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable};
+use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable, VariableMap};
 
 use crate::client_hello::Hello;
+use crate::map::Lookup;
 use crate::proxy_protocol::Addresses;
 
 /// Upstream groups by name, and what variables need.
 pub struct Router {
     groups: HashMap<String, usize>,
+    maps: Vec<Lookup>,
     hostname: String,
 }
 
@@ -60,7 +62,17 @@ impl Router {
             .enumerate()
             .map(|(index, group)| (group.name.clone(), index))
             .collect();
-        Router { groups, hostname }
+        Router {
+            groups,
+            maps: Vec::new(),
+            hostname,
+        }
+    }
+
+    /// The same, with the variables that `[[map]]` makes.
+    pub fn with_maps(mut self, maps: &[VariableMap]) -> Router {
+        self.maps = maps.iter().map(Lookup::new).collect();
+        self
     }
 
     /// The session's route; an error is the value that leads nowhere.
@@ -106,6 +118,11 @@ impl Router {
             Variable::ServerAddr => ends.local.ip().to_string(),
             Variable::ServerPort => ends.local.port().to_string(),
             Variable::Hostname => self.hostname.clone(),
+            Variable::Map(map) => {
+                let map = &self.maps[map];
+                // A map is made from maps before it alone, so this ends.
+                self.expand(map.find(&self.expand(&map.source, ends)), ends)
+            }
             Variable::RealipRemoteAddr => ends.peer.ip().to_string(),
             Variable::RealipRemotePort => ends.peer.port().to_string(),
             Variable::SslPrereadServerName => said(ends, |hello| &hello.server_name),

@@ -63,8 +63,9 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         .unwrap_or_default();
     let error_log = check.error_log(root);
     let upstreams = check.upstreams(root);
-    let limit_zones = check.limit_zones(root);
-    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams, &limit_zones).read(root);
+    let maps = check.maps(root);
+    let limit_zones = check.limit_zones(root, &maps);
+    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams, (&limit_zones, &maps)).read(root);
     Config {
         user,
         worker_cpus,
@@ -75,6 +76,7 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         error_log,
         upstreams,
         stream,
+        maps,
         limit_zones,
         servers,
     }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
 use super::{
-    Action, Balance, Config, LimitZone, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target,
-    Template,
+    Action, Balance, Config, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target, Template,
+    Variable,
 };
 use super::{cpus, expand};
 
@@ -52,7 +52,8 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
     )?;
     writeln!(out, "\n[stream]")?;
     write_stream(out, config, &config.stream)?;
-    write_zones(out, &config.limit_zones)?;
+    write_maps(out, config)?;
+    write_zones(out, config)?;
     for upstream in config
         .upstreams
         .iter()
@@ -96,7 +97,7 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
                 .map_or("", |upstream| upstream.name.as_str());
             writeln!(out, "proxy_pass = {}", quoted(&expand::escape(name)))?;
         }
-        Action::Proxy(Target::Variable(template)) => write_template(out, template)?,
+        Action::Proxy(Target::Variable(template)) => write_template(out, config, template)?,
     }
     write_stream(out, config, &server.stream)
 }
@@ -164,18 +165,49 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
     writeln!(out, "preread_timeout = {}", quoted(&write_duration(timeout)))
 }
 
-fn write_zones(out: &mut String, zones: &[LimitZone]) -> std::fmt::Result {
-    for zone in zones {
-        // A key has no `set`, so no literal in it can run into a variable's name.
-        let part = |part: &Part| match part {
-            Part::Literal(literal) => expand::escape(literal),
-            Part::Variable(variable) => format!("${}", variable_name(*variable)),
-        };
-        let key: String = zone.key.0.iter().map(part).collect();
-        let (name, key) = (quoted(&zone.name), quoted(&key));
+fn write_zones(out: &mut String, config: &Config) -> std::fmt::Result {
+    for zone in &config.limit_zones {
+        let (name, key) = (quoted(&zone.name), quoted(&plain(config, &zone.key)));
         writeln!(out, "\n[[limit_conn_zone]]\nname = {name}\nkey = {key}")?;
     }
     Ok(())
+}
+
+fn write_maps(out: &mut String, config: &Config) -> std::fmt::Result {
+    for map in &config.maps {
+        writeln!(out, "\n[[map]]\nsource = {}", quoted(&plain(config, &map.source)))?;
+        writeln!(
+            out,
+            "variable = {}\nhostnames = {}\nvalues = [",
+            quoted(&format!("${}", map.name)),
+            map.hostnames
+        )?;
+        let line = |pattern: &str, value: &Template| match plain(config, value) {
+            value if value.is_empty() => quoted(&format!("{pattern} \"\"")),
+            value => quoted(&format!("{pattern} {value}")),
+        };
+        for entry in &map.entries {
+            writeln!(out, "  {},", line(&expand::escape(&entry.text), &entry.value))?;
+        }
+        writeln!(out, "  {},\n]", line("default", &map.default))?;
+    }
+    Ok(())
+}
+
+/// A template that was written without `set`, so that no literal in it can run into a variable's name.
+fn plain(config: &Config, template: &Template) -> String {
+    let part = |part: &Part| match part {
+        Part::Literal(literal) => expand::escape(literal),
+        Part::Variable(variable) => format!("${}", name_of(config, *variable)),
+    };
+    template.0.iter().map(part).collect()
+}
+
+fn name_of(config: &Config, variable: Variable) -> &str {
+    match variable {
+        Variable::Map(map) => config.maps.get(map).map_or("", |map| map.name.as_str()),
+        other => variable_name(other),
+    }
 }
 
 /// A list of texts.
@@ -185,7 +217,7 @@ fn list<T: ToString>(items: &[T]) -> String {
 }
 
 /// A literal that would lengthen the name of the variable before it goes into a variable of its own.
-fn write_template(out: &mut String, template: &Template) -> std::fmt::Result {
+fn write_template(out: &mut String, config: &Config, template: &Template) -> std::fmt::Result {
     let mut text = String::new();
     let mut set = Vec::new();
     let mut after_variable = false;
@@ -201,7 +233,7 @@ fn write_template(out: &mut String, template: &Template) -> std::fmt::Result {
             }
             Part::Literal(literal) => text.push_str(&expand::escape(literal)),
             Part::Variable(variable) => {
-                let _ = write!(text, "${}", variable_name(*variable));
+                let _ = write!(text, "${}", name_of(config, *variable));
             }
         }
         after_variable = matches!(part, Part::Variable(_));

@@ -48,6 +48,7 @@ pub(super) const ROOT: &[Key] = &[
     shaped("upstream", Shape::Tables(UPSTREAM)),
     shaped("server", Shape::Tables(SERVER)),
     shaped("limit_conn_zone", Shape::Tables(LIMIT_CONN_ZONE)),
+    shaped("map", Shape::Tables(MAP)),
 ];
 
 /// `[stream]`: what every server inherits.
@@ -70,6 +71,14 @@ pub(super) const STREAM: &[Key] = &[
     value("ssl_preread"),
     value("preread_buffer_size"),
     value("preread_timeout"),
+];
+
+/// `[[map]]`.
+const MAP: &[Key] = &[
+    value("source"),
+    value("variable"),
+    value("hostnames"),
+    value("values"),
 ];
 
 /// `[[limit_conn_zone]]`.

@@ -11,7 +11,7 @@ use super::diagnostic::Fault;
 use super::source::join;
 use super::template::{self, is_name_char};
 use super::valid::{self, Given};
-use super::{Part, Template};
+use super::{Part, Template, VariableMap};
 use crate::limits::MAX_HOLDS;
 
 /// More sessions of one key than this are no limit; nginx's own maximum.
@@ -79,7 +79,7 @@ impl LimitRate {
 
 impl Check<'_> {
     /// The zones of a file.
-    pub(super) fn limit_zones(&mut self, root: &Map<String, Value>) -> Vec<LimitZone> {
+    pub(super) fn limit_zones(&mut self, root: &Map<String, Value>, maps: &[VariableMap]) -> Vec<LimitZone> {
         let mut zones: Vec<LimitZone> = Vec::new();
         for (key, at, table) in self.tables(root, "limit_conn_zone") {
             for name in ["name", "key"] {
@@ -104,7 +104,7 @@ impl Check<'_> {
             });
             let template = self.at(table, &key, "key", |given| {
                 let text = valid::text(given, "\"$remote_addr\"")?;
-                let template = template::resolve(text, &BTreeMap::new()).map_err(|unresolved| {
+                let template = template::resolve(text, &BTreeMap::new(), maps).map_err(|unresolved| {
                     let remedy = "a key is made of a session's variables, such as $remote_addr";
                     Fault::new(unresolved.fault.what, remedy)
                 })?;

@@ -18,6 +18,7 @@ mod file;
 mod include;
 mod layer;
 mod limit;
+mod map;
 mod network;
 mod servers;
 mod source;
@@ -36,6 +37,7 @@ pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
 pub use limit::{LimitConn, LimitRate, LimitZone};
+pub use map::{MapEntry, Pattern, VariableMap};
 pub use network::Network;
 
 /// Reads, merges and checks a configuration: the file with what it includes, over it the environment
@@ -95,6 +97,8 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// What `[stream]` says, for sessions whose server is gone.
     pub stream: Stream,
+    /// Variables that are made from others.
+    pub maps: Vec<VariableMap>,
     /// What sessions are counted by.
     pub limit_zones: Vec<LimitZone>,
     /// Servers, in file order.
@@ -260,6 +264,8 @@ pub enum Variable {
     SslPrereadAlpnProtocols,
     /// The highest version of TLS that the hello offers.
     SslPrereadProtocol,
+    /// What the map at this index of [`Config::maps`] gives.
+    Map(usize),
 }
 
 /// Settings of `[stream]` that a server inherits.

@@ -14,7 +14,7 @@ use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
     Action, Address, Balance, LimitZone, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target,
-    Template, Upstream,
+    Template, Upstream, VariableMap,
 };
 use super::{address, defaults, units};
 
@@ -42,16 +42,22 @@ pub(super) struct Servers<'c, 'a> {
     /// The named groups, then the unnamed ones.
     upstreams: Vec<Upstream>,
     zones: &'c [LimitZone],
+    maps: &'c [VariableMap],
     /// Every address that is listened on, with the key and the place of its listener.
     listeners: HashMap<SocketAddr, (String, OriginId)>,
 }
 
 impl<'c, 'a> Servers<'c, 'a> {
-    pub(super) fn new(check: &'c mut Check<'a>, upstreams: Vec<Upstream>, zones: &'c [LimitZone]) -> Self {
+    pub(super) fn new(
+        check: &'c mut Check<'a>,
+        upstreams: Vec<Upstream>,
+        (zones, maps): (&'c [LimitZone], &'c [VariableMap]),
+    ) -> Self {
         Servers {
             check,
             upstreams,
             zones,
+            maps,
             listeners: HashMap::new(),
         }
     }
@@ -350,7 +356,9 @@ impl<'c, 'a> Servers<'c, 'a> {
         let names: Vec<&str> = set.keys().copied().collect();
         for name in names {
             // Blanking whatever is to blame ends this: an empty value is right.
-            while let Err(Unresolved { within, fault }) = template::resolve(&format!("${name}"), &set) {
+            while let Err(Unresolved { within, fault }) =
+                template::resolve(&format!("${name}"), &set, self.maps)
+            {
                 let blamed = within.and_then(|blamed| values.get_key_value(blamed.as_str()));
                 let Some((blamed, value)) = blamed else { break };
                 self.check
@@ -363,9 +371,10 @@ impl<'c, 'a> Servers<'c, 'a> {
     }
 
     fn target(&mut self, key: &str, value: &Value, set: &Set) -> Target {
+        let maps = self.maps;
         let resolved = self.check.read(key, value, |given| {
             let text = valid::text(given, "\"127.0.0.1:8000\"")?;
-            template::resolve(text, &set.values).map_err(|unresolved| unresolved.fault)
+            template::resolve(text, &set.values, maps).map_err(|unresolved| unresolved.fault)
         });
         let parts = match resolved {
             // With a blanked variable it leads somewhere else than it should.

@@ -162,6 +162,7 @@ fn the_least_configuration_has_every_default() {
             peers,
         }],
         stream: stream.clone(),
+        maps: Vec::new(),
         limit_zones: Vec::new(),
         servers: vec![Server {
             listen: vec![Listen {

@@ -65,6 +65,28 @@ fn peer_address() -> impl Strategy<Value = Address> {
     ]
 }
 
+/// One map of each kind of pattern, the second made from the first.
+fn maps() -> Vec<VariableMap> {
+    let text = r#"
+        [[server]]
+        listen = 81
+        proxy_pass = "127.0.0.1:80"
+        [[map]]
+        source = "$ssl_preread_server_name"
+        variable = "$one"
+        hostnames = true
+        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "~^w{1} v", "~*[A-Z] u", "default w"]
+        [[map]]
+        source = "$one-$server_port"
+        variable = "$two"
+        values = ["\\\\*.b $one", "* star"]
+    "#;
+    let directory = Directory::new();
+    load_with(&Fake::default(), &directory, text, &[])
+        .expect("right maps")
+        .maps
+}
+
 /// Where a server leads, before indexes are known.
 #[derive(Clone, Debug)]
 enum Way {
@@ -150,6 +172,7 @@ prop_compose! {
             },
             upstreams,
             stream,
+            maps: maps(),
             limit_zones: vec![
                 LimitZone { name: "one".into(), key: Template(vec![Part::Variable(Variable::RemoteAddr)]) },
                 LimitZone {
