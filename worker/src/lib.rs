@@ -17,6 +17,8 @@ mod connect;
 mod control;
 mod drive;
 mod event_loop;
+#[cfg(test)]
+mod fuzz;
 mod keep;
 mod map;
 mod offload;
