@@ -8,7 +8,7 @@ use libbpf_cargo::SkeletonBuilder;
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    for name in ["slot", "entry"] {
+    for name in ["slot", "entry", "accept"] {
         let source = format!("c/{name}.bpf.c");
         SkeletonBuilder::new()
             .source(&source)

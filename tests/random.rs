@@ -4,7 +4,7 @@
 //! | variable | effect |
 //! |---|---|
 //! | `TEST_RANDOM_SECONDS` | how long it goes on; 8 unless set |
-//! | `TEST_RANDOM_GIB` | larger sessions, until so many GiB have been carried |
+//! | `TEST_RANDOM_GIB` | larger sessions, nearly all on listeners that the kernel takes, until so many GiB have come through |
 //! | `TEST_RANDOM_SEED` | this session alone, again and again for as long as the other variables say |
 
 mod harness;
@@ -26,6 +26,8 @@ const IPS: [&str; 2] = ["127.0.0.1", "::1"];
 const PATHS: [&str; 3] = ["", "ebpf_backlog_size = \"64k\"", "ebpf_enable = false"];
 /// Listeners: every path between every two kinds of addresses. A session's seed says which it uses.
 const LANES: u64 = 12;
+/// Those among them whose sessions the kernel takes.
+const KERNEL_LANES: u64 = 8;
 
 /// A sequence of numbers that follows from its seed.
 struct Random(u64);
@@ -112,6 +114,7 @@ fn scripts(seed: u64, large: bool) -> [Script; 2] {
                 random.milliseconds(30)
             }),
             glued: random.once_in(4),
+            ends_last: false,
             reset_after: None,
             // Less than a segment moves a few times a second at best (silly-window avoidance).
             receive_buffer: random
@@ -127,6 +130,16 @@ fn scripts(seed: u64, large: bool) -> [Script; 2] {
         } else {
             Start::AfterEnd
         };
+    }
+    // Bulk for the kernel: half-closed sessions leave it when they are first held back, so most end both ways at once.
+    if large && !random.once_in(8) {
+        for end in &mut ends {
+            (end.ends_last, end.glued) = (true, false);
+            // Nobody waits for an end that is held back for him.
+            if !matches!(end.start, Start::After(_)) {
+                end.start = Start::After(Duration::ZERO);
+            }
+        }
     }
     if random.once_in(4) {
         let resetting = random.below(2) as usize;
@@ -251,7 +264,9 @@ fn random_sessions_are_whole_and_end_in_fin_or_are_a_prefix_and_end_in_reset() {
     std::thread::scope(|scope| {
         for (lane, front) in fronts.iter().enumerate() {
             let (tally, goes_on, lane) = (&tally, &goes_on, lane as u64);
-            if replayed.is_some_and(|seed| seed % LANES != lane) {
+            // What is to be carried in bulk is what the kernel carries.
+            let left_out = large && lane >= KERNEL_LANES;
+            if replayed.map_or(left_out, |seed| seed % LANES != lane) {
                 continue;
             }
             let mut random = Random(base ^ lane);
@@ -304,6 +319,7 @@ fn random_sessions_are_whole_and_end_in_fin_or_are_a_prefix_and_end_in_reset() {
         status.json()
     );
     let carried = status.carried();
+    let carried_by_kernel = status.sockmap().sum();
     for (way, bytes) in [carried.to_upstream, carried.to_downstream]
         .into_iter()
         .enumerate()
@@ -316,4 +332,13 @@ fn random_sessions_are_whole_and_end_in_fin_or_are_a_prefix_and_end_in_reset() {
         );
     }
     assert!(sessions > 0, "no session was played");
+    let (sockmap, all) = (carried_by_kernel, carried.to_upstream + carried.to_downstream);
+    eprintln!(
+        "{:.1} GiB through the sockmap, {:.1} % of all; first seed {base}",
+        sockmap as f64 / GIB as f64,
+        sockmap as f64 * 100.0 / all.max(1) as f64
+    );
+    if large && replayed.is_none() {
+        assert!(sockmap * 2 > all, "{sockmap} of {all} bytes through the kernel");
+    }
 }

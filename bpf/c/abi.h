@@ -41,14 +41,34 @@ struct flow {
 	__u32 pauses;		/* times that the source was held back */
 	__u32 largest_outstanding_bytes;
 	__u32 lane;		/* user: the ring buffer of its worker; none there: the worker looks by itself */
-	__u32 pad[2];
+	__u32 held_bytes;	/* what it stands for in the slot's sum (struct slot_total) */
+	__u32 pad;
 	__u64 reserved[4];
 };
 
-/* Bytes forwarded on one CPU, whole program, by direction. One cache line. */
+/* Counted on one CPU, whole program; bytes by direction. One cache line. */
 struct cpu_total {
 	__u64 forwarded_bytes[2];
-	__u64 pad[6];
+	__u64 pauses;		/* times that a source was held back */
+	__u64 pad[5];
+};
+
+/* What all flows of one worker slot have in common. One cache line. */
+struct slot_total {
+	__u64 held_bytes;	/* outstanding in all flows that have more than FLOW_FLOOR outstanding */
+	__u64 limit_bytes;	/* user: above this, such flows are held back; 0 = no limit */
+	__u64 low_bytes;	/* user: below this, they are let go again */
+	__u64 pauses;		/* times that a source of the slot was held back */
+	__u32 wake;		/* somebody waits until less than low_bytes are held */
+	__u32 pad[7];
+};
+
+/*
+ * Bytes that every flow may have outstanding, whatever the others have: so no flow waits for another one's
+ * reader. It is also what a flow has to have before it counts.
+ */
+enum flow_floor {
+	FLOW_FLOOR = 64 * 1024,
 };
 
 /* Where a socket stands: the value of its socket storage, put there when its pair is joined. */
@@ -62,11 +82,35 @@ enum event_kind {
 	EVENT_PAUSED = 1,	/* a source is held back from now on */
 	EVENT_DRAINED = 2,	/* few enough bytes are outstanding: the source may be let go */
 	EVENT_TROUBLE = 3,	/* a flag was set that a session must not survive */
+	EVENT_ROOM = 4,		/* the slot holds few enough bytes again; index says nothing */
 };
 
 struct event {
 	__u32 index;		/* of the flow */
 	enum event_kind kind;
+};
+
+/* Whether a worker slot may be given new connections. Those after the first absent one are absent too. */
+enum accept_state {
+	ACCEPT_ABSENT,		/* the configuration has no such slot */
+	ACCEPT_WAITING,		/* it has sockets and no worker that serves: connections would wait there */
+	ACCEPT_LIVE,		/* its worker serves */
+};
+
+/*
+ * How much a worker slot carries; what `choose` (accept.bpf.c) goes by. What is on its way to a worker is
+ * `started` less `taken`. Fields marked "master" and "worker" are written by these.
+ */
+struct accept_slot {
+	enum accept_state state;	/* master */
+	__u32 sessions;		/* worker: that it holds */
+	__u32 room;		/* worker: how many more it can hold */
+	__u32 started;		/* connections that were sent to the slot */
+	__u32 taken;		/* worker: connections that it has accepted; program: that never came */
+	__u32 aged_started;	/* `started` at aged_ns */
+	__u64 aged_ns;		/* when it was last looked for connections that never came */
+	__u64 pad[4];
+	__u64 cpus[16];		/* master: the CPUs that its worker is pinned to, a bit each */
 };
 
 #endif

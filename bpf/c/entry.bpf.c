@@ -9,18 +9,12 @@
 #include <bpf/bpf_helpers.h>
 
 #include "abi.h"
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct place);
-} places SEC(".maps");
+#include "places.h"
 
 /* Worker slot -> its `pressure` program. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 1024);
+	__uint(max_entries, SLOTS);
 	__type(key, __u32);
 	__type(value, __u32);
 } slots SEC(".maps");

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * The maps of one worker slot. User space sizes them for 2 * worker_connections sockets, and gives
- * `totals` and `places` the ones that all slots share.
+ * `totals`, `slot_totals` and `places` the ones that all slots share.
  */
 #ifndef CULVERT_MAPS_H
 #define CULVERT_MAPS_H
+
+#include "places.h"
 
 /* The sockets whose data the verdict program sees. A socket that is held back is missing here. */
 struct {
@@ -72,12 +74,13 @@ struct {
 	__type(value, struct cpu_total);
 } totals SEC(".maps");
 
-/* Socket -> its slot and index; shared by the programs of all worker slots. */
+/* By slot, the number of which is in `place`; shared by the programs of all worker slots. */
 struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct place);
-} places SEC(".maps");
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, SLOTS);
+	__type(key, __u32);
+	__type(value, struct slot_total);
+} slot_totals SEC(".maps");
 
 #endif

@@ -10,6 +10,9 @@
  * `pressure` runs at the socket's own TCP events, also under its lock. A source whose target has too much
  * outstanding is taken out of `sources` there: then its bytes stay in its receive queue, charged to it,
  * its window closes, and the sender feels TCP's own back-pressure. User space puts it back.
+ *
+ * Both keep the sum of what all flows of the slot have outstanding: each flow remembers what it stands for
+ * in that sum, and whoever sees it change takes the old value out and puts the new one in.
  */
 #include <linux/bpf.h>
 #include <linux/types.h>
@@ -25,8 +28,15 @@
 /* An overlap is smaller than the largest skb: 64 KiB, or 512 KiB with BIG TCP. */
 #define TRIM_STEPS 129
 
-/* Puts the type into the object's BTF, which user space takes its layout from. */
+/* A flow's part of the slot's sum follows it in steps of this: most segments need no atomic for it. */
+#define HELD_STEP (16 * 1024)
+
+/* Puts the types into the object's BTF, which user space takes their layout from. */
 const volatile struct event event_layout;
+const volatile enum flow_floor flow_floor_layout;
+
+/* The worker slot's number, set by user space before loading. */
+const volatile __u32 slot_number;
 
 static __always_inline void tell(struct flow *flow, __u32 index, enum event_kind kind)
 {
@@ -114,8 +124,47 @@ static __always_inline __s32 outstanding_bytes(struct flow *flow, struct tcp_soc
 	return (__s32)((__u32)flow->forwarded_bytes - ((__u32)target->bytes_acked - flow->acked_base));
 }
 
+static __always_inline struct slot_total *slot(void)
+{
+	__u32 number = slot_number;
+
+	return bpf_map_lookup_elem(&slot_totals, &number);
+}
+
+/*
+ * Brings the flow's part of the slot's sum up to date. The exchange makes sure that what was put into the sum
+ * is taken out once, whoever else does the same on another CPU.
+ */
+static __always_inline void count_held(struct flow *flow, __u32 index, __s32 outstanding, struct slot_total *total)
+{
+	__u32 held = outstanding > FLOW_FLOOR ? outstanding : 0;
+	__s32 change = (__s32)(held - flow->held_bytes);
+	__u64 before;
+	__s64 difference;
+
+	if (!change || (held && flow->held_bytes && change < HELD_STEP && change > -HELD_STEP))
+		return;
+	difference = (__s64)held - (__s64)__sync_lock_test_and_set(&flow->held_bytes, held);
+	before = __sync_fetch_and_add(&total->held_bytes, difference);
+	if (total->wake && before + difference < total->low_bytes && __sync_lock_test_and_set(&total->wake, 0))
+		tell(flow, index, EVENT_ROOM);
+}
+
+/* Whether the slot has more outstanding than it may: flows above the floor have to wait. */
+static __always_inline int is_full(struct slot_total *total)
+{
+	return total->limit_bytes && total->held_bytes > total->limit_bytes;
+}
+
+/* Whether the slot has so little outstanding that flows may be let go. */
+static __always_inline int has_room(struct slot_total *total)
+{
+	return !total->limit_bytes || total->held_bytes < total->low_bytes;
+}
+
 static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u32 index, struct tcp_sock *target)
 {
+	struct slot_total *shared = slot();
 	struct cpu_total *total;
 	__u32 cpu, len;
 	__s32 behind;
@@ -157,7 +206,12 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 	behind = outstanding_bytes(flow, target);
 	if (behind > (__s32)flow->largest_outstanding_bytes)
 		flow->largest_outstanding_bytes = behind;
-	if (behind > (__s32)flow->high_bytes && flow->pause == PAUSE_OFF) {
+	if (!shared)
+		return SK_PASS;
+	count_held(flow, index, behind, shared);
+	if (flow->pause != PAUSE_OFF)
+		return SK_PASS;
+	if (behind > (__s32)flow->high_bytes || (behind > FLOW_FLOOR && is_full(shared))) {
 		flow->wake = 1;
 		flow->pause = PAUSE_WANTED;
 	}
@@ -204,22 +258,42 @@ int verdict(struct __sk_buff *skb)
  * verdict on the present skb is made, and with an empty receive queue there is no next one that could
  * find its program gone and be dropped.
  */
-static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, __u32 index)
+static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, __u32 index, struct slot_total *shared)
 {
+	struct cpu_total *total;
+	__u32 cpu;
+
 	if (flow->pause != PAUSE_WANTED || self->inet_conn.icsk_inet.sk.sk_receive_queue.qlen)
 		return;
 	if (__sync_val_compare_and_swap(&flow->pause, PAUSE_WANTED, PAUSE_ON) != PAUSE_WANTED)
 		return;
 	bpf_map_delete_elem(&sources, &index);
 	flow->pauses++;
+	__sync_fetch_and_add(&shared->pauses, 1);
+	cpu = bpf_get_smp_processor_id();
+	total = bpf_map_lookup_elem(&totals, &cpu);
+	if (total)
+		__sync_fetch_and_add(&total->pauses, 1);
 	tell(flow, index, EVENT_PAUSED);
 }
 
-/* The socket is the target of the flow at `other`: says when enough of it has been acknowledged. */
-static __always_inline void tell_drained(struct tcp_sock *self, struct flow *flow, __u32 other)
+/*
+ * The socket is the target of the flow at `other`: says when its source may be let go. Few enough bytes of the
+ * flow have to be outstanding; and of the slot, unless the flow has next to none.
+ */
+static __always_inline void tell_drained(struct tcp_sock *self, struct flow *flow, __u32 other, struct slot_total *shared)
 {
-	if (!flow->wake || outstanding_bytes(flow, self) >= (__s32)flow->low_bytes)
+	__s32 outstanding = outstanding_bytes(flow, self);
+
+	if (!(flow->flags & FLOW_STARTED))
 		return;
+	count_held(flow, other, outstanding, shared);
+	if (!flow->wake || outstanding >= (__s32)flow->low_bytes)
+		return;
+	if (outstanding >= FLOW_FLOOR && !has_room(shared)) {
+		shared->wake = 1;
+		return;
+	}
 	if (__sync_lock_test_and_set(&flow->wake, 0))
 		tell(flow, other, EVENT_DRAINED);
 }
@@ -227,13 +301,14 @@ static __always_inline void tell_drained(struct tcp_sock *self, struct flow *flo
 SEC("sockops")
 int pressure(struct bpf_sock_ops *ops)
 {
+	struct slot_total *shared = slot();
 	struct bpf_sock *sk = ops->sk;
 	struct tcp_sock *self;
 	struct place *place;
 	struct flow *flow;
 	__u32 index;
 
-	if (!sk)
+	if (!sk || !shared)
 		return 1;
 	place = bpf_sk_storage_get(&places, sk, 0, 0);
 	self = bpf_skc_to_tcp_sock(sk);
@@ -244,11 +319,11 @@ int pressure(struct bpf_sock_ops *ops)
 	if (!flow || flow->cookie != bpf_get_socket_cookie(ops))
 		return 1;
 	if (ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)
-		hold_back(self, flow, index);
+		hold_back(self, flow, index, shared);
 	index ^= 1;
 	flow = bpf_map_lookup_elem(&flows, &index);
 	if (flow)
-		tell_drained(self, flow, index);
+		tell_drained(self, flow, index, shared);
 	return 1;
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use culvert_shared::sys::shm::Shareable;
 
+use crate::skel::accept::types as accept;
 use crate::skel::slot::types;
 
 /// One direction of one pair (`struct flow`).
@@ -25,22 +26,82 @@ pub struct Flow {
     pub pauses: AtomicU32,
     pub largest_outstanding_bytes: AtomicU32,
     pub lane: AtomicU32,
-    pub pad: [AtomicU32; 2],
+    pub held_bytes: AtomicU32,
+    pub pad: AtomicU32,
     pub reserved: [AtomicU64; 4],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
 unsafe impl Shareable for Flow {}
 
-/// Bytes forwarded on one CPU (`struct cpu_total`).
+/// Counted on one CPU (`struct cpu_total`).
 #[repr(C)]
 pub struct CpuTotal {
     pub forwarded_bytes: [AtomicU64; 2],
-    pub pad: [AtomicU64; 6],
+    pub pauses: AtomicU64,
+    pub pad: [AtomicU64; 5],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
 unsafe impl Shareable for CpuTotal {}
+
+/// How much a worker slot carries (`struct accept_slot`).
+#[repr(C)]
+pub struct AcceptSlot {
+    pub state: AtomicU32,
+    pub sessions: AtomicU32,
+    pub room: AtomicU32,
+    pub started: AtomicU32,
+    pub taken: AtomicU32,
+    pub aged_started: AtomicU32,
+    pub aged_ns: AtomicU64,
+    pub pad: [AtomicU64; 4],
+    pub cpus: [AtomicU64; 16],
+}
+
+// SAFETY: only atomics in a `repr(C)` layout; zero is valid.
+unsafe impl Shareable for AcceptSlot {}
+
+const _: () = {
+    assert!(size_of::<AcceptSlot>() == size_of::<accept::accept_slot>());
+    assert!(offset_of!(AcceptSlot, state) == offset_of!(accept::accept_slot, state));
+    assert!(offset_of!(AcceptSlot, sessions) == offset_of!(accept::accept_slot, sessions));
+    assert!(offset_of!(AcceptSlot, room) == offset_of!(accept::accept_slot, room));
+    assert!(offset_of!(AcceptSlot, started) == offset_of!(accept::accept_slot, started));
+    assert!(offset_of!(AcceptSlot, taken) == offset_of!(accept::accept_slot, taken));
+    assert!(offset_of!(AcceptSlot, aged_started) == offset_of!(accept::accept_slot, aged_started));
+    assert!(offset_of!(AcceptSlot, aged_ns) == offset_of!(accept::accept_slot, aged_ns));
+    assert!(offset_of!(AcceptSlot, cpus) == offset_of!(accept::accept_slot, cpus));
+};
+
+/// Whether a worker slot may be given new connections (`enum accept_state`, where they are explained).
+pub mod accept_state {
+    use crate::skel::accept::types::accept_state;
+
+    /// The configuration has no such slot.
+    pub const ABSENT: u32 = accept_state::ACCEPT_ABSENT.0;
+    /// It has no worker that serves.
+    pub const WAITING: u32 = accept_state::ACCEPT_WAITING.0;
+    /// Its worker serves.
+    pub const LIVE: u32 = accept_state::ACCEPT_LIVE.0;
+}
+
+/// What all flows of a worker slot have in common (`struct slot_total`).
+#[repr(C)]
+pub struct SlotTotal {
+    pub held_bytes: AtomicU64,
+    pub limit_bytes: AtomicU64,
+    pub low_bytes: AtomicU64,
+    pub pauses: AtomicU64,
+    pub wake: AtomicU32,
+    pub pad: [AtomicU32; 7],
+}
+
+// SAFETY: only atomics in a `repr(C)` layout; zero is valid.
+unsafe impl Shareable for SlotTotal {}
+
+/// Bytes that every flow may have outstanding (`enum flow_floor`, where it is explained).
+pub const FLOW_FLOOR_BYTES: u32 = types::flow_floor::FLOW_FLOOR.0;
 
 const _: () = {
     assert!(size_of::<Flow>() == size_of::<types::flow>());
@@ -60,8 +121,16 @@ const _: () = {
         offset_of!(Flow, largest_outstanding_bytes) == offset_of!(types::flow, largest_outstanding_bytes)
     );
     assert!(offset_of!(Flow, lane) == offset_of!(types::flow, lane));
+    assert!(offset_of!(Flow, held_bytes) == offset_of!(types::flow, held_bytes));
     assert!(size_of::<CpuTotal>() == size_of::<types::cpu_total>());
     assert!(offset_of!(CpuTotal, forwarded_bytes) == offset_of!(types::cpu_total, forwarded_bytes));
+    assert!(offset_of!(CpuTotal, pauses) == offset_of!(types::cpu_total, pauses));
+    assert!(size_of::<SlotTotal>() == size_of::<types::slot_total>());
+    assert!(offset_of!(SlotTotal, held_bytes) == offset_of!(types::slot_total, held_bytes));
+    assert!(offset_of!(SlotTotal, limit_bytes) == offset_of!(types::slot_total, limit_bytes));
+    assert!(offset_of!(SlotTotal, low_bytes) == offset_of!(types::slot_total, low_bytes));
+    assert!(offset_of!(SlotTotal, pauses) == offset_of!(types::slot_total, pauses));
+    assert!(offset_of!(SlotTotal, wake) == offset_of!(types::slot_total, wake));
 };
 
 /// The value of a socket's storage (`struct place`).

@@ -38,6 +38,28 @@ impl Cgroup {
         })
     }
 
+    /// The cgroup that the program before this one, in the same process, has entered.
+    pub fn take_over(path: PathBuf, parent: Option<PathBuf>) -> Result<Cgroup> {
+        let directory =
+            File::open(&path).with_context(|| format!("failed to open the cgroup {}", path.display()))?;
+        Ok(Cgroup {
+            path,
+            directory,
+            parent,
+            maker: std::process::id(),
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The cgroup that the program was started in, if this one is its own.
+    pub fn parent(&self) -> Option<&Path> {
+        self.parent.as_deref()
+    }
+
     /// The cgroup's directory.
     pub fn directory(&self) -> &File {
         &self.directory

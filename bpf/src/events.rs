@@ -56,6 +56,8 @@ pub enum EventKind {
     Drained,
     /// The session must not survive.
     Trouble,
+    /// The slot holds few enough bytes again: sources that wait for it may be let go.
+    Room,
 }
 
 /// The reader of one ring buffer.
@@ -99,6 +101,7 @@ fn decode(bytes: &[u8]) -> Option<Event> {
         types::event_kind::EVENT_PAUSED => EventKind::Paused,
         types::event_kind::EVENT_DRAINED => EventKind::Drained,
         types::event_kind::EVENT_TROUBLE => EventKind::Trouble,
+        types::event_kind::EVENT_ROOM => EventKind::Room,
         _ => return None,
     };
     let direction = if index & 1 == 0 {

@@ -1,10 +1,13 @@
 //! The BPF side of the data path: the programs' user-space half, and the only crate that names libbpf-rs.
 //!
 //! `load` makes the maps of a worker slot and attaches the programs, `cgroup` is where (master); `pair` moves
-//! two sockets into the maps and reads their counters, `events` hears what the programs tell (worker); `abi` mirrors `c/abi.h`; `selftest` tries whether a kernel can be trusted
-//! with it, `probe` tells what the running kernel offers.
+//! two sockets into the maps and reads their counters, `events` hears what the programs tell (worker);
+//! `accept` lets a program choose the worker of a new connection; `abi` mirrors `c/abi.h`; `selftest` tries
+//! whether a kernel can be trusted with it, `probe` tells what the running kernel offers; `take_over` goes on
+//! with what an earlier binary made.
 
 mod abi;
+mod accept;
 mod cgroup;
 mod events;
 mod load;
@@ -12,9 +15,13 @@ mod pair;
 mod probe;
 pub mod selftest;
 mod skel;
+mod take_over;
 
 pub use abi::flow_flag;
+pub use accept::{Group, SlotLoad, Steering};
+pub use cgroup::Cgroup;
 pub use events::{Event, EventKind, Events};
-pub use load::{Bpf, Totals, trial};
-pub use pair::{FlowState, Joined, LaneNumber, SlotMaps, Terms};
+pub use load::{Bpf, ENTRY_DESCRIPTORS, Entry, SlotState, Totals, trial};
+pub use pair::{FlowState, Joined, LaneNumber, OWN_DESCRIPTORS, SlotMaps, Terms};
 pub use probe::{libbpf_version, probe};
+pub use take_over::layout;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,12 +11,12 @@ use anyhow::{Context, Result, ensure};
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::shm::Shared;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, OpenObject};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenObject};
 
-use crate::abi::CpuTotal;
+use crate::abi::{CpuTotal, SlotTotal};
 use crate::cgroup::Cgroup;
 use crate::pair::SlotMaps;
-use crate::skel::entry::EntrySkelBuilder;
+use crate::skel::entry::{EntryMaps, EntrySkelBuilder};
 use crate::skel::slot::SlotSkelBuilder;
 
 /// The most sessions of one worker: two sockets each must be countable by the kernel's map index.
@@ -24,24 +24,30 @@ const MAX_WORKER_CONNECTIONS: u32 = 1 << 24;
 
 /// What the slots of a program have in common. Sockets made after it belong to its cgroup.
 pub struct Bpf {
-    totals_map: MapHandle,
-    totals: Arc<Totals>,
     entry: Arc<Entry>,
-    _cgroup: Cgroup,
+    cgroup: Cgroup,
 }
 
-/// The entry program: attached to the cgroup, it sends each socket's events to its slot's program.
-pub(crate) struct Entry {
+/// Descriptors of an entry: two maps, the link, and what is counted.
+pub const ENTRY_DESCRIPTORS: usize = 5;
+
+/// The entry program: attached to the cgroup, it sends each socket's events to its slot's program. And what
+/// the programs of these slots count.
+pub struct Entry {
     places: MapHandle,
     programs: MapHandle,
     /// Detaches the program when the last process closes it.
-    link: Link,
+    link: OwnedFd,
+    totals_map: MapHandle,
+    slot_totals_map: MapHandle,
+    totals: Arc<Totals>,
     /// Numbers of slot programs that are in use.
     numbers: Mutex<BTreeSet<u32>>,
 }
 
 impl Entry {
-    fn load(cgroup: &Cgroup) -> Result<Entry> {
+    /// `totals_map`: where to count by CPU, in common with the slots of other entries.
+    fn load(cgroup: &Cgroup, totals_map: MapHandle) -> Result<Entry> {
         let mut storage = MaybeUninit::<OpenObject>::uninit();
         let open = EntrySkelBuilder::default()
             .open(&mut storage)
@@ -53,28 +59,86 @@ impl Entry {
             .entry
             .attach_cgroup(cgroup_fd)
             .context("failed to attach to the cgroup")?;
-        let places = MapHandle::try_from(&loaded.maps.places).context("failed to duplicate a BPF map")?;
-        let programs = MapHandle::try_from(&loaded.maps.slots).context("failed to duplicate a BPF map")?;
+        // A descriptor of it is all that keeps it attached.
+        let link = link.as_fd().try_clone_to_owned();
+        let slots = loaded.maps.slots.max_entries() as usize;
+        let slot_totals_map = shared_array("slot_totals", size_of::<SlotTotal>(), slots)?;
+        Entry::of(
+            &loaded.maps,
+            link.context("failed to duplicate a link")?,
+            totals_map,
+            slot_totals_map,
+        )
+    }
+
+    pub(crate) fn of(
+        maps: &EntryMaps<'_>,
+        link: OwnedFd,
+        totals_map: MapHandle,
+        slot_totals_map: MapHandle,
+    ) -> Result<Entry> {
+        let handle = |map| MapHandle::try_from(map).context("failed to duplicate a BPF map");
+        let totals = Totals {
+            cpus: Shared::of_fd(totals_map.as_fd(), totals_map.max_entries() as usize)?,
+            slots: Shared::of_fd(slot_totals_map.as_fd(), slot_totals_map.max_entries() as usize)?,
+        };
         Ok(Entry {
-            places,
-            programs,
+            places: handle(&maps.places)?,
+            programs: handle(&maps.slots)?,
             link,
+            totals_map,
+            slot_totals_map,
+            totals: Arc::new(totals),
             numbers: Mutex::default(),
         })
     }
 
-    /// Makes the events of sockets with this number go to `program`.
-    fn add(&self, program: OwnedFd) -> Result<u32> {
+    /// What another program needs to go on with it, in the order of [`Entry::take_over`].
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; ENTRY_DESCRIPTORS] {
+        [
+            self.places.as_fd(),
+            self.programs.as_fd(),
+            self.link.as_fd(),
+            self.totals_map.as_fd(),
+            self.slot_totals_map.as_fd(),
+        ]
+    }
+
+    /// A number that is in use already.
+    pub(crate) fn claim(&self, number: u32) {
         let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = (0..self.programs.max_entries())
+        numbers.insert(number);
+    }
+
+    pub(crate) fn totals(&self) -> &Arc<Totals> {
+        &self.totals
+    }
+
+    pub(crate) fn totals_map(&self) -> &MapHandle {
+        &self.totals_map
+    }
+
+    /// Slots that can exist at once.
+    fn capacity(&self) -> u32 {
+        self.programs.max_entries()
+    }
+
+    /// Takes a number for a slot.
+    fn reserve(&self) -> Result<u32> {
+        let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = (0..self.capacity())
             .find(|number| !numbers.contains(number))
             .context("too many worker slots, old generations included")?;
+        numbers.insert(number);
+        Ok(number)
+    }
+
+    /// Makes the events of sockets with this number go to `program`.
+    fn set(&self, number: u32, program: BorrowedFd<'_>) -> Result<()> {
         let value = program.as_raw_fd() as u32;
         self.programs
             .update(&number.to_ne_bytes(), &value.to_ne_bytes(), MapFlags::ANY)
-            .context("failed to give the entry program its slot's program")?;
-        numbers.insert(number);
-        Ok(number)
+            .context("failed to give the entry program its slot's program")
     }
 
     pub(crate) fn remove(&self, number: u32) {
@@ -99,32 +163,81 @@ impl Entry {
 const LOAD_FAILED: &str = "failed to load the BPF programs (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, \
                            or root, and a kernel with BTF)";
 
-/// Bytes that the kernel forwarded since the program started, by CPU and direction.
-pub struct Totals(Shared<CpuTotal>);
+/// What the programs have counted since the program started, by CPU, and what the worker slots hold.
+pub struct Totals {
+    cpus: Shared<CpuTotal>,
+    slots: Shared<SlotTotal>,
+}
+
+/// What all flows of a worker slot have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotState {
+    /// Outstanding bytes of all flows that have more than a little outstanding.
+    pub held_bytes: u64,
+    /// What they may be before such flows are held back; 0: no limit.
+    pub limit_bytes: u64,
+    /// Times that a source was held back, since the slot's maps were made.
+    pub pauses: u64,
+}
 
 impl Totals {
     /// Bytes of one direction, over all CPUs.
     pub fn forwarded_bytes(&self, direction: Direction) -> u64 {
-        self.0
+        self.cpus
             .iter()
             .map(|cpu| cpu.forwarded_bytes[direction.index()].load(Relaxed))
             .sum()
     }
 
-    /// Begins at nothing again.
-    pub(crate) fn forget(&self) {
-        let all = self.0.iter().flat_map(|cpu| &cpu.forwarded_bytes);
-        all.for_each(|bytes| bytes.store(0, Relaxed));
+    /// Times that a source was held back.
+    pub fn pauses(&self) -> u64 {
+        self.cpus.iter().map(|cpu| cpu.pauses.load(Relaxed)).sum()
     }
 
-    /// Bytes of both directions for each CPU that forwarded any, with its number.
-    pub fn by_cpu(&self) -> impl Iterator<Item = (usize, u64)> {
-        let sum = |cpu: &CpuTotal| cpu.forwarded_bytes.iter().map(|bytes| bytes.load(Relaxed)).sum();
-        self.0
+    /// The slot with a number of [`SlotMaps::number`].
+    pub fn slot(&self, number: u32) -> SlotState {
+        let total = self.slot_total(number);
+        SlotState {
+            held_bytes: total.held_bytes.load(Relaxed),
+            limit_bytes: total.limit_bytes.load(Relaxed),
+            pauses: total.pauses.load(Relaxed),
+        }
+    }
+
+    pub(crate) fn slot_total(&self, number: u32) -> &SlotTotal {
+        &self.slots[number as usize]
+    }
+
+    /// Begins at nothing again.
+    pub(crate) fn forget(&self) {
+        for cpu in self.cpus.iter() {
+            let counters = cpu.forwarded_bytes.iter().chain([&cpu.pauses]);
+            counters.for_each(|counter| counter.store(0, Relaxed));
+        }
+    }
+
+    /// The number goes to another slot.
+    fn forget_slot(&self, number: u32) {
+        let total = self.slot_total(number);
+        for counter in [
+            &total.held_bytes,
+            &total.limit_bytes,
+            &total.low_bytes,
+            &total.pauses,
+        ] {
+            counter.store(0, Relaxed);
+        }
+        total.wake.store(0, Relaxed);
+    }
+
+    /// Bytes of each direction, by its index, for each CPU that forwarded any, with its number.
+    pub fn by_cpu(&self) -> impl Iterator<Item = (usize, [u64; 2])> {
+        let read = |cpu: &CpuTotal| std::array::from_fn(|way| cpu.forwarded_bytes[way].load(Relaxed));
+        self.cpus
             .iter()
-            .map(sum)
+            .map(read)
             .enumerate()
-            .filter(|(_, bytes)| *bytes != 0)
+            .filter(|(_, bytes)| *bytes != [0; 2])
     }
 }
 
@@ -134,35 +247,32 @@ impl Bpf {
     pub fn open(stay: bool) -> Result<Bpf> {
         crate::probe::log_libbpf_at_debug();
         let cpus = libbpf_rs::num_possible_cpus().context("failed to count the possible CPUs")?;
-        let options = libbpf_rs::libbpf_sys::bpf_map_create_opts {
-            sz: size_of::<libbpf_rs::libbpf_sys::bpf_map_create_opts>() as _,
-            map_flags: libbpf_rs::libbpf_sys::BPF_F_MMAPABLE,
-            ..Default::default()
-        };
-        let value_size = size_of::<CpuTotal>() as u32;
-        let totals_map = MapHandle::create(
-            MapType::Array,
-            Some("totals"),
-            4,
-            value_size,
-            cpus as u32,
-            &options,
-        )
-        .context("failed to create a BPF map (needs CAP_BPF, or root)")?;
-        let totals = Arc::new(Totals(Shared::of_fd(totals_map.as_fd(), cpus)?));
-        let cgroup = Cgroup::enter(stay)?;
-        let entry = Arc::new(Entry::load(&cgroup)?);
+        // First, because it fails with the clearest words where BPF is not to be had.
+        let totals_map = shared_array("totals", size_of::<CpuTotal>(), cpus)?;
+        Bpf::with(totals_map, Cgroup::enter(stay)?)
+    }
+
+    /// With an entry of its own, beside those that are attached already.
+    pub(crate) fn with(totals_map: MapHandle, cgroup: Cgroup) -> Result<Bpf> {
         Ok(Bpf {
-            totals_map,
-            totals,
-            entry,
-            _cgroup: cgroup,
+            entry: Arc::new(Entry::load(&cgroup, totals_map)?),
+            cgroup,
         })
     }
 
-    /// The bytes that the kernel forwarded.
+    /// The entry of its slots.
+    pub fn entry(&self) -> &Arc<Entry> {
+        &self.entry
+    }
+
+    /// The cgroup that its programs are attached to.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// What the programs counted.
     pub fn totals(&self) -> Arc<Totals> {
-        Arc::clone(&self.totals)
+        Arc::clone(self.entry.totals())
     }
 
     /// Makes the maps of one worker slot, for `worker_connections` pairs, and attaches its programs. They
@@ -172,11 +282,26 @@ impl Bpf {
             (1..=MAX_WORKER_CONNECTIONS).contains(&worker_connections),
             "worker_connections = {worker_connections} does not fit a sockmap, at most {MAX_WORKER_CONNECTIONS} do"
         );
+        let number = self.entry.reserve()?;
+        self.entry.totals.forget_slot(number);
+        let loaded = self.load_numbered(number, worker_connections);
+        if loaded.is_err() {
+            self.entry.remove(number);
+        }
+        loaded
+    }
+
+    fn load_numbered(&self, number: u32, worker_connections: u32) -> Result<SlotMaps> {
         let sockets = 2 * worker_connections;
         let mut storage = MaybeUninit::<OpenObject>::uninit();
         let mut open = SlotSkelBuilder::default()
             .open(&mut storage)
             .context("failed to open the BPF object")?;
+        open.maps
+            .rodata_data
+            .as_deref_mut()
+            .context("the BPF object has no constants")?
+            .slot_number = number;
         let maps = &mut open.maps;
         for map in [
             &mut maps.sources,
@@ -187,8 +312,11 @@ impl Bpf {
             map.set_max_entries(sockets).context("failed to size a BPF map")?;
         }
         maps.totals
-            .reuse_fd(self.totals_map.as_fd())
+            .reuse_fd(self.entry.totals_map.as_fd())
             .context("failed to share the totals map")?;
+        maps.slot_totals
+            .reuse_fd(self.entry.slot_totals_map.as_fd())
+            .context("failed to share the slots' totals map")?;
         maps.places
             .reuse_fd(self.entry.places().as_fd())
             .context("failed to share the places map")?;
@@ -200,15 +328,27 @@ impl Bpf {
             .verdict
             .attach_sockmap(loaded.maps.sources.as_fd().as_raw_fd())
             .context("failed to attach the verdict program to its sockmap")?;
-        let pressure = loaded
-            .progs
-            .pressure
-            .as_fd()
-            .try_clone_to_owned()
-            .context("failed to duplicate a program")?;
-        let number = self.entry.add(pressure)?;
+        self.entry.set(number, loaded.progs.pressure.as_fd())?;
         SlotMaps::new(&loaded.maps, worker_connections, number, Arc::clone(&self.entry))
     }
+}
+
+/// An array that user space maps.
+fn shared_array(name: &str, value_bytes: usize, entries: usize) -> Result<MapHandle> {
+    let options = libbpf_rs::libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_rs::libbpf_sys::bpf_map_create_opts>() as _,
+        map_flags: libbpf_rs::libbpf_sys::BPF_F_MMAPABLE,
+        ..Default::default()
+    };
+    MapHandle::create(
+        MapType::Array,
+        Some(name),
+        4,
+        value_bytes as u32,
+        entries as u32,
+        &options,
+    )
+    .context("failed to create a BPF map (needs CAP_BPF, or root)")
 }
 
 /// Loads everything once, without attaching it, and lets it go: the answer to `-t`.
@@ -223,5 +363,6 @@ pub fn trial() -> Result<()> {
     let slot = SlotSkelBuilder::default()
         .open(&mut storage)
         .context("failed to open the BPF object")?;
-    slot.load().context(LOAD_FAILED).map(|_| ())
+    slot.load().context(LOAD_FAILED)?;
+    crate::accept::trial()
 }

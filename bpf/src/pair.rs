@@ -2,7 +2,7 @@
 //! never reads or writes their data, and needs no capability.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
@@ -13,10 +13,13 @@ use culvert_shared::sys::shm::Shared;
 use culvert_shared::sys::socket;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::abi::{self, Flow, flow_pause};
+use crate::abi::{self, FLOW_FLOOR_BYTES, Flow, SlotTotal, flow_pause};
 use crate::events::{Events, LANES, Lane};
 use crate::load::Entry;
 use crate::skel::slot::SlotMaps as SkeletonMaps;
+
+/// Descriptors of a slot's maps: four, its ring buffers, and the memory that says who reads those.
+pub const OWN_DESCRIPTORS: usize = 4 + LANES + 1;
 
 /// The maps of one worker slot.
 pub struct SlotMaps {
@@ -27,6 +30,8 @@ pub struct SlotMaps {
     flows: Shared<Flow>,
     rings: [MapHandle; LANES],
     lanes: Shared<Lane>,
+    /// The memory of `lanes`.
+    lanes_file: OwnedFd,
     capacity: u32,
     /// What the entry program knows the slot's program by.
     number: u32,
@@ -98,6 +103,22 @@ impl SlotMaps {
         number: u32,
         entry: Arc<Entry>,
     ) -> Result<SlotMaps> {
+        SlotMaps::with(
+            maps,
+            capacity,
+            number,
+            entry,
+            Shared::in_file(c"culvert-lanes", LANES)?,
+        )
+    }
+
+    pub(crate) fn with(
+        maps: &SkeletonMaps<'_>,
+        capacity: u32,
+        number: u32,
+        entry: Arc<Entry>,
+        (lanes, lanes_file): (Shared<Lane>, OwnedFd),
+    ) -> Result<SlotMaps> {
         let handle = |map| MapHandle::try_from(map).context("failed to duplicate a BPF map descriptor");
         let flows = Shared::of_fd(maps.flows.as_fd(), 2 * capacity as usize)?;
         Ok(SlotMaps {
@@ -112,11 +133,54 @@ impl SlotMaps {
                 handle(&maps.lane_2)?,
                 handle(&maps.lane_3)?,
             ],
-            lanes: Shared::anonymous(LANES)?,
+            lanes,
+            lanes_file,
             capacity,
             number,
             entry,
         })
+    }
+
+    /// Its row in [`Totals::slot`].
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Limits what all flows of the slot together may have outstanding before those above the floor are held
+    /// back; `None`: no limit. A quarter of it has to drain before they are let go.
+    pub fn limit_total(&self, bytes: Option<u64>) {
+        let limit = bytes.unwrap_or(0);
+        self.total().low_bytes.store(limit - limit / 4, Relaxed);
+        self.total().limit_bytes.store(limit, Relaxed);
+    }
+
+    fn total(&self) -> &SlotTotal {
+        self.entry.totals().slot_total(self.number)
+    }
+
+    /// Whether the total of the slot lets a flow go on that has few enough bytes outstanding itself. If not,
+    /// the programs will say when there is room.
+    pub fn has_room(&self, place: Place, direction: Direction) -> bool {
+        let flow = &self.flows[self.index(place, direction.index())];
+        // Below the floor a flow counts for nothing.
+        if flow.held_bytes.load(Relaxed) == 0 || self.slot_has_room() {
+            return true;
+        }
+        flow.wake.store(1, Relaxed);
+        self.total().wake.store(1, Release);
+        false
+    }
+
+    fn slot_has_room(&self) -> bool {
+        let total = self.total();
+        total.limit_bytes.load(Relaxed) == 0 || total.held_bytes.load(Relaxed) < total.low_bytes.load(Relaxed)
+    }
+
+    /// What one of `sources` sources that are held back may gather: all of them let go at once then take half
+    /// of the slot's total. `None`: as much as it likes.
+    pub fn share_bytes(&self, sources: usize) -> Option<u64> {
+        let limit = self.total().limit_bytes.load(Relaxed);
+        (limit != 0).then(|| (limit / 2 / sources.max(1) as u64).max(u64::from(FLOW_FLOOR_BYTES)))
     }
 
     /// The descriptors that a worker must keep open.
@@ -127,6 +191,28 @@ impl SlotMaps {
             .chain(&self.rings)
             .map(|map| map.as_fd().as_raw_fd());
         maps.chain(self.entry.fds()).collect()
+    }
+
+    /// What another program needs to go on with them, besides the entry's; in the order of
+    /// [`SlotMaps::take_over`].
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; OWN_DESCRIPTORS] {
+        let [a, b, c, d] = self.rings.each_ref().map(AsFd::as_fd);
+        [
+            self.sources.as_fd(),
+            self.targets.as_fd(),
+            self.indices.as_fd(),
+            self.flows_map.as_fd(),
+            a,
+            b,
+            c,
+            d,
+            self.lanes_file.as_fd(),
+        ]
+    }
+
+    /// The entry program that they belong to.
+    pub fn entry(&self) -> &Arc<Entry> {
+        &self.entry
     }
 
     /// Pairs that fit.
@@ -278,7 +364,17 @@ impl SlotMaps {
         let acked = socket::tcp_info(target).map_or(0, |info| info.bytes_acked as u32);
         let acked = acked.wrapping_sub(flow.acked_base.load(Relaxed));
         let outstanding = (flow.forwarded_bytes.load(Relaxed) as u32).wrapping_sub(acked) as i32;
-        outstanding < flow.low_bytes.load(Relaxed) as i32
+        self.count_held(flow, outstanding);
+        outstanding < flow.low_bytes.load(Relaxed) as i32 && self.has_room(place, direction)
+    }
+
+    /// As the programs' function of that name: the flow's part of the slot's sum.
+    fn count_held(&self, flow: &Flow, outstanding: i32) {
+        let held = u32::try_from(outstanding).unwrap_or(0);
+        let held = if held > FLOW_FLOOR_BYTES { held } else { 0 };
+        let before = flow.held_bytes.swap(held, Relaxed);
+        let difference = u64::from(held).wrapping_sub(u64::from(before));
+        self.total().held_bytes.fetch_add(difference, Relaxed);
     }
 
     /// Forgets where the sockets of a pair stand. To be done before they are closed: closing waits for
@@ -313,7 +409,9 @@ impl SlotMaps {
     /// (sock_map_close), before which no verdict on them can be running.
     pub fn forget(&self, place: Place) {
         for side in 0..2 {
-            let cookie = self.flows[self.index(place, side)].cookie.swap(0, Relaxed);
+            let flow = &self.flows[self.index(place, side)];
+            self.count_held(flow, 0);
+            let cookie = flow.cookie.swap(0, Relaxed);
             if cookie != 0 {
                 let _ = self.indices.delete(&cookie.to_ne_bytes());
             }

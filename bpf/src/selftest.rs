@@ -3,6 +3,7 @@
 //! loopback, with the programs that will serve. A kernel that fails is not trusted, and sessions are copied.
 
 mod session;
+mod socket;
 
 use std::time::{Duration, Instant};
 
@@ -13,9 +14,10 @@ use culvert_shared::sessions::Place;
 use crate::events::{EventKind, Events};
 use crate::load::Bpf;
 use crate::pair::{LaneNumber, SlotMaps};
-use session::{LOOK, pattern};
+use socket::{LOOK, pattern};
 
-pub use session::{Session, Socket};
+pub use session::Session;
+pub use socket::Socket;
 
 /// What is tried, in this order.
 const STEPS: [(&str, Step); 5] = [
@@ -276,7 +278,7 @@ fn pause_and_resume(bench: &mut Bench<'_>) -> Result<()> {
                     );
                 }
                 EventKind::Trouble => bail!("the program met flags {:#x}", session.flow(way).flags),
-                EventKind::Paused => {}
+                EventKind::Paused | EventKind::Room => {}
             }
         }
         if Instant::now() >= bench.deadline {

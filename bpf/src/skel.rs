@@ -18,3 +18,8 @@ pub mod slot {
 pub mod entry {
     include!(concat!(env!("OUT_DIR"), "/entry.skel.rs"));
 }
+
+/// The program of one listening address.
+pub mod accept {
+    include!(concat!(env!("OUT_DIR"), "/accept.skel.rs"));
+}

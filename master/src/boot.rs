@@ -19,7 +19,10 @@ use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::kernel::Kernel;
 use crate::pidfile::PidFile;
-use crate::supervise::Master;
+use crate::retain;
+use crate::steering::Steering;
+use crate::supervise::{Master, Outside};
+use crate::upgrade::Upgrade;
 
 /// The signals that the master acts on.
 const SIGNALS: [Signal; 8] = [
@@ -38,6 +41,7 @@ const SIGNALS: [Signal; 8] = [
 /// # Errors
 /// It cannot be started.
 pub fn run(args: Args) -> Result<ExitCode> {
+    retain::drop_the_rest()?;
     let Some(config) = check::load(&args) else {
         return Ok(ExitCode::FAILURE);
     };
@@ -49,9 +53,12 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let log = ErrorLog::open(&config.error_log)?;
     log.install()?;
 
+    retain::report(&config);
+
     let pid_file = PidFile::acquire(&config.pid)?;
 
-    let board = Arc::new(Shared::<Board>::anonymous(1)?);
+    let (board, board_file) = Shared::<Board>::in_file(c"culvert-board", 1)?;
+    let board = Arc::new(board);
     board[0].generation.store(1, Relaxed);
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -61,6 +68,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let mut kernel = Kernel::default();
     let generation = Generation::first(config, &mut kernel)?;
     board[0].kept_limit.store(generation.keeper_room, Relaxed);
+    let steering = Steering::begin(&generation.config);
 
     log::info!(
         "culvert {} serves with {} workers, process {}",
@@ -68,11 +76,21 @@ pub fn run(args: Args) -> Result<ExitCode> {
         generation.slots(),
         std::process::id()
     );
-    Master::new(args, generation, kernel, board, log, pid_file).run(&signals)?;
+    let outside = Outside {
+        log,
+        pid_file,
+        steering,
+        upgrade: Upgrade::new(board_file)?,
+    };
+    Master::new(args, generation, kernel, board, outside).run(&signals)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn take_signals() -> Result<SignalFd> {
+/// Blocks the signals that the master acts on, and makes the descriptor that it reads them from.
+///
+/// # Errors
+/// No more descriptors are to be had.
+pub fn take_signals() -> Result<SignalFd> {
     let set = SigSet::from_iter(SIGNALS);
     set.thread_block().context("failed to block signals")?;
     SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)

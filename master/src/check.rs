@@ -8,6 +8,7 @@ use culvert_shared::config::{self, Config};
 use crate::args::Args;
 use crate::kernel;
 use crate::limits;
+use crate::retain;
 
 /// Loads the configuration; prints each error on a line of its own and returns `None` if there are any.
 pub fn load(args: &Args) -> Option<Config> {
@@ -45,7 +46,8 @@ fn examine(args: &Args, quiet: bool) -> Option<Config> {
         && let Err(error) = culvert_bpf::trial()
     {
         complain(&format!(
-            "warning: in-kernel forwarding is not to be had here, sessions would be copied: {error:#}"
+            "warning: in-kernel forwarding is not to be had here, sessions would be copied: {}",
+            retain::explain(&error, "").0
         ));
     }
     if let Err(error) = limits::raise_descriptors(&config) {
@@ -77,6 +79,7 @@ pub fn version() -> ExitCode {
         format!("libbpf {}", culvert_bpf::libbpf_version()),
     ];
     lines.extend(culvert_bpf::probe());
+    lines.extend(retain::probe());
     print(&lines.join("\n"))
 }
 

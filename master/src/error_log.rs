@@ -23,6 +23,11 @@ impl ErrorLog {
         })
     }
 
+    /// A log that another binary has opened.
+    pub fn of(output: OwnedFd) -> ErrorLog {
+        ErrorLog { output }
+    }
+
     /// Sends the lines of this process to the log.
     ///
     /// # Errors

@@ -4,11 +4,14 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_shared::limits::Limits;
 use culvert_worker::Listener;
 
+use crate::accepting::Groups;
+use crate::access_log::AccessLogs;
 use crate::kernel::{Kernel, StoreTable};
 use crate::limits;
 use crate::listen::Listeners;
@@ -25,15 +28,22 @@ pub struct Generation {
     pub user: Option<User>,
     /// The listening sockets.
     pub listeners: Listeners,
+    /// What chooses among them.
+    pub groups: Groups,
     /// The stores of its slots.
     pub stores: StoreTable,
+    /// Where workers tell of their busiest sessions; the same for all generations.
+    pub lookout: Arc<Lookout>,
+    /// The files of its access logs.
+    pub access_logs: AccessLogs,
     /// The rows on the board.
     pub assigned: Assigned,
     /// What limits count; the same in all generations.
     pub limits: Arc<Limits>,
     /// How many sessions the master may keep.
     pub keeper_room: u64,
-    rows: Rows,
+    /// Every name that has had a row.
+    pub rows: Rows,
 }
 
 impl Generation {
@@ -46,14 +56,22 @@ impl Generation {
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = Rows::default();
         let assigned = rows.assign(&config)?;
+        let access_logs = AccessLogs::open(&config)?;
         let stores = kernel.first_stores_for(&config)?;
         let listeners = Listeners::default().next(&config)?;
+        let groups = match kernel.is_open() {
+            true => kernel.accept.first_groups(&listeners),
+            false => Groups::none(stores.reason().map(str::to_owned)),
+        };
         Ok(Generation {
             number: 1,
             user: rights::target_user(&config),
             config: Arc::new(config),
             listeners,
+            groups,
             stores,
+            lookout: Arc::new(Lookout::new()?),
+            access_logs,
             assigned,
             limits: Arc::new(Limits::new()?),
             keeper_room,
@@ -65,23 +83,60 @@ impl Generation {
     ///
     /// # Errors
     /// As for the first one, and when maps cannot be made although BPF works.
-    pub fn next(&self, config: Config, kernel: &mut Kernel) -> Result<Generation> {
+    pub fn next(&self, config: Config, filling: &[u32], kernel: &mut Kernel) -> Result<Generation> {
         check_workers(&config)?;
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
+        let access_logs = AccessLogs::open(&config)?;
         kernel.open_for(&config, true);
-        let stores = kernel.stores_for(&config, &self.stores)?;
+        let stores = kernel.stores_for(&config, &self.stores, filling)?;
         let listeners = self.listeners.next(&config)?;
+        let groups = match kernel.is_open() {
+            true => kernel.accept.groups(&listeners, &self.groups)?,
+            false => Groups::none(stores.reason().map(str::to_owned)),
+        };
         Ok(Generation {
             number: self.number + 1,
             user: rights::target_user(&config),
             config: Arc::new(config),
             listeners,
+            groups,
             stores,
+            lookout: Arc::clone(&self.lookout),
+            access_logs,
             assigned,
             limits: Arc::clone(&self.limits),
             keeper_room,
+            rows,
+        })
+    }
+
+    /// The one that another binary has served; nothing is made anew.
+    ///
+    /// # Errors
+    /// A limit is too low.
+    pub fn taken_over(
+        number: u64,
+        config: Config,
+        mut rows: Rows,
+        listeners: Listeners,
+        stores: StoreTable,
+        limits: Limits,
+    ) -> Result<Generation> {
+        Ok(Generation {
+            number,
+            user: rights::target_user(&config),
+            keeper_room: limits::raise_descriptors(&config)?,
+            assigned: rows.assign(&config)?,
+            lookout: Arc::new(Lookout::new()?),
+            access_logs: AccessLogs::open(&config)?,
+            config: Arc::new(config),
+            limits: Arc::new(limits),
+            listeners,
+            // The programs of the binary before go on until the next generation has its own.
+            groups: Groups::none(None),
+            stores,
             rows,
         })
     }
@@ -120,6 +175,16 @@ impl Generation {
         }
         Ok(listeners)
     }
+}
+
+/// Whether a generation could be built of a configuration, as far as that can be said without building it.
+///
+/// # Errors
+/// As [`Generation::next`].
+pub fn check(config: &Config, rows: &Rows) -> Result<()> {
+    check_workers(config)?;
+    limits::raise_descriptors(config)?;
+    rows.clone().assign(config).map(drop)
 }
 
 fn check_workers(config: &Config) -> Result<()> {

@@ -2,7 +2,7 @@
 //! them to the next worker when one has let go of its sessions, or has died.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -33,6 +33,27 @@ struct Kept {
 }
 
 impl Keeper {
+    /// What another binary kept: sessions, the worker that cares for each, its sockets; and those that no
+    /// worker cares for.
+    pub fn of(sessions: Vec<(SessionId, Option<Owner>, [OwnedFd; 2])>, unheld: Vec<SessionId>) -> Keeper {
+        let kept = |(id, holder, sockets)| (id, Kept { holder, sockets });
+        Keeper {
+            sessions: sessions.into_iter().map(kept).collect(),
+            unheld,
+        }
+    }
+
+    /// The sessions, the worker that cares for each, its sockets.
+    pub fn sessions(&self) -> impl Iterator<Item = (SessionId, Option<Owner>, [BorrowedFd<'_>; 2])> {
+        let sessions = self.sessions.iter();
+        sessions.map(|(id, kept)| (*id, kept.holder, kept.sockets.each_ref().map(AsFd::as_fd)))
+    }
+
+    /// Those that no worker cares for.
+    pub fn unheld(&self) -> &[SessionId] {
+        &self.unheld
+    }
+
     fn keep(&mut self, owner: Owner, sessions: Vec<SessionId>, sockets: Vec<OwnedFd>) {
         let mut sockets = sockets.into_iter();
         for id in sessions {
@@ -157,7 +178,16 @@ impl Master {
                         kept.holder = Some(worker.owner);
                         worker.to_adopt.push_back(id);
                     }
-                    None => self.keeper.unheld.push(id),
+                    None if self.current.stores.has(id.store) => self.keeper.unheld.push(id),
+                    // Without a worker its end would never be seen.
+                    None => {
+                        log::error!(
+                            "a session of an earlier worker is reset: nobody cares for its store {}",
+                            id.store
+                        );
+                        self.keeper.sessions.remove(&id);
+                        self.board[0].count_close(CloseReason::WorkerDied);
+                    }
                 }
             }
         }

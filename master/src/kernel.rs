@@ -9,6 +9,9 @@ use culvert_shared::config::Config;
 use culvert_shared::sys::shm::Shared;
 use culvert_worker::Store;
 
+use crate::accepting::Accept;
+use crate::retain;
+
 /// What all slots have in common; empty where BPF is not to be had or not wanted.
 #[derive(Default)]
 pub struct Kernel {
@@ -16,7 +19,11 @@ pub struct Kernel {
     /// Why it is empty.
     reason: Option<String>,
     /// The number of the newest store.
-    last_store: u32,
+    pub last_store: u32,
+    /// What chooses the workers of new connections.
+    pub accept: Accept,
+    /// The number of the newest store that another binary made; its programs are that binary's.
+    last_foreign: u32,
 }
 
 /// The stores of the slots of one configuration. Cloning shares them; a store is gone when the last set that
@@ -30,11 +37,11 @@ pub struct StoreTable {
 
 /// The stores that the workers of one slot care for.
 #[derive(Clone)]
-struct SlotStores {
+pub struct SlotStores {
     /// Where the slot's new sessions go.
-    own: Arc<Store>,
+    pub own: Arc<Store>,
     /// Those of slots that are no more, or that had another size, with sessions left in them.
-    inherited: Vec<Arc<Store>>,
+    pub inherited: Vec<Arc<Store>>,
 }
 
 /// Whether any server is to be forwarded in the kernel.
@@ -43,6 +50,32 @@ pub fn wanted(config: &Config) -> bool {
 }
 
 impl Kernel {
+    /// Goes on after another binary, which has made stores up to number `last_store`: `bpf` is what it had
+    /// opened, or why it had not.
+    pub fn after(bpf: Result<Bpf, Option<String>>, last_store: u32) -> Kernel {
+        let (bpf, reason) = match bpf {
+            Ok(bpf) => (Some(bpf), None),
+            Err(reason) => (None, reason),
+        };
+        Kernel {
+            bpf,
+            reason,
+            last_store,
+            accept: Accept::default(),
+            last_foreign: last_store,
+        }
+    }
+
+    /// What all slots have in common, if it was opened.
+    pub fn bpf(&self) -> Option<&Bpf> {
+        self.bpf.as_ref()
+    }
+
+    /// Why it was not.
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
+    }
+
     /// Opens BPF if the configuration wants it, and tries whether the kernel can be trusted with it. Where it
     /// is not to be had, that is said in the log and the program serves by copying.
     /// `running`: listeners exist already, and have to be seen where they are.
@@ -56,12 +89,18 @@ impl Kernel {
     }
 
     fn do_without(&mut self, error: &anyhow::Error, remedy: &str) {
+        let (why, remedy) = retain::explain(error, remedy);
         log::warn!(
-            "in-kernel forwarding is not to be had, serving by copying in user space: {error:#}; {remedy}, or set \
+            "in-kernel forwarding is not to be had, serving by copying in user space: {why}; {remedy}, or set \
              ebpf_enable = false"
         );
         self.bpf = None;
-        self.reason = Some(format!("{error:#}"));
+        self.reason = Some(why);
+    }
+
+    /// Whether BPF is to be had and wanted.
+    pub fn is_open(&self) -> bool {
+        self.bpf.is_some()
     }
 
     /// The bytes that the kernel forwarded.
@@ -70,11 +109,17 @@ impl Kernel {
     }
 
     /// The stores that `config` needs: those of `current` that fit, and new ones for the rest. Those that do
-    /// not fit are cared for as long as sessions are left in them.
+    /// not fit are cared for as long as sessions are left in them, or living workers may put some there:
+    /// `filling` are the stores that such workers have as their own.
     ///
     /// # Errors
     /// New ones could not be made although BPF works in this program.
-    pub fn stores_for(&mut self, config: &Config, current: &StoreTable) -> Result<StoreTable> {
+    pub fn stores_for(
+        &mut self,
+        config: &Config,
+        current: &StoreTable,
+        filling: &[u32],
+    ) -> Result<StoreTable> {
         let with_maps = self.bpf.is_some() && wanted(config);
         let unwanted = || Some("ebpf_enable = false everywhere".to_owned()).filter(|_| !wanted(config));
         let mut next = StoreTable {
@@ -83,7 +128,9 @@ impl Kernel {
         };
         for slot in 0..config.worker_cpus.len() {
             let fits = |store: &&Arc<Store>| {
-                store.records.len() == config.worker_connections as usize && store.maps.is_some() == with_maps
+                store.id > self.last_foreign
+                    && store.records.len() == config.worker_connections as usize
+                    && store.maps.is_some() == with_maps
             };
             let kept = current.slots.get(slot).map(|stores| &stores.own).filter(fits);
             let own = match kept {
@@ -101,7 +148,8 @@ impl Kernel {
         let slots = next.slots.len();
         let left: Vec<Arc<Store>> = current
             .all()
-            .filter(|store| store.is_used() && !next.slots.iter().any(|slot| slot.own.id == store.id))
+            .filter(|store| store.is_used() || filling.contains(&store.id))
+            .filter(|store| !next.slots.iter().any(|slot| slot.own.id == store.id))
             .cloned()
             .collect();
         for (at, store) in left.into_iter().enumerate() {
@@ -114,9 +162,11 @@ impl Kernel {
         let bpf = self.bpf.as_ref().filter(|_| with_maps);
         let maps = bpf.map(|bpf| bpf.load_slot(worker_connections)).transpose()?;
         self.last_store += 1;
+        let (records, records_file) = Shared::in_file(c"culvert-sessions", worker_connections as usize)?;
         Ok(Store {
             id: self.last_store,
-            records: Shared::anonymous(worker_connections as usize)?,
+            records,
+            records_file,
             maps: maps.map(Arc::new),
         })
     }
@@ -128,10 +178,11 @@ impl Kernel {
     /// There is no memory for them even without maps.
     pub fn first_stores_for(&mut self, config: &Config) -> Result<StoreTable> {
         self.open_for(config, false);
-        self.stores_for(config, &StoreTable::default()).or_else(|error| {
-            self.do_without(&error, GIVE_RIGHTS);
-            self.stores_for(config, &StoreTable::default())
-        })
+        self.stores_for(config, &StoreTable::default(), &[])
+            .or_else(|error| {
+                self.do_without(&error, GIVE_RIGHTS);
+                self.stores_for(config, &StoreTable::default(), &[])
+            })
     }
 }
 
@@ -139,7 +190,7 @@ const GIVE_RIGHTS: &str = "run as root or with CAP_BPF, CAP_NET_ADMIN and CAP_PE
 const CHANGE_KERNEL: &str = "this kernel is not trusted with it: run another one";
 
 /// BPF, on a kernel that has passed the self-test; or why not, and what helps.
-fn open_trusted(running: bool) -> Result<Bpf, (anyhow::Error, &'static str)> {
+pub fn open_trusted(running: bool) -> Result<Bpf, (anyhow::Error, &'static str)> {
     let bpf = Bpf::open(running).map_err(|error| (error, GIVE_RIGHTS))?;
     let took = selftest::run(&bpf).map_err(|error| (error, CHANGE_KERNEL))?;
     log::info!("the kernel has passed the self-test in {} ms", took.as_millis());
@@ -156,12 +207,28 @@ impl StoreTable {
             .collect()
     }
 
+    /// A table of stores that another binary made.
+    pub fn of(slots: Vec<SlotStores>, reason: Option<String>) -> StoreTable {
+        StoreTable { slots, reason }
+    }
+
+    /// The stores of all slots.
+    pub fn slots(&self) -> &[SlotStores] {
+        &self.slots
+    }
+
     /// Why a slot has no maps.
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
     }
 
-    fn all(&self) -> impl Iterator<Item = &Arc<Store>> {
+    /// Whether somebody cares for a store.
+    pub fn has(&self, id: u32) -> bool {
+        self.all().any(|store| store.id == id)
+    }
+
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = &Arc<Store>> {
         let slots = self.slots.iter();
         slots.flat_map(|stores| std::iter::once(&stores.own).chain(&stores.inherited))
     }

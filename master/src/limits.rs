@@ -2,8 +2,11 @@
 //! served, because a worker that runs out of them in the middle of the day can only refuse sessions.
 
 use anyhow::{Context, Result, bail};
+use caps::Capability;
 use culvert_shared::config::Config;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::retain;
 
 /// Descriptors that a worker needs besides its listeners and sessions: standard ones, log, control
 /// socket, epoll and its waker, timers, the slot's maps; with room for what libraries open for a moment.
@@ -54,9 +57,10 @@ pub fn raise_descriptors(config: &Config) -> Result<u64> {
     if room < all {
         log::warn!(
             "of {all} sessions ({} workers with worker_connections = {}) only {room} can outlive their worker: the \
-             master needs two descriptors for each of them, and the limit is {limit}; {REMEDY}",
+             master needs two descriptors for each of them, and the limit is {limit}; {}",
             config.worker_cpus.len(),
             config.worker_connections,
+            remedy(),
         );
     }
     Ok(room.min(all))
@@ -76,14 +80,23 @@ fn raise(config: &Config, need: Need, wanted: u64) -> Result<u64> {
     Ok(hard.max(soft))
 }
 
-const REMEDY: &str = "raise the limit (ulimit -Hn; LimitNOFILE= in a systemd unit; fs.nr_open bounds both)";
+/// What helps. With the right to raise it, only the system's own bound is in the way.
+fn remedy() -> String {
+    match retain::missing(&[Capability::CAP_SYS_RESOURCE]) {
+        Some(missing) => {
+            format!("raise the limit (ulimit -Hn; LimitNOFILE= in a systemd unit), or give {missing}")
+        }
+        None => "raise the system's bound (sysctl fs.nr_open)".to_owned(),
+    }
+}
 
 fn check(config: &Config, need: Need, limit: u64) -> Result<()> {
+    let remedy = remedy();
     if need.worker > limit {
         let fits = limit.saturating_sub(need.worker - 2 * u64::from(config.worker_connections)) / 2;
         bail!(
             "worker_connections = {} needs {} descriptors in each worker (2 for each session, {} listeners, a \
-             reserve), but the limit is {limit}: lower worker_connections to at most {fits}, or {REMEDY}",
+             reserve), but the limit is {limit}: lower worker_connections to at most {fits}, or {remedy}",
             config.worker_connections,
             need.worker,
             need.listeners,
@@ -92,7 +105,7 @@ fn check(config: &Config, need: Need, limit: u64) -> Result<()> {
     if need.master > limit {
         bail!(
             "{} listeners in {} worker processes need {} descriptors in the master, but the limit is {limit}: \
-             lower worker_processes or the number of listeners, or {REMEDY}",
+             lower worker_processes or the number of listeners, or {remedy}",
             need.listeners,
             config.worker_cpus.len(),
             need.master,

@@ -54,12 +54,7 @@ impl Listeners {
                 let key = (listen.address, slot);
                 let socket = match self.sockets.get(&key) {
                     Some(socket) => Rc::clone(socket),
-                    None => {
-                        let socket =
-                            open(listen.address, true).map_err(|errno| bind_error(listen.address, errno))?;
-                        tune(&socket, server, listen)?;
-                        Rc::new(socket)
-                    }
+                    None => open_shared(server, listen)?,
                 };
                 next.sockets.insert(key, socket);
             }
@@ -82,6 +77,20 @@ impl Listeners {
         Ok(())
     }
 
+    /// This set with new sockets for a slot. What waits in the old ones moves to sockets of other slots when
+    /// these are closed, if there is a program that chooses.
+    ///
+    /// # Errors
+    /// An address cannot be bound once more.
+    pub fn renewed(&self, config: &Config, slot: usize) -> Result<Listeners> {
+        let mut next = self.clone();
+        for (server, listen) in addresses(config) {
+            next.sockets
+                .insert((listen.address, slot), open_shared(server, listen)?);
+        }
+        Ok(next)
+    }
+
     /// A descriptor of the socket for this address and slot, for a worker to own.
     ///
     /// # Errors
@@ -94,6 +103,23 @@ impl Listeners {
         socket
             .try_clone()
             .with_context(|| format!("failed to duplicate the listening socket of {address}"))
+    }
+
+    /// All sockets, with their addresses and slots.
+    pub fn sockets(&self) -> impl Iterator<Item = (SocketAddr, usize, &OwnedFd)> {
+        self.sockets
+            .iter()
+            .map(|((address, slot), socket)| (*address, *slot, &**socket))
+    }
+
+    /// The sockets that another binary has opened.
+    pub fn of(sockets: impl IntoIterator<Item = (SocketAddr, usize, OwnedFd)>) -> Listeners {
+        let sockets = sockets.into_iter();
+        Listeners {
+            sockets: sockets
+                .map(|(address, slot, socket)| ((address, slot), Rc::new(socket)))
+                .collect(),
+        }
     }
 
     fn overlaps(&self, address: SocketAddr) -> bool {
@@ -137,6 +163,13 @@ fn open(address: SocketAddr, shared: bool) -> Result<OwnedFd, Errno> {
     }
     bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     Ok(socket)
+}
+
+/// One more socket of an address, listening.
+fn open_shared(server: &Server, listen: &Listen) -> Result<Rc<OwnedFd>> {
+    let socket = open(listen.address, true).map_err(|errno| bind_error(listen.address, errno))?;
+    tune(&socket, server, listen)?;
+    Ok(Rc::new(socket))
 }
 
 /// Sets what accepted sockets inherit, and the backlog; listens, if the socket does not yet.

@@ -1,12 +1,15 @@
 //! The master: configuration → listeners → BPF → workers → supervision.
 //!
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
-//! `generation` to the next. A generation is made of `listen`, `kernel` and `rows`;
-//! `keeper` holds what sessions need to outlive their workers; `spawn` makes a
-//! `worker` of it, which `rights` disarms first.
+//! `generation` to the next. A generation is made of `listen`, `accepting`, `kernel` and `rows`; `spawn` makes a
+//! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
+//! outlive their workers. `notify` tells a service manager, `steering` is what is changed on the host.
+//! `upgrade` turns the running master into another binary.
 
 #![forbid(unsafe_code)]
 
+mod accepting;
+mod access_log;
 mod args;
 mod backoff;
 mod boot;
@@ -17,15 +20,19 @@ mod keeper;
 mod kernel;
 mod limits;
 mod listen;
+mod notify;
 mod pidfile;
 mod reload;
+mod retain;
 mod rights;
 mod rows;
 mod signal;
 mod spawn;
+mod steering;
 mod supervise;
 #[cfg(test)]
 mod testing;
+mod upgrade;
 mod worker;
 
 use std::process::ExitCode;
@@ -63,6 +70,8 @@ fn act(args: Args) -> Result<ExitCode> {
             Some(config) => signal::send(signal, &config).map(|()| ExitCode::SUCCESS),
             None => Ok(ExitCode::FAILURE),
         },
+        Action::TakeOverCheck(document) => Ok(upgrade::check::run(&args, document)),
+        Action::TakeOver(document) => upgrade::take_over::run(args, document),
         Action::Version => Ok(check::version()),
         Action::Help => Ok(check::print(args::HELP.trim_end())),
     }

@@ -6,6 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -60,6 +61,26 @@ impl PidFile {
             file,
             owner: std::process::id(),
         })
+    }
+
+    /// The pid file that this process has acquired before it executed another binary.
+    ///
+    /// # Errors
+    /// It is not locked by this process.
+    pub fn taken_over(path: PathBuf, file: OwnedFd) -> Result<PidFile> {
+        let file = Flock::lock(File::from(file), FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, error)| error)
+            .with_context(|| format!("failed to keep the pid file {}", path.display()))?;
+        Ok(PidFile {
+            path,
+            file,
+            owner: std::process::id(),
+        })
+    }
+
+    /// Its descriptor, which holds the lock.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// The path that it was acquired with.

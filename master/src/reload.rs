@@ -3,7 +3,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, ensure};
 use culvert_shared::config;
@@ -77,7 +77,12 @@ impl Master {
              ones have drained, or set worker_shutdown_timeout",
             self.workers.len()
         );
-        let generation = self.current.next(config, &mut self.kernel)?;
+        let filling: Vec<u32> = self
+            .workers
+            .iter()
+            .filter_map(|worker| worker.stores.first().map(|own| own.id))
+            .collect();
+        let generation = self.current.next(config, &filling, &mut self.kernel)?;
         Ok(Pending {
             generation,
             deadline: now + READY_PATIENCE,
@@ -166,8 +171,11 @@ impl Master {
         if let Err(error) = self.current.listeners.apply(&self.current.config) {
             log::warn!("a listener keeps its old settings: {error:#}");
         }
+        self.steering.apply(&self.current.config);
         self.slots = vec![SlotCare::default(); self.current.slots()];
         self.phase = Phase::Serving;
+        // Removed slots get nothing new from here on, so that their workers can empty them.
+        self.steer();
         for worker in self
             .workers
             .iter_mut()
@@ -177,6 +185,10 @@ impl Master {
         }
         self.board[0].generation.store(number, Relaxed);
         Board::add(&self.board[0].reloads_succeeded, 1);
+        self.board[0].last_reload_failed.store(0, Relaxed);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let unix_ms = now.map_or(0, |now| now.as_millis() as u64);
+        self.board[0].last_reload_unix_ms.store(unix_ms, Relaxed);
         log::info!("generation {number} serves with {} workers", self.current.slots());
     }
 
@@ -206,6 +218,7 @@ impl Master {
 
     fn count_refused(&self, why: &str) {
         Board::add(&self.board[0].reloads_failed, 1);
+        self.board[0].last_reload_failed.store(1, Relaxed);
         log::error!(
             "reload refused, generation {} goes on: {why}",
             self.current.number

@@ -9,6 +9,8 @@ use culvert_shared::config::{Config, User};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgid, getuid, initgroups, setgid, setuid};
 
+use crate::retain;
+
 /// The user that workers shall change to; `None` when they stay who they are. As with nginx, `user` is
 /// without effect where the master lacks the right to change it; that is said once, in the log.
 pub fn target_user(config: &Config) -> Option<User> {
@@ -16,17 +18,22 @@ pub fn target_user(config: &Config) -> Option<User> {
     if already(user) {
         return None;
     }
-    let may = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
-    if may(Capability::CAP_SETUID) && may(Capability::CAP_SETGID) {
+    let Some(missing) = retain::missing(&[Capability::CAP_SETUID, Capability::CAP_SETGID]) else {
         return Some(user.clone());
-    }
+    };
     log::warn!(
-        "user = \"{}\" is ignored: the master lacks CAP_SETUID or CAP_SETGID, workers run as uid {}; start it as \
-         root, give it both capabilities, or leave `user` out",
+        "user = \"{}\" is ignored: the master lacks {missing}, workers run as uid {}; start it as root, give it \
+         that, or leave `user` out",
         user.name,
         geteuid()
     );
     None
+}
+
+/// Whether the master changes its workers' user.
+pub fn changes_user(config: &Config) -> bool {
+    config.user.as_ref().is_some_and(|user| !already(user))
+        && retain::missing(&[Capability::CAP_SETUID, Capability::CAP_SETGID]).is_none()
 }
 
 fn already(user: &User) -> bool {

@@ -6,9 +6,10 @@ use std::collections::HashMap;
 use anyhow::{Result, bail};
 use culvert_shared::config::Config;
 use culvert_shared::counters::{MAX_LISTENERS, MAX_PEERS};
+use serde::{Deserialize, Serialize};
 
 /// The rows given so far.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rows {
     listeners: HashMap<String, usize>,
     peers: HashMap<String, usize>,

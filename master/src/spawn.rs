@@ -86,7 +86,8 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
                 owner,
                 generation: generation.number,
                 stores,
-                control: ours,
+                access_logs: generation.access_logs.clone(),
+                control: Some(ours),
             };
             Ok(Worker::new(born, Instant::now()))
         }
@@ -139,8 +140,11 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
 
     let listeners = generation.worker_listeners(slot)?;
     let stores = generation.stores.of_slot(slot);
-    let mut keep: Vec<RawFd> = vec![control.as_raw_fd(), log.install()?];
+    let access_logs = generation.access_logs.duplicate()?;
+    let lookout = Arc::clone(&generation.lookout);
+    let mut keep: Vec<RawFd> = vec![control.as_raw_fd(), lookout.raw_fd(), log.install()?];
     keep.extend(listeners.iter().map(|listener| listener.socket.as_raw_fd()));
+    keep.extend(access_logs.iter().map(AsRawFd::as_raw_fd));
     let maps = stores.iter().filter_map(|store| store.maps.as_ref());
     keep.extend(maps.flat_map(|maps| maps.fds()));
     process::close_all_except(&keep);
@@ -151,6 +155,8 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         row,
         owner,
         config: Arc::clone(&generation.config),
+        access_logs,
+        lookout,
         listeners,
         peer_rows: generation.assigned.peers.clone(),
         board: Arc::clone(board),
@@ -158,6 +164,8 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         stores,
         relay_reason: generation.stores.reason().map(str::to_owned),
         totals: totals.clone(),
+        load: generation.groups.load_of(slot),
+        accept_reason: generation.groups.reason().map(str::to_owned),
         control,
     })
 }

@@ -17,6 +17,7 @@ use nix::sys::signalfd::SignalFd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use crate::access_log::Files;
 use crate::args::Args;
 use crate::backoff::Backoff;
 use crate::error_log::ErrorLog;
@@ -24,9 +25,12 @@ use crate::generation::Generation;
 use crate::keeper::Keeper;
 use crate::kernel::Kernel;
 use crate::listen::Listeners;
+use crate::notify::Notifier;
 use crate::pidfile::PidFile;
 use crate::reload::Pending;
 use crate::spawn::{Blueprint, spawn};
+use crate::steering::Steering;
+use crate::upgrade::Upgrade;
 use crate::worker::{State, Worker};
 
 /// The longest sleep, well within what poll(2) can count.
@@ -50,7 +54,29 @@ pub enum Phase {
 pub struct SlotCare {
     backoff: Backoff,
     /// When its dead worker is to be replaced.
-    replace_at: Option<Instant>,
+    pub replace_at: Option<Instant>,
+}
+
+impl SlotCare {
+    /// Of a slot whose worker is to be replaced then.
+    pub fn due(replace_at: Option<Instant>) -> SlotCare {
+        SlotCare {
+            replace_at,
+            ..SlotCare::default()
+        }
+    }
+}
+
+/// What the master has to do with beside its workers, from the start to its end.
+pub struct Outside {
+    /// As in [`Master`].
+    pub log: ErrorLog,
+    /// As in [`Master`].
+    pub pid_file: PidFile,
+    /// As in [`Master`].
+    pub steering: Steering,
+    /// As in [`Master`].
+    pub upgrade: Upgrade,
 }
 
 /// The running master.
@@ -63,7 +89,7 @@ pub struct Master {
     pub pending: Option<Pending>,
     /// Another reload was asked for meanwhile.
     pub reload_again: bool,
-    /// What the slots' BPF maps have in common.
+    /// What the slots' BPF maps and the accept programs have in common.
     pub kernel: Kernel,
     /// The board.
     pub board: Arc<Shared<Board>>,
@@ -75,12 +101,20 @@ pub struct Master {
     pub log: ErrorLog,
     /// The sessions that outlive their workers.
     pub keeper: Keeper,
+    /// What is changed on the host; before the pid file, so that it is put back before another may start.
+    pub steering: Steering,
     /// The pid file.
     pub pid_file: PidFile,
     /// What the program is doing.
     pub phase: Phase,
-    last_owner: u32,
-    has_served: bool,
+    /// The service manager, if there is one.
+    pub notifier: Notifier,
+    /// How it becomes another binary.
+    pub upgrade: Upgrade,
+    /// The newest mark of a worker.
+    pub last_owner: u32,
+    /// Some worker has accepted connections.
+    pub has_served: bool,
     failure: Option<anyhow::Error>,
 }
 
@@ -91,9 +125,14 @@ impl Master {
         current: Generation,
         kernel: Kernel,
         board: Arc<Shared<Board>>,
-        log: ErrorLog,
-        pid_file: PidFile,
+        outside: Outside,
     ) -> Master {
+        let Outside {
+            log,
+            pid_file,
+            steering,
+            upgrade,
+        } = outside;
         let slots = vec![SlotCare::default(); current.slots()];
         Master {
             args,
@@ -107,7 +146,10 @@ impl Master {
             log,
             keeper: Keeper::default(),
             pid_file,
+            steering,
             phase: Phase::Serving,
+            notifier: Notifier::from_environment(),
+            upgrade,
             last_owner: 0,
             has_served: false,
             failure: None,
@@ -119,7 +161,11 @@ impl Master {
     /// # Errors
     /// The first workers could not be started, or the loop itself fails.
     pub fn run(mut self, signals: &SignalFd) -> Result<()> {
-        self.fill_all_slots(Instant::now());
+        let now = Instant::now();
+        match self.has_served {
+            true => self.go_on(now),
+            false => self.fill_all_slots(now),
+        }
         while !(self.is_ending() && self.workers.is_empty()) {
             self.wait(signals)?;
             let now = Instant::now();
@@ -134,6 +180,7 @@ impl Master {
                 }
             }
             self.advance(now);
+            self.tell_service_manager(now);
         }
         match self.failure.take() {
             Some(failure) => Err(failure),
@@ -141,6 +188,14 @@ impl Master {
                 log::info!("stopped");
                 Ok(())
             }
+        }
+    }
+
+    /// After an exec: workers of this binary take over from those of the one before.
+    fn go_on(&mut self, now: Instant) {
+        self.reap(now);
+        if self.phase == Phase::Serving {
+            self.begin_reload(now);
         }
     }
 
@@ -171,6 +226,8 @@ impl Master {
         let sleep = deadlines
             .chain(replacements)
             .chain(pending)
+            .chain(self.notifier.deadline())
+            .chain(self.upgrade.deadline())
             .min()
             // One more millisecond: poll counts whole ones, and waking early would mean spinning.
             .map_or(LONGEST_SLEEP, |at| {
@@ -198,10 +255,8 @@ impl Master {
             Signal::SIGQUIT => self.quit(now),
             Signal::SIGHUP if self.is_ending() => log::warn!("reload ignored: the program is stopping"),
             Signal::SIGHUP => self.begin_reload(now),
-            Signal::SIGUSR1 => self.reopen_log(),
-            Signal::SIGUSR2 => {
-                log::error!("SIGUSR2: changing to a new binary is not supported yet, nothing is done")
-            }
+            Signal::SIGUSR1 => self.reopen_logs(),
+            Signal::SIGUSR2 => self.begin_upgrade(now),
             // A terminal sends it whenever its window is resized, which is nobody's wish to pause.
             Signal::SIGWINCH if !from_kernel => self.pause(now),
             _ => {}
@@ -217,12 +272,14 @@ impl Master {
             self.has_served = true;
         }
         self.advance_reload(now);
+        self.advance_upgrade(now);
         for slot in 0..self.slots.len() {
             if self.slots[slot].replace_at.is_some_and(|at| at <= now) {
                 self.slots[slot].replace_at = None;
                 self.fill_slot(slot, now);
             }
         }
+        self.steer();
     }
 
     /// Gives each slot a worker.
@@ -279,7 +336,7 @@ impl Master {
 
     fn bury(&mut self, pid: Pid, status: WaitStatus, now: Instant) {
         let Some(at) = self.workers.iter().position(|worker| worker.pid == pid) else {
-            return;
+            return self.upgrade.note_end(pid, status);
         };
         // What it said before it died counts.
         self.workers[at].hear(now);
@@ -308,6 +365,7 @@ impl Master {
             log::error!("worker {slot} (process {pid}) {how}: it is replaced");
         } else {
             log::error!("worker {slot} (process {pid}) {how}: it keeps dying, and is replaced in {wait:?}");
+            self.rescue(slot);
         }
     }
 
@@ -331,6 +389,7 @@ impl Master {
     fn end(&mut self, phase: Phase) {
         self.phase = phase;
         self.abandon_reload();
+        self.upgrade.abandon();
         self.slots.iter_mut().for_each(|slot| slot.replace_at = None);
         // While the master held them, new connections would wait in them for nobody.
         self.current.listeners = Listeners::default();
@@ -350,7 +409,12 @@ impl Master {
             .for_each(|worker| worker.drain(limit, now));
     }
 
-    fn reopen_log(&mut self) {
+    fn reopen_logs(&mut self) {
+        let mut files = Files::default();
+        self.current.access_logs.reopen(&mut files);
+        for worker in &mut self.workers {
+            worker.access_logs.reopen(&mut files);
+        }
         let opened = ErrorLog::open(&self.current.config.error_log).and_then(|log| {
             log.install()?;
             Ok(log)
@@ -358,12 +422,12 @@ impl Master {
         match opened {
             Ok(log) => {
                 self.log = log;
-                for worker in &mut self.workers {
-                    worker.write_log_to(self.log.as_fd());
-                }
-                log::info!("SIGUSR1: the log was opened anew");
+                log::info!("SIGUSR1: the logs were opened anew");
             }
             Err(error) => log::error!("failed to open the log anew, the old one goes on: {error:#}"),
+        }
+        for worker in &mut self.workers {
+            worker.write_logs_to(self.log.as_fd());
         }
     }
 
@@ -376,9 +440,12 @@ impl Master {
 }
 
 /// How a process ended, in words.
-fn ending(status: WaitStatus) -> String {
+pub fn ending(status: WaitStatus) -> String {
     match status {
         WaitStatus::Exited(_, status) => format!("exited with status {status}"),
+        WaitStatus::Signaled(_, Signal::SIGSYS, _) => {
+            "was killed for a system call that no worker makes (the kernel's log says which)".to_owned()
+        }
         WaitStatus::Signaled(_, signal, core) => {
             format!(
                 "was killed by {signal}{}",

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use culvert_shared::config::{
-    Action, Address, Balance, Config, ErrorLog, Listen, LogTarget, OnReload, Peer, Server, Stream, Target,
-    Upstream,
+    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, LogTarget, OnReload, Peer, Server,
+    Stream, Target, Upstream,
 };
 
 /// One server for each listener, all proxying to the first upstream; one worker on CPU 0.
@@ -29,12 +29,15 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         ssl_preread: false,
         preread_buffer_size: 16 * 1024,
         preread_timeout: Duration::from_secs(30),
+        access_log: None,
     };
     Config {
         user: None,
         worker_cpus: vec![vec![0]],
         worker_connections: 64,
+        worker_backlog_size: None,
         worker_shutdown_timeout: None,
+        flow_steering: FlowSteering::Off,
         pid: "/nonexistent/master.pid".into(),
         error_log: ErrorLog {
             target: LogTarget::Stderr,

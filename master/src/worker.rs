@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::access_log::AccessLogs;
 use crate::keeper::Queue;
 
 /// How long a worker has to obey [`ToWorker::Stop`]: it only resets what is open.
@@ -64,6 +65,8 @@ pub struct Worker {
     pub generation: u64,
     /// The stores that it cares for; kept until it is gone, because the master frees its places then.
     pub stores: Vec<Arc<Store>>,
+    /// The files of the access logs that it writes.
+    pub access_logs: AccessLogs,
     /// What it said of its sessions, with the sockets that came along; taken by [`crate::keeper`].
     pub mail: Vec<(ToMaster, Vec<OwnedFd>)>,
     /// Sessions that it is to adopt and was not yet told of.
@@ -89,8 +92,10 @@ pub struct Born {
     pub generation: u64,
     /// As in [`Worker`].
     pub stores: Vec<Arc<Store>>,
-    /// The master's end of the pair.
-    pub control: OwnedFd,
+    /// As in [`Worker`].
+    pub access_logs: AccessLogs,
+    /// The master's end of the pair; `None` when the other one was closed.
+    pub control: Option<OwnedFd>,
 }
 
 impl Worker {
@@ -103,6 +108,7 @@ impl Worker {
             owner,
             generation,
             stores,
+            access_logs,
             control,
         } = born;
         Worker {
@@ -112,12 +118,23 @@ impl Worker {
             owner,
             generation,
             stores,
+            access_logs,
             mail: Vec::new(),
             to_adopt: Queue::new(),
             started: now,
             state: State::Starting,
             leaving: false,
-            control: Some(control),
+            control,
+        }
+    }
+
+    /// A worker that another binary has forked, in this process.
+    pub fn taken_over(born: Born, state: State, leaving: bool, to_adopt: Queue, now: Instant) -> Worker {
+        Worker {
+            state,
+            leaving,
+            to_adopt,
+            ..Worker::new(born, now)
         }
     }
 
@@ -165,7 +182,7 @@ impl Worker {
     pub fn drain(&mut self, limit: Option<Duration>, now: Instant) {
         self.leaving = true;
         if matches!(self.state, State::Starting | State::Serving) {
-            self.say(ToWorker::Drain, None);
+            self.say(ToWorker::Drain, &[]);
             self.state = State::Draining(limit.map(|limit| now + limit));
         }
     }
@@ -175,10 +192,10 @@ impl Worker {
         self.leaving = true;
         match self.state {
             State::Starting | State::Serving => {
-                self.say(ToWorker::HandOver, None);
+                self.say(ToWorker::HandOver, &[]);
                 self.state = State::Draining(limit.map(|limit| now + limit));
             }
-            State::Draining(_) => self.say(ToWorker::HandOver, None),
+            State::Draining(_) => self.say(ToWorker::HandOver, &[]),
             State::Stopping(_) | State::Killed => {}
         }
     }
@@ -187,7 +204,7 @@ impl Worker {
     pub fn stop(&mut self, now: Instant) {
         self.leaving = true;
         if matches!(self.state, State::Starting | State::Serving | State::Draining(_)) {
-            self.say(ToWorker::Stop, None);
+            self.say(ToWorker::Stop, &[]);
             self.stop_by(now);
         }
     }
@@ -205,9 +222,16 @@ impl Worker {
         self.state = State::Killed;
     }
 
-    /// Hands it the log that it shall write to.
+    /// Hands it the error log that it shall write to.
     pub fn write_log_to(&mut self, log: BorrowedFd<'_>) {
-        self.say(ToWorker::Log, Some(log));
+        self.say(ToWorker::Log, &[log]);
+    }
+
+    /// The same, with the access logs as they are now.
+    pub fn write_logs_to(&mut self, log: BorrowedFd<'_>) {
+        let access_logs = self.access_logs.clone();
+        let logs: Vec<BorrowedFd<'_>> = std::iter::once(log).chain(access_logs.descriptors()).collect();
+        self.say(ToWorker::Log, &logs);
     }
 
     /// Does what is due.
@@ -242,9 +266,9 @@ impl Worker {
         }
     }
 
-    fn say(&mut self, message: ToWorker, descriptor: Option<BorrowedFd<'_>>) {
+    fn say(&mut self, message: ToWorker, descriptors: &[BorrowedFd<'_>]) {
         let Some(control) = &self.control else { return };
-        match fdpass::send(control.as_fd(), &message.encode(), descriptor.as_slice()) {
+        match fdpass::send(control.as_fd(), &message.encode(), descriptors) {
             Ok(()) => {}
             // Dying; its death is reported by SIGCHLD.
             Err(Errno::EPIPE | Errno::ECONNRESET) => {}
@@ -275,7 +299,8 @@ mod tests {
             owner: Owner(1),
             generation: 1,
             stores: Vec::new(),
-            control,
+            access_logs: AccessLogs::default(),
+            control: Some(control),
         };
         (Worker::new(born, now), theirs, now)
     }

@@ -17,6 +17,10 @@ pub const MAX_LISTENERS: usize = 1024;
 /// Peers that the program can have had since its start.
 pub const MAX_PEERS: usize = 4096;
 
+/// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
+/// it whenever a field or a reason changes its place or meaning.
+const LAYOUT: &str = "culvert counters, layout 1";
+
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
         $(#[$doc])*
@@ -114,6 +118,14 @@ pub struct Board {
     pub reloads_succeeded: AtomicU64,
     /// Reloads that were refused; the old configuration went on.
     pub reloads_failed: AtomicU64,
+    /// 1: the last reload was refused.
+    pub last_reload_failed: AtomicU64,
+    /// When a reload last succeeded, in milliseconds since the Unix epoch; 0: never.
+    pub last_reload_unix_ms: AtomicU64,
+    /// How long connecting to a peer took, where it succeeded.
+    pub connect_duration: Histogram,
+    /// How long ended sessions lasted.
+    pub session_duration: Histogram,
     /// Workers that died and were replaced.
     pub worker_restarts: AtomicU64,
     /// Sessions accepted.
@@ -126,10 +138,12 @@ pub struct Board {
     pub kept_limit: AtomicU64,
     /// Sessions that a worker took over from another one.
     pub adopted: AtomicU64,
-    /// Times that a source was held back, over ended sessions.
-    pub pauses: AtomicU64,
     /// Log lines dropped because the log could not keep up.
     pub log_lines_dropped: AtomicU64,
+    /// Lines of access logs that were written.
+    pub access_lines_written: AtomicU64,
+    /// Lines of access logs that were dropped: the file took no more, or not fast enough.
+    pub access_lines_dropped: AtomicU64,
     /// Bytes copied in user space, by direction.
     pub relay_bytes: [AtomicU64; 2],
     /// Sessions that were to be offloaded and were not, by [`FallbackReason`].
@@ -158,10 +172,16 @@ pub struct WorkerRow {
     pub generation: AtomicU64,
     /// Sockmap pairs of its slot.
     pub pairs_total: AtomicU32,
+    /// One more than the number that the BPF programs know its slot by; 0: it has no maps.
+    slot_number: AtomicU32,
     /// The CPUs that it may run on, a bit each; CPUs from 1024 up are not shown.
     pub cpus: [AtomicU64; 16],
+    /// 1 once it accepts connections.
+    pub ready: AtomicU32,
     /// 1 while it takes no new sessions and finishes its old ones.
     pub draining: AtomicU32,
+    /// Sessions that it has accepted.
+    pub accepted: AtomicU64,
     /// Sessions that it holds.
     pub sessions: AtomicU32,
     /// Sessions of those that are forwarded in the kernel.
@@ -192,6 +212,55 @@ pub struct PeerRow {
     pub connect_failures: AtomicU64,
     /// Bytes of ended sessions, by direction.
     pub bytes: [AtomicU64; 2],
+}
+
+/// How the board is laid out, for two binaries to compare.
+pub fn layout() -> String {
+    let rows = [
+        size_of::<WorkerRow>(),
+        size_of::<ListenerRow>(),
+        size_of::<PeerRow>(),
+    ];
+    format!(
+        "{LAYOUT}, {} bytes with rows of {rows:?}, {} fallback and {} close reasons",
+        size_of::<Board>(),
+        FallbackReason::COUNT,
+        CloseReason::COUNT
+    )
+}
+
+/// The upper limits of a histogram's buckets, in microseconds; one more bucket takes the rest.
+pub const HISTOGRAM_US: [u64; 12] = [
+    100,
+    500,
+    1_000,
+    5_000,
+    25_000,
+    100_000,
+    500_000,
+    1_000_000,
+    10_000_000,
+    60_000_000,
+    600_000_000,
+    3_600_000_000,
+];
+
+/// How often something took how long.
+#[repr(C)]
+pub struct Histogram {
+    /// Counts, each bucket for itself.
+    pub buckets: [AtomicU64; HISTOGRAM_US.len() + 1],
+    /// The sum, in microseconds.
+    pub sum_us: AtomicU64,
+}
+
+impl Histogram {
+    /// Counts something that took so long.
+    pub fn count(&self, us: u64) {
+        let bucket = HISTOGRAM_US.partition_point(|limit| *limit < us);
+        Board::add(&self.buckets[bucket], 1);
+        Board::add(&self.sum_us, us);
+    }
 }
 
 impl Board {
@@ -254,11 +323,22 @@ impl WorkerRow {
         self.clear();
         self.slot.store(slot as u32, Relaxed);
         self.generation.store(generation, Relaxed);
+        self.accepted.store(0, Relaxed);
         self.pairs_total.store(pairs_total, Relaxed);
         for (word, bits) in self.cpus.iter().enumerate() {
             let own = cpus.iter().filter(|cpu| **cpu / 64 == word);
             bits.store(own.fold(0, |bits, cpu| bits | 1 << (cpu % 64)), Relaxed);
         }
+    }
+
+    /// Says what the BPF programs know the worker's slot by.
+    pub fn set_slot_number(&self, number: u32) {
+        self.slot_number.store(number + 1, Relaxed);
+    }
+
+    /// What the BPF programs know the worker's slot by; `None`: it has no maps.
+    pub fn slot_number(&self) -> Option<u32> {
+        self.slot_number.load(Relaxed).checked_sub(1)
     }
 
     /// The CPUs that the worker may run on.
@@ -271,10 +351,12 @@ impl WorkerRow {
     pub fn clear(&self) {
         let gauges = [
             &self.pid,
+            &self.ready,
             &self.draining,
             &self.sessions,
             &self.offloaded,
             &self.pairs,
+            &self.slot_number,
         ];
         for gauge in gauges
             .into_iter()

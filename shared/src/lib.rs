@@ -2,6 +2,7 @@
 //!
 //! Imports none of its siblings: `master` → `worker` → `bpf` → `shared`.
 
+pub mod busy;
 pub mod config;
 pub mod counters;
 pub mod ids;

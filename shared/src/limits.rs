@@ -7,7 +7,8 @@
 //! is changed under its lock, which names its holder, for a few instructions without a system call.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -15,6 +16,19 @@ use anyhow::Result;
 
 use crate::ids::Owner;
 use crate::sys::shm::{Shareable, Shared};
+
+/// The version of this layout; change it whenever something changes its place or meaning.
+const LAYOUT: &str = "culvert limits, layout 1";
+
+/// How the counts are laid out and how keys are hashed, for two binaries to compare.
+pub fn layout() -> String {
+    format!(
+        "{LAYOUT}, {BUCKETS} buckets of {} and {HOLDS} holds of {} bytes, hash {:016x}",
+        size_of::<Bucket>(),
+        size_of::<Hold>(),
+        print([1, 2], "zone", "key")
+    )
+}
 
 /// Buckets of [`CELLS`] keys: from about 100,000 keys at once, one in ten thousand finds its bucket full.
 const BUCKETS: usize = 1 << 14;
@@ -80,7 +94,9 @@ pub enum Refused {
 pub struct Limits {
     buckets: Shared<Bucket>,
     holds: Shared<Hold>,
-    secret: RandomState,
+    secret: [u64; 2],
+    /// The memory of both.
+    files: [OwnedFd; 2],
 }
 
 /// The holds that a worker has given back, to be asked first, and where it looks for others.
@@ -109,16 +125,43 @@ impl Limits {
     /// # Errors
     /// No memory can be mapped. Pages that are never touched take none.
     pub fn new() -> Result<Limits> {
+        let (buckets, buckets_file) = Shared::in_file(c"culvert-limits", BUCKETS)?;
+        let (holds, holds_file) = Shared::in_file(c"culvert-limits-holds", HOLDS)?;
+        let random = RandomState::new();
         Ok(Limits {
-            buckets: Shared::anonymous(BUCKETS)?,
-            holds: Shared::anonymous(HOLDS)?,
-            secret: RandomState::new(),
+            buckets,
+            holds,
+            secret: [random.hash_one(0), random.hash_one(1)],
+            files: [buckets_file, holds_file],
         })
+    }
+
+    /// The counts of the binary before, with what its [`Limits::descriptors`] and [`Limits::secret`] said.
+    ///
+    /// # Errors
+    /// The memory cannot be mapped.
+    pub fn taken_over(files: [OwnedFd; 2], secret: [u64; 2]) -> Result<Limits> {
+        Ok(Limits {
+            buckets: Shared::of_fd(files[0].as_fd(), BUCKETS)?,
+            holds: Shared::of_fd(files[1].as_fd(), HOLDS)?,
+            secret,
+            files,
+        })
+    }
+
+    /// The memory, for another binary.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        self.files.each_ref().map(AsFd::as_fd)
+    }
+
+    /// What keys are hashed with.
+    pub fn secret(&self) -> [u64; 2] {
+        self.secret
     }
 
     /// What a key of a zone is known by.
     pub fn print(&self, zone: &str, key: &str) -> u64 {
-        self.secret.hash_one((zone, key)).max(1)
+        print(self.secret, zone, key)
     }
 
     /// Counts a session, if fewer than `limit` are counted.
@@ -269,6 +312,12 @@ impl Limits {
         }
         None
     }
+}
+
+fn print(secret: [u64; 2], zone: &str, key: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (secret, zone, key).hash(&mut hasher);
+    hasher.finish().max(1)
 }
 
 fn bucket_of(print: u64) -> usize {

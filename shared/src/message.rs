@@ -4,6 +4,10 @@
 use crate::sessions::Place;
 use crate::sys::fdpass::MAX_DESCRIPTORS;
 
+/// The version of these messages, for two binaries to compare: workers of one may have a master of the other.
+/// Change it whenever a message changes its bytes or meaning.
+pub const LAYOUT: &str = "culvert messages, layout 1";
+
 /// Sessions of one message at most: each may come with its two sockets.
 pub const BATCH: usize = MAX_DESCRIPTORS / 2;
 
@@ -27,7 +31,7 @@ pub enum ToWorker {
     HandOver,
     /// Reset what is open and exit now.
     Stop,
-    /// Write the log to the descriptor that comes with the message.
+    /// Write the error log to the descriptor that comes with the message, and the access logs to those behind it.
     Log,
     /// Take these sessions over; both sockets of each come with the message.
     Adopt(Vec<SessionId>),

@@ -14,6 +14,15 @@ use crate::ids::Owner;
 use crate::limits::MAX_HOLDS;
 use crate::sys::shm::Shareable;
 
+/// The version of this layout: another binary may go on with a table if it has the same ([`layout`]). Change it
+/// whenever a word or a bit changes its place or meaning.
+const LAYOUT: &str = "culvert sessions, layout 2";
+
+/// How a record is laid out, for two binaries to compare.
+pub fn layout() -> String {
+    format!("{LAYOUT}, {} bytes", size_of::<Record>())
+}
+
 /// The longest name of an upstream that a record holds; a unix socket's path is shorter (unix(7)).
 const NAME_BYTES: usize = 112;
 /// Where the words of a record are; the order of [`Saved`].
@@ -32,9 +41,12 @@ mod at {
     pub const TIMEOUT: usize = 18;
     pub const PERIOD: usize = 19;
     pub const SIZES: usize = 20;
-    pub const NAME_LEN: usize = 21;
-    pub const HOLDS: usize = 22;
-    pub const NAME: usize = 24;
+    pub const CONNECTING: usize = 21;
+    pub const CONNECT_BEGAN: usize = 22;
+    pub const CONNECT_TOOK: usize = 23;
+    pub const HOLDS: usize = 24;
+    pub const NAME_LEN: usize = 26;
+    pub const NAME: usize = 27;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -82,8 +94,8 @@ pub struct SavedStream {
     pub way: u8,
     /// Its source has ended.
     pub source_ended: bool,
-    /// The buffers of its sockets have been sized.
-    pub buffers_sized: bool,
+    /// How the buffers of its sockets are sized, at most 3.
+    pub buffers: u8,
     /// Bytes that user space read from the source.
     pub read_bytes: u64,
     /// Bytes that user space wrote to the target.
@@ -110,6 +122,8 @@ pub struct Saved {
     pub started_ms: u64,
     /// When user space last saw a byte move, on the same clock.
     pub last_active_ms: u64,
+    /// Until when it may be connecting, on the same clock; 0: it is connected.
+    pub connecting_until_ms: u64,
     /// The cookies of its sockets: downstream, upstream.
     pub cookies: [u64; 2],
     /// The client's address.
@@ -128,6 +142,10 @@ pub struct Saved {
     pub carrier: Carrier,
     /// What it is connected to, for people.
     pub upstream: String,
+    /// When connecting to the peer began, in nanoseconds of CLOCK_MONOTONIC.
+    pub connect_began_ns: u64,
+    /// How long that took, in microseconds.
+    pub connect_us: u64,
     /// Its directions: to_upstream, to_downstream.
     pub streams: [SavedStream; 2],
     /// What it counts in, by [`crate::limits::Held`]; 0: nothing.
@@ -149,6 +167,8 @@ pub struct SavedSettings {
     pub backlog_bytes: u32,
     /// `proxy_half_close`.
     pub half_close: bool,
+    /// `on_reload` is `"close"`.
+    pub close_on_reload: bool,
 }
 
 impl Record {
@@ -243,18 +263,18 @@ impl Record {
 const TCP: u64 = 1;
 const JOINED: u64 = 1 << 1;
 const HALF_CLOSE: u64 = 1 << 2;
+const CLOSE_ON_RELOAD: u64 = 1 << 3;
 const CARRIER_SHIFT: u32 = 8;
 const SOURCE_ENDED: u64 = 1 << 2;
-const BUFFERS_SIZED: u64 = 1 << 3;
-/// Bits of a direction in the word of ways: the way in two, then the two above.
+const BUFFERS_SHIFT: u32 = 3;
+/// Bits of a direction in the word of ways: the way in two, then those above, buffers in two.
 const WAY_BITS: usize = 8;
 
 fn ways(streams: &[SavedStream; 2]) -> u64 {
     let bits = |stream: &SavedStream| {
-        let flag = |set: bool, bit: u64| if set { bit } else { 0 };
         u64::from(stream.way & 3)
-            | flag(stream.source_ended, SOURCE_ENDED)
-            | flag(stream.buffers_sized, BUFFERS_SIZED)
+            | if stream.source_ended { SOURCE_ENDED } else { 0 }
+            | u64::from(stream.buffers & 3) << BUFFERS_SHIFT
     };
     bits(&streams[0]) | bits(&streams[1]) << WAY_BITS
 }
@@ -266,6 +286,7 @@ impl Saved {
             (TCP, self.tcp),
             (JOINED, self.joined),
             (HALF_CLOSE, self.settings.half_close),
+            (CLOSE_ON_RELOAD, self.settings.close_on_reload),
         ] {
             flags |= if set { bit } else { 0 };
         }
@@ -282,6 +303,7 @@ impl Saved {
         words[at::NUMBER] = self.number;
         words[at::STARTED] = self.started_ms;
         words[at::LAST_ACTIVE] = self.last_active_ms;
+        words[at::CONNECTING] = self.connecting_until_ms;
         words[at::COOKIES..][..2].copy_from_slice(&self.cookies);
         words[at::CLIENT..][..3].copy_from_slice(&address_words(self.client));
         words[at::LOCAL..][..3].copy_from_slice(&address_words(self.local));
@@ -299,6 +321,8 @@ impl Saved {
         for (word, pair) in self.holds.chunks(2).enumerate() {
             words[at::HOLDS + word] = u64::from(pair[0]) | u64::from(pair[1]) << 32;
         }
+        words[at::CONNECT_BEGAN] = self.connect_began_ns;
+        words[at::CONNECT_TOOK] = self.connect_us;
         let name = self.upstream.as_bytes();
         let name = &name[..name.len().min(NAME_BYTES)];
         words[at::NAME_LEN] = name.len() as u64;
@@ -316,7 +340,7 @@ impl Saved {
             SavedStream {
                 way: (bits & 3) as u8,
                 source_ended: bits & SOURCE_ENDED != 0,
-                buffers_sized: bits & BUFFERS_SIZED != 0,
+                buffers: (bits >> BUFFERS_SHIFT & 3) as u8,
                 read_bytes: words[at::READ + way],
                 written_bytes: words[at::WRITTEN + way],
             }
@@ -335,6 +359,7 @@ impl Saved {
             number: words[at::NUMBER],
             started_ms: words[at::STARTED],
             last_active_ms: words[at::LAST_ACTIVE],
+            connecting_until_ms: words[at::CONNECTING],
             cookies: [words[at::COOKIES], words[at::COOKIES + 1]],
             client: address(&words[at::CLIENT..])?,
             local: address(&words[at::LOCAL..])?,
@@ -344,6 +369,8 @@ impl Saved {
             joined: has(JOINED),
             carrier,
             upstream: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
+            connect_began_ns: words[at::CONNECT_BEGAN],
+            connect_us: words[at::CONNECT_TOOK],
             streams: [stream(0), stream(1)],
             holds: holds(&[words[at::HOLDS], words[at::HOLDS + 1]]),
             settings: SavedSettings {
@@ -352,6 +379,7 @@ impl Saved {
                 buffer_bytes: words[at::SIZES] as u32,
                 backlog_bytes: (words[at::SIZES] >> 32) as u32,
                 half_close: has(HALF_CLOSE),
+                close_on_reload: has(CLOSE_ON_RELOAD),
             },
         })
     }
@@ -361,7 +389,7 @@ fn holds(words: &[u64; MAX_HOLDS / 2]) -> [u32; MAX_HOLDS] {
     std::array::from_fn(|hold| (words[hold / 2] >> (32 * (hold % 2))) as u32)
 }
 
-fn address_words(address: SocketAddr) -> [u64; 3] {
+pub(crate) fn address_words(address: SocketAddr) -> [u64; 3] {
     let (family, ip, scope) = match address {
         SocketAddr::V4(v4) => (4u64, u128::from(u32::from(*v4.ip())), 0),
         SocketAddr::V6(v6) => (6, u128::from(*v6.ip()), v6.scope_id()),
@@ -370,7 +398,7 @@ fn address_words(address: SocketAddr) -> [u64; 3] {
     [head, (ip >> 64) as u64, ip as u64]
 }
 
-fn address(words: &[u64]) -> Option<SocketAddr> {
+pub(crate) fn address(words: &[u64]) -> Option<SocketAddr> {
     let port = (words[0] >> 32) as u16;
     let ip = u128::from(words[1]) << 64 | u128::from(words[2]);
     match words[0] >> 56 {
@@ -480,11 +508,11 @@ mod tests {
     }
 
     fn stream() -> impl Strategy<Value = SavedStream> {
-        (0u8..4, any::<bool>(), any::<bool>(), any::<u64>(), any::<u64>()).prop_map(
-            |(way, source_ended, buffers_sized, read_bytes, written_bytes)| SavedStream {
+        (0u8..4, any::<bool>(), 0u8..4, any::<u64>(), any::<u64>()).prop_map(
+            |(way, source_ended, buffers, read_bytes, written_bytes)| SavedStream {
                 way,
                 source_ended,
-                buffers_sized,
+                buffers,
                 read_bytes,
                 written_bytes,
             },
@@ -507,9 +535,10 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_saved_is_what_is_read(
-            numbers in any::<[u64; 7]>(),
+            numbers in any::<[u64; 9]>(),
             small in any::<[u32; 3]>(),
-            bits in any::<[bool; 3]>(),
+            bits in any::<[bool; 4]>(),
+            connecting_until_ms in any::<u64>(),
             client in socket_address(),
             local in socket_address(),
             peer in proptest::option::of(0u32..4096),
@@ -522,6 +551,7 @@ mod tests {
                 number: numbers[0],
                 started_ms: numbers[1],
                 last_active_ms: numbers[2],
+                connecting_until_ms,
                 cookies: [numbers[3], numbers[4]],
                 client,
                 local,
@@ -535,6 +565,8 @@ mod tests {
                     n => Carrier::Fallback(FallbackReason::ALL[n - 2]),
                 },
                 upstream,
+                connect_began_ns: numbers[7],
+                connect_us: numbers[8],
                 streams,
                 holds,
                 settings: SavedSettings {
@@ -543,6 +575,7 @@ mod tests {
                     buffer_bytes: small[1],
                     backlog_bytes: small[2],
                     half_close: bits[2],
+                    close_on_reload: bits[3],
                 },
             };
             let records = records(1);

@@ -60,6 +60,8 @@ pub struct Script {
     pub start: Start,
     /// Its end of stream travels in the last segment.
     pub glued: bool,
+    /// It ends its stream only when it has every byte of the other end's.
+    pub ends_last: bool,
     /// It resets once so many bytes have been written and read in all.
     pub reset_after: Option<u64>,
     /// A receive buffer of its own size.
@@ -150,7 +152,7 @@ impl End<'_> {
             if now > progress + patient(PATIENCE) {
                 return self.outcome;
             }
-            let may_write = writing && self.write_at.is_some_and(|at| now >= at);
+            let may_write = writing && !self.holds_its_end() && self.write_at.is_some_and(|at| now >= at);
             let may_read = !self.read_over && now >= self.read_at;
             let ready = self.poll(now, may_write, may_read);
             // What came before a reset is read before the failing write learns of it.
@@ -225,6 +227,14 @@ impl End<'_> {
         true
     }
 
+    /// It has written everything, and waits with the end of its stream.
+    fn holds_its_end(&self) -> bool {
+        self.script.ends_last
+            && self.outcome.written == self.script.out.bytes
+            && self.outcome.received.bytes < self.script.into.bytes
+            && !self.read_over
+    }
+
     fn write(&mut self) -> bool {
         let half = &self.script.out;
         let offset = self.outcome.written;
@@ -250,7 +260,7 @@ impl End<'_> {
                 }
             }
         }
-        if self.outcome.written == half.bytes {
+        if self.outcome.written == half.bytes && !self.holds_its_end() {
             match self.stream.shutdown(Shutdown::Write) {
                 Ok(()) => self.outcome.ended = true,
                 Err(e) => self.outcome.write_error = Some(Errno::from_raw(e.raw_os_error().unwrap_or(0))),

@@ -17,13 +17,17 @@
 //! | `process` | `/proc` of a process |
 //! | `end` | one end of a session that behaves as a script says |
 //! | `pair` | one session with both ends in the test's hands, and writers that say how far they have come |
+//! | `load` | many long streams and short connections at once, with an account of all of them |
+//! | `slow` | sessions whose reader is slow: their proxy, their end, what must hold |
 //! | `memory` | what the kernel's TCP holds, and the memory of the machine |
 //! | `program` | other programs: run to the end, or kept running |
+//! | `random` | numbers that follow from a seed |
 
 // Each test binary uses its own part of the harness.
 #![allow(dead_code, unused_imports)]
 
 pub mod end;
+pub mod load;
 pub mod memory;
 pub mod pair;
 pub mod pattern;
@@ -32,6 +36,8 @@ pub mod ports;
 pub mod process;
 pub mod program;
 pub mod proxy;
+pub mod random;
+pub mod slow;
 pub mod sockets;
 pub mod status;
 pub mod upstream;

@@ -129,6 +129,11 @@ impl Plan {
         self
     }
 
+    /// The command that the binary is started through.
+    pub fn launcher(&self) -> &[String] {
+        &self.launcher
+    }
+
     /// Another copy of the binary.
     pub fn binary(mut self, path: PathBuf) -> Plan {
         self.binary = path;

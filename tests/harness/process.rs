@@ -43,6 +43,34 @@ pub fn descriptors(pid: i32) -> Vec<PathBuf> {
     list
 }
 
+/// TCP connections, of whatever state, that the process has a descriptor of.
+#[track_caller]
+pub fn connections(pid: i32) -> Vec<String> {
+    let own = descriptors(pid);
+    let mut found = Vec::new();
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let text = std::fs::read_to_string(table).unwrap_or_default();
+        for line in text.lines().skip(1) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            // Local address, remote address, state (0A: listening), and further on the inode.
+            if let (Some(state), Some(inode)) = (words.get(3), words.get(9))
+                && *state != "0A"
+                && own.contains(&PathBuf::from(format!("socket:[{inode}]")))
+            {
+                found.push(words[1..4].join(" "));
+            }
+        }
+    }
+    found
+}
+
+/// The file that the process runs; `(deleted)` stands after it when it has been replaced.
+#[track_caller]
+pub fn executable(pid: i32) -> PathBuf {
+    let path = format!("/proc/{pid}/exe");
+    std::fs::read_link(&path).unwrap_or_else(|e| panic!("failed to read {path}: {e}"))
+}
+
 /// The children of every thread of the process.
 pub fn children(pid: i32) -> Vec<i32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {

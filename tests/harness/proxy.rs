@@ -20,6 +20,8 @@ use super::{patient, process, program, watchdog, within};
 #[derive(Debug)]
 pub struct Proxy {
     child: Child,
+    command: Vec<String>,
+    lifetime: Duration,
     binary: PathBuf,
     scratch: Scratch,
     status: SocketAddr,
@@ -43,18 +45,11 @@ impl Proxy {
         let log = std::fs::File::create(plan.scratch.file("stderr.log")).expect("creating the log file");
         let mut command = plan.launcher.clone();
         command.push(plan.binary.display().to_string());
-        let child = Command::new(&command[0])
-            .args(&command[1..])
-            .arg("-c")
-            .arg(file)
-            .env_remove("RUST_LOG")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap_or_else(|e| panic!("failed to start {}: {e}", command[0]));
+        command.extend(["-c".to_owned(), file.display().to_string()]);
         let mut proxy = Proxy {
-            child,
+            child: spawn(&command, log),
+            command,
+            lifetime: plan.lifetime,
             binary: plan.binary,
             scratch: plan.scratch,
             status: plan.status,
@@ -62,9 +57,22 @@ impl Proxy {
             ended: false,
             _ports: plan.ports,
         };
-        watchdog::watch(proxy.pid(), plan.lifetime);
+        watchdog::watch(proxy.pid(), proxy.lifetime);
         proxy.wait_until_serving();
         proxy
+    }
+
+    /// Starts it once more after it has ended, on the same file; its log goes on.
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        assert!(self.ended, "the program still runs");
+        let log = std::fs::File::options()
+            .append(true)
+            .open(self.scratch.file("stderr.log"));
+        self.child = spawn(&self.command, log.expect("the log file"));
+        self.ended = false;
+        watchdog::watch(self.pid(), self.lifetime);
+        self.wait_until_serving();
     }
 
     #[track_caller]
@@ -98,6 +106,11 @@ impl Proxy {
         i32::try_from(self.child.id()).expect("a process id")
     }
 
+    /// Where its status is to be had.
+    pub fn status_address(&self) -> SocketAddr {
+        self.status
+    }
+
     /// The directory with its configuration, pid file and logs.
     pub fn dir(&self) -> &Path {
         self.scratch.path()
@@ -106,6 +119,22 @@ impl Proxy {
     /// The configuration file, where the plan wrote it.
     pub fn file(&self) -> PathBuf {
         self.scratch.file("proxy.toml")
+    }
+
+    /// Changes the configuration file: `from`, which must stand in it, becomes `to`.
+    #[track_caller]
+    pub fn edit(&self, from: &str, to: &str) {
+        let text = std::fs::read_to_string(self.file()).expect("the configuration");
+        assert!(text.contains(from), "the configuration has no {from:?}:\n{text}");
+        std::fs::write(self.file(), text.replace(from, to)).expect("writing the configuration");
+    }
+
+    /// Sends HUP and waits until the next generation serves.
+    #[track_caller]
+    pub fn reload(&self) -> Status {
+        let before = self.status().generation();
+        self.signal(Signal::SIGHUP);
+        self.wait("the next generation serves", |s| s.generation() > before)
     }
 
     /// Everything on stderr so far.
@@ -207,6 +236,17 @@ impl Proxy {
         });
         assert!(gone, "workers outlived their master: {workers:?}");
     }
+}
+
+fn spawn(command: &[String], log: std::fs::File) -> Child {
+    Command::new(&command[0])
+        .args(&command[1..])
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap_or_else(|e| panic!("failed to start {}: {e}", command[0]))
 }
 
 impl Drop for Proxy {

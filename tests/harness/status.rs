@@ -30,12 +30,16 @@ pub struct Worker {
     pub slot: u64,
     /// The process in it now.
     pub pid: i32,
+    /// Sessions that it has accepted.
+    pub accepted: u64,
     /// Sessions that it carries.
     pub sessions: u64,
     /// Occupied places in the slot's sockmap.
     pub slots_used: u64,
     /// Places in the slot's sockmap.
     pub slots_total: u64,
+    /// It takes no new sessions.
+    pub draining: bool,
 }
 
 /// One status document.
@@ -85,6 +89,18 @@ impl Status {
         self.bytes("sockmap")
     }
 
+    /// What the kernel forwarded on one CPU.
+    #[track_caller]
+    pub fn cpu(&self, cpu: u64) -> Bytes {
+        let list = self.0.get("cpus").and_then(Value::as_array);
+        let list = list.unwrap_or_else(|| panic!("the status has no list `cpus`: {:#}", self.0));
+        let place = list.iter().position(|row| row["cpu"] == cpu);
+        place.map_or(Bytes::default(), |at| Bytes {
+            to_upstream: self.number(&format!("/cpus/{at}/bytes/to_upstream")),
+            to_downstream: self.number(&format!("/cpus/{at}/bytes/to_downstream")),
+        })
+    }
+
     /// What user space copied.
     #[track_caller]
     pub fn relay(&self) -> Bytes {
@@ -128,9 +144,11 @@ impl Status {
                 Worker {
                     slot: number("slot"),
                     pid: i32::try_from(number("pid")).expect("a process id"),
+                    accepted: number("accepted"),
                     sessions: number("sessions"),
                     slots_used: number("slots_used"),
                     slots_total: number("slots_total"),
+                    draining: list[i]["draining"].as_bool().unwrap_or(false),
                 }
             })
             .collect()

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Context, Result};
+use culvert_bpf::SlotLoad;
 use culvert_shared::config::Action;
 use culvert_shared::counters::{Board, WorkerRow};
 use mio::Interest;
@@ -21,6 +22,34 @@ use crate::start::Listener;
 const TURN_BUDGET: usize = 64;
 /// How long a listener rests after the process ran out of descriptors or memory (nginx: 500 ms).
 const REST_MS: u64 = 500;
+
+/// What the programs that choose among workers are told of this one.
+pub struct Intake {
+    load: Option<SlotLoad>,
+    reason: Option<String>,
+    /// Connections accepted since they were told.
+    accepted: u32,
+}
+
+impl Intake {
+    pub(crate) fn new(load: Option<SlotLoad>, reason: Option<String>) -> Intake {
+        Intake {
+            load,
+            reason,
+            accepted: 0,
+        }
+    }
+
+    /// How the worker of a new connection is chosen, as the status document has it.
+    pub(crate) fn chosen_by(&self) -> &'static str {
+        if self.load.is_some() { "cpu" } else { "hash" }
+    }
+
+    /// Why it is not by CPU.
+    pub(crate) fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
+    }
+}
 
 /// A listening socket in use.
 pub struct Listening {
@@ -98,7 +127,10 @@ impl Worker {
                 return;
             }
             match listening.socket.accept() {
-                Ok((stream, remote)) => self.begin(listener, OwnedFd::from(stream), remote),
+                Ok((stream, remote)) => {
+                    self.intake.accepted += 1;
+                    self.begin(listener, OwnedFd::from(stream), remote);
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     listening.more = false;
                     return;
@@ -127,6 +159,20 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// Tells the programs that choose among workers what this one holds and how much more it can. Once a turn
+    /// is enough: what it has accepted since counts as coming to it.
+    pub(crate) fn tell_load(&mut self) {
+        let Some(load) = &self.intake.load else { return };
+        // While it drains, its slot is another worker's.
+        if !self.draining {
+            let rests = self.listeners.iter().any(|listener| listener.resting);
+            let limit = if rests { 0 } else { self.config.worker_connections };
+            let sessions = u32::try_from(self.table.len()).unwrap_or(u32::MAX);
+            load.publish(sessions, limit.saturating_sub(sessions));
+        }
+        load.count_taken(std::mem::take(&mut self.intake.accepted));
     }
 
     /// Asks all listeners that had more when their turn ended.
@@ -159,7 +205,8 @@ impl Worker {
         let now_ms = clock::now_ms();
         let ends = Ends::new(remote, local);
         let settings = Rc::clone(&self.settings[server]);
-        let proxied = self.config.servers[server].action != Action::Status;
+        let is_http = self.config.servers[server].action == Action::Http;
+        let proxied = matches!(self.config.servers[server].action, Action::Proxy(_));
         let number = match proxied {
             true => 1 + self.board[0].sessions.fetch_add(1, Relaxed),
             false => 0,
@@ -172,10 +219,15 @@ impl Worker {
         self.table.put(token, Box::new(session));
         if proxied {
             WorkerRow::up(&self.gauges().sessions);
+            Board::add(&self.gauges().accepted, 1);
             WorkerRow::up(&self.gauges().listener_active[row]);
         }
         self.with_session(token, |worker, session| {
-            worker.enter(token, session, header_first)
+            if is_http {
+                worker.answer_http(token, session)
+            } else {
+                worker.enter(token, session, header_first)
+            }
         });
     }
 }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use culvert_bpf::Terms;
-use culvert_shared::config::{OnReload, Stream as Settings};
+use culvert_shared::config::{Action, OnReload, Stream as Settings, Target};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::SessionId;
@@ -17,7 +17,7 @@ use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::route::Ends;
-use crate::session::{Datapath, Session, Stream, Upstream, Way, target};
+use crate::session::{Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
 use crate::sockets::{self, Interest};
 use crate::store::Seat;
 use crate::table::{Side, Token};
@@ -110,7 +110,8 @@ impl Worker {
             joined: saved.joined,
             kept: true,
         };
-        let session = revive(saved, downstream, upstream, server, settings, seat);
+        let mut session = revive(saved, downstream, upstream, server, settings, seat);
+        session.tried = self.tried_by(&session);
         self.take_in(session, died);
         Ok(())
     }
@@ -125,16 +126,18 @@ impl Worker {
     }
 
     /// Gives a session that was built from its record a slot, and goes on with it.
-    fn take_in(&mut self, session: Session, died: bool) {
+    fn take_in(&mut self, mut session: Session, died: bool) {
         let gone = self.is_gone(&session);
         let token = self.table.reserve();
         self.count_in(token, &session);
-        let relayed = session.streams.iter().any(|stream| stream.way == Way::Relay);
-        let interest = if relayed { Interest::Data } else { Interest::End };
+        session.attention = Some(session.interest(Side::Downstream));
         let mut watched = true;
         for side in [Side::Downstream, Side::Upstream] {
             if let Some(socket) = session.socket(side) {
-                watched &= self.sockets.watch(socket, token, side, interest).is_ok();
+                watched &= self
+                    .sockets
+                    .watch(socket, token, side, session.interest(side))
+                    .is_ok();
             }
         }
         self.table.put(token, Box::new(session));
@@ -145,12 +148,22 @@ impl Worker {
             if gone {
                 return Next::Close(CloseReason::Removed);
             }
-            if relayed {
-                worker.watch_data(token, session);
+            if let Phase::Connecting { deadline_ms } = session.phase {
+                return Next::Wait(deadline_ms);
+            }
+            // What is there already is found by trying.
+            for side in [Side::Downstream, Side::Upstream] {
+                if session.interest(side) == Interest::Data {
+                    session.ready[side.index()].readable = true;
+                    session.ready[side.index()].writable = true;
+                }
             }
             for direction in Direction::BOTH {
                 if worker.flow(session, direction).paused {
                     worker.note_paused(token, direction);
+                }
+                if session.stream(direction).buffers == Buffers::Narrow {
+                    worker.size_buffers(token, session, direction);
                 }
                 // Whether the end was passed on before the worker died is not known; twice does no harm.
                 if died
@@ -193,9 +206,25 @@ impl Worker {
         if session.settings.on_reload == OnReload::Keep {
             return false;
         }
+        let Some(server) = session.server else {
+            return true;
+        };
         let peer = session.upstream.as_ref().and_then(|upstream| upstream.row);
-        session.server.is_none()
-            || peer.is_some_and(|row| !self.peer_rows.iter().flatten().any(|own| *own == row))
+        let leads_to = |group: usize| peer.is_some_and(|row| self.peer_rows[group].contains(&row));
+        match &self.config.servers[server].action {
+            Action::Proxy(Target::Upstream(group)) => !leads_to(*group),
+            Action::Proxy(Target::Variable(_)) => peer.is_some() && !(0..self.peer_rows.len()).any(leads_to),
+            Action::Status | Action::Http => true,
+        }
+    }
+
+    /// The group of a session that is still connecting, and the peer that is being tried.
+    fn tried_by(&self, session: &Session) -> Option<(usize, Vec<usize>)> {
+        let row = session.upstream.as_ref().and_then(|upstream| upstream.row)?;
+        let groups = self.peer_rows.iter().enumerate();
+        groups
+            .filter(|_| session.phase != Phase::Streaming)
+            .find_map(|(group, rows)| Some((group, vec![rows.iter().position(|own| *own == row)?])))
     }
 }
 
@@ -219,6 +248,13 @@ fn revive(
     );
     session.server = server;
     session.last_active_ms = saved.last_active_ms;
+    if saved.connecting_until_ms > 0 {
+        session.phase = Phase::Connecting {
+            deadline_ms: saved.connecting_until_ms,
+        };
+    }
+    session.connect_began_ns = saved.connect_began_ns;
+    session.connect_us = Some(saved.connect_us);
     session.streams = saved.streams.map(revive_stream);
     session.holds = tally::revived(&saved.holds);
     session.datapath = match saved.carrier {
@@ -229,7 +265,7 @@ fn revive(
     session.upstream = Some(Upstream {
         socket: upstream,
         tcp: saved.tcp,
-        was_connecting: false,
+        was_connecting: saved.connecting_until_ms > 0,
         name: saved.upstream,
         row: saved.peer.map(|row| row as usize),
     });
@@ -241,7 +277,7 @@ fn revive_stream(saved: SavedStream) -> Stream {
     let mut stream = Stream::new();
     stream.way = way_of(saved.way);
     stream.source_ended = saved.source_ended;
-    stream.buffers_sized = saved.buffers_sized;
+    stream.buffers = buffers_of(saved.buffers);
     stream.read_bytes = saved.read_bytes;
     stream.written_bytes = saved.written_bytes;
     stream
@@ -255,14 +291,28 @@ fn way_of(number: u8) -> Way {
         .unwrap_or(Way::Settling)
 }
 
+/// What [`Buffers`] was written as.
+fn buffers_of(number: u8) -> Buffers {
+    [Buffers::Own, Buffers::Wide, Buffers::Narrow]
+        .into_iter()
+        .find(|buffers| *buffers as u8 == number)
+        .unwrap_or(Buffers::Narrow)
+}
+
 /// What goes on to apply to a session whose server is gone; the rest is as `[stream]` says now.
 fn settings_of(saved: &SavedSettings, stream: &Settings) -> Settings {
     Settings {
         proxy_timeout: Duration::from_millis(saved.proxy_timeout_ms),
+        // One that was to be sent a header has been (see `keep`).
+        proxy_protocol: None,
         ebpf_timer_period: Duration::from_millis(saved.timer_period_ms),
         proxy_buffer_size: saved.buffer_bytes as usize,
         ebpf_backlog_size: saved.backlog_bytes,
         proxy_half_close: saved.half_close,
+        on_reload: match saved.close_on_reload {
+            true => OnReload::Close,
+            false => OnReload::Keep,
+        },
         ..stream.clone()
     }
 }

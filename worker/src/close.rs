@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
 
+use crate::access_line::Carried;
 use crate::clock;
 use crate::event_loop::Worker;
 use crate::session::{Session, Way, target};
@@ -48,18 +49,21 @@ impl Worker {
         self.make_room();
     }
 
-    fn account(&self, session: &Session, reason: CloseReason) {
+    fn account(&mut self, session: &Session, reason: CloseReason) {
         let board = &self.board[0];
         let carried = Direction::BOTH.map(|direction| {
-            let kernel = self.flow(session, direction).forwarded_bytes;
-            (kernel, session.streams[direction.index()].written_bytes)
+            let stream = &session.streams[direction.index()];
+            Carried {
+                kernel: self.flow(session, direction).forwarded_bytes,
+                read: stream.read_bytes,
+                written: stream.written_bytes,
+            }
         });
-        let pauses = Direction::BOTH
-            .map(|direction| u64::from(self.flow(session, direction).pauses))
+        let pauses: u32 = Direction::BOTH
+            .map(|direction| self.flow(session, direction).pauses)
             .iter()
             .sum();
-        Board::add(&board.pauses, pauses);
-        let bytes = carried.map(|(kernel, relayed)| kernel + relayed);
+        let bytes = carried.map(Carried::sent);
         let listener = &board.listeners[session.listener];
         listener
             .bytes
@@ -77,9 +81,17 @@ impl Worker {
             WorkerRow::down(&self.gauges().peer_active[row]);
         }
         board.count_close(reason);
-        if log::log_enabled!(log::Level::Info) {
+        let lasted_ms = clock::now_ms().saturating_sub(session.started_ms);
+        board.session_duration.count(1000 * lasted_ms);
+        // The access log says the same, and where there is one, that is where it is looked for.
+        let level = match session.settings.access_log {
+            Some(_) => log::Level::Debug,
+            None => log::Level::Info,
+        };
+        if log::log_enabled!(level) {
             let [to_upstream, to_downstream] = carried;
-            log::info!(
+            log::log!(
+                level,
                 "session {}: client {} listener {} upstream {} closed: {}; datapath {}, \
                  to_upstream {} sockmap {} relay, to_downstream {} sockmap {} relay bytes, {pauses} pauses, {} ms",
                 session.number,
@@ -91,13 +103,14 @@ impl Worker {
                     .map_or("-", |upstream| upstream.name.as_str()),
                 reason.name(),
                 session.datapath.name(),
-                to_upstream.0,
-                to_upstream.1,
-                to_downstream.0,
-                to_downstream.1,
-                clock::now_ms().saturating_sub(session.started_ms),
+                to_upstream.kernel,
+                to_upstream.written,
+                to_downstream.kernel,
+                to_downstream.written,
+                lasted_ms,
             );
         }
+        self.log_session(session, reason, carried, u64::from(pauses));
     }
 
     /// Whether a socket may end with FIN: only when the stream that it carries to its reader is complete.

@@ -91,7 +91,9 @@ impl Worker {
                 sockets::no_delay(socket.as_fd())?;
             }
         }
-        let deadline_ms = clock::now_ms() + settings.proxy_connect_timeout.as_millis() as u64;
+        session.connect_began_ns = clock::now_ns();
+        let deadline_ms =
+            session.connect_began_ns / 1_000_000 + settings.proxy_connect_timeout.as_millis() as u64;
         let interest = if under_way {
             Interest::Connected
         } else {
@@ -115,6 +117,7 @@ impl Worker {
             WorkerRow::up(&self.gauges().peer_active[row]);
         }
         session.phase = Phase::Connecting { deadline_ms };
+        self.keep_again(session);
         Ok(if under_way {
             Next::Wait(deadline_ms)
         } else {
@@ -168,7 +171,8 @@ impl Worker {
         Next::Close(CloseReason::Resource)
     }
 
-    fn note_failure(&self, session: &Session, name: &str, row: Option<usize>, errno: Errno) {
+    fn note_failure(&self, session: &mut Session, name: &str, row: Option<usize>, errno: Errno) {
+        session.failed_peers.push(name.to_owned());
         if let Some(row) = row {
             Board::add(&self.board[0].peers[row].connect_failures, 1);
         }
@@ -190,7 +194,12 @@ impl Worker {
             Board::add(&self.board[0].peers[row].connected, 1);
         }
         session.phase = Phase::Streaming;
-        session.last_active_ms = clock::now_ms();
+        let now_ns = clock::now_ns();
+        session.connect_us = Some(now_ns.saturating_sub(session.connect_began_ns) / 1000);
+        self.board[0]
+            .connect_duration
+            .count(session.connect_us.unwrap_or(0));
+        session.last_active_ms = now_ns / 1_000_000;
         session.tried = None;
         self.begin_streaming(token, session)
     }

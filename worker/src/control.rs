@@ -45,6 +45,7 @@ impl Worker {
                     if let Some(descriptor) = descriptors.next() {
                         logging::set_output(descriptor);
                     }
+                    self.access_logs.reopen(descriptors);
                 }
                 None if received.message.is_empty() => {
                     if !self.draining {
@@ -66,6 +67,7 @@ impl Worker {
         self.draining = true;
         self.gauges().draining.store(1, Relaxed);
         self.stop_listening();
+        self.end_idle_http();
         if let Some(limit) = self.config.worker_shutdown_timeout {
             let due_ms = clock::now_ms() + limit.as_millis() as u64;
             self.wheel.set(DRAIN_TIMER, due_ms);

@@ -54,6 +54,7 @@ impl Worker {
                     false => Next::Wait(deadline_ms),
                 }
             }
+            Phase::Http { .. } => self.serve_http(session),
             Phase::Connecting { deadline_ms } => {
                 if session.ready[Side::Downstream.index()].failed {
                     return Next::Close(CloseReason::DownstreamLeftConnecting);
@@ -74,11 +75,13 @@ impl Worker {
             Phase::Reading { deadline_ms, .. } if now_ms < deadline_ms => Next::Wait(deadline_ms),
             Phase::Reading { .. } => Next::Close(CloseReason::ReadTimeout),
             Phase::Connecting { deadline_ms } if now_ms < deadline_ms => Next::Wait(deadline_ms),
+            Phase::Http { .. } => self.serve_http(session),
             Phase::Connecting { .. } => self.peer_failed(token, session, Errno::ETIMEDOUT),
             Phase::Streaming => {
                 if now_ms >= self.idle_deadline_ms(session) && !readers_progress(session, now_ms) {
                     return Next::Close(CloseReason::IdleTimeout);
                 }
+                self.mark_again(session);
                 self.stream(token, session)
             }
         }
@@ -173,6 +176,7 @@ impl Worker {
         if let Some(next) = self.end_half_closed(session) {
             return next;
         }
+        wake_ms = wake_ms.min(self.marking_due_ms(session).unwrap_or(u64::MAX));
         for direction in Direction::BOTH {
             // An end that was reported and not yet found comes with no further event.
             let end_is_near = session.ready[source(direction).index()].ended;

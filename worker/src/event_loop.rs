@@ -2,15 +2,18 @@
 //! timers between. Hands each event to the file that knows what it means.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use culvert_bpf::Totals;
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::{self, Config};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
-use culvert_shared::ids::{Direction, Owner};
+use culvert_shared::ids::Owner;
 use culvert_shared::message::ToMaster;
 use culvert_shared::sys::{fdpass, shm::Shared};
 use mio::unix::SourceFd;
@@ -18,12 +21,14 @@ use mio::{Events, Interest, Poll};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use crate::accept::Listening;
+use crate::accept::{Intake, Listening};
+use crate::access_log::AccessLogs;
 use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
 use crate::preread::Glance;
+use crate::pressure::Pressure;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
@@ -37,6 +42,7 @@ use crate::timer::Wheel;
 const CONTROL: mio::Token = mio::Token(usize::MAX);
 const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
 const KERNEL: mio::Token = mio::Token(usize::MAX - 2);
+const BELL: mio::Token = mio::Token(usize::MAX - 3);
 
 /// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
 pub(crate) const ACCEPT_TIMER: u32 = 0;
@@ -46,7 +52,11 @@ pub(crate) const DRAIN_TIMER: u32 = 1;
 pub(crate) const PRESSURE_TIMER: u32 = 2;
 /// The timer that gives sessions that have lived long enough to the master's keeping.
 pub(crate) const KEEP_TIMER: u32 = 3;
-const FIRST_SESSION: u32 = 4;
+/// The timer that hands lines of access logs over.
+pub(crate) const LOG_TIMER: u32 = 4;
+/// The timer that looks for the busiest sessions.
+pub(crate) const BUSY_TIMER: u32 = 5;
+const FIRST_SESSION: u32 = 6;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -61,12 +71,17 @@ pub struct Worker {
     pub(crate) settings: Vec<Rc<config::Stream>>,
     /// The row of each listener and its server.
     pub(crate) rows: Vec<(usize, usize)>,
+    /// The address of each listener, as configured.
+    pub(crate) addresses: Vec<SocketAddr>,
+    pub(crate) access_logs: AccessLogs,
+    pub(crate) lookout: Arc<Lookout>,
+    /// HTTP connections that it holds.
+    pub(crate) http_connections: usize,
     /// The stores that it cares for, its own slot's first.
     pub(crate) wards: Vec<Ward>,
     pub(crate) relay_reason: Option<String>,
     pub(crate) totals: Option<Arc<Totals>>,
-    /// Flows that are held back, or were when they were last looked at.
-    pub(crate) paused: Vec<(Token, Direction)>,
+    pub(crate) pressure: Pressure,
     pub(crate) keeping: Keeping,
     /// Sessions that it took over.
     pub(crate) adopted: u64,
@@ -75,6 +90,7 @@ pub struct Worker {
     pub(crate) sockets: Sockets,
     pub(crate) control: OwnedFd,
     pub(crate) listeners: Vec<Listening>,
+    pub(crate) intake: Intake,
     pub(crate) router: Router,
     pub(crate) groups: Vec<RoundRobin>,
     pub(crate) table: Table<Session>,
@@ -107,24 +123,33 @@ impl Worker {
                 Interest::READABLE,
             )
             .context("failed to watch the master's socket")?;
+        registry
+            .register(&mut SourceFd(&start.lookout.raw_fd()), BELL, Interest::READABLE)
+            .context("failed to watch for questions")?;
+        start.lookout.forget(start.row);
         let wards = start
             .stores
             .into_iter()
-            .map(|store| Ward::open(store, start.owner))
+            .map(|store| Ward::open(store, start.owner, start.config.worker_backlog_size))
             .collect::<Result<Vec<Ward>>>()?;
         for fd in wards.iter().filter_map(|ward| ward.reader.raw_fd()) {
             registry
                 .register(&mut SourceFd(&fd), KERNEL, Interest::READABLE)
                 .context("failed to watch the events of the BPF programs")?;
         }
+        if let Some(maps) = wards.first().and_then(|own| own.store.maps.as_ref()) {
+            start.board[0].workers[start.row].set_slot_number(maps.number());
+        }
         let rows = start
             .listeners
             .iter()
             .map(|listener| (listener.row, listener.server))
             .collect();
+        let addresses = start.listeners.iter().map(|listener| listener.address).collect();
         let listeners = Listening::open_all(start.listeners)?;
         let hostname =
             nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+        let access_logs = AccessLogs::new(&start.config, start.access_logs, start.slot, &hostname);
         let weights =
             |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
         Ok(Worker {
@@ -151,7 +176,11 @@ impl Worker {
             owner: start.owner,
             wards,
             rows,
-            paused: Vec::new(),
+            pressure: Pressure::default(),
+            addresses,
+            access_logs,
+            lookout: start.lookout,
+            http_connections: 0,
             keeping: Keeping::default(),
             adopted: 0,
             relay_reason: start.relay_reason,
@@ -161,6 +190,7 @@ impl Worker {
             sockets,
             control: start.control,
             listeners,
+            intake: Intake::new(start.load, start.accept_reason),
             table: Table::new(),
             wheel: Wheel::new(clock::now_ms()),
             again: VecDeque::new(),
@@ -175,6 +205,8 @@ impl Worker {
         let mut events = Events::with_capacity(256);
         let mut due = Vec::new();
         self.listen()?;
+        self.tell_load();
+        self.gauges().ready.store(1, Relaxed);
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {
@@ -188,6 +220,7 @@ impl Worker {
                     CONTROL => self.hear_master(),
                     SESSIONS => self.more_events = true,
                     KERNEL => self.take_kernel_events(),
+                    BELL => self.tell_busiest(),
                     mio::Token(listener) => self.accept(listener),
                 }
             }
@@ -209,10 +242,12 @@ impl Worker {
                 self.fire(timer);
             }
             self.tell_master();
+            self.tell_load();
         }
         for token in self.table.tokens() {
             self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));
         }
+        self.access_logs.finish();
         Ok(())
     }
 
@@ -289,6 +324,8 @@ impl Worker {
             ACCEPT_TIMER => self.end_rest(),
             PRESSURE_TIMER => self.look_at_paused(),
             KEEP_TIMER => self.keep_due(),
+            LOG_TIMER => self.flush_access_logs(),
+            BUSY_TIMER => self.tell_busiest(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
 
+use culvert_shared::config::OnReload;
 use culvert_shared::counters::WorkerRow;
 use culvert_shared::ids::Direction;
 use culvert_shared::message::{BATCH, SessionId, ToMaster};
@@ -17,7 +18,6 @@ use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::{KEEP_TIMER, Worker};
 use crate::session::{Datapath, Phase, Session, Stream};
-use crate::sockets::Interest;
 use crate::store::Seat;
 use crate::table::{Side, Token};
 use crate::tally;
@@ -76,7 +76,11 @@ impl Worker {
             let Some(mut session) = self.table.take(token) else {
                 continue;
             };
-            if can_be_kept(&session) && self.is_room_to_keep() && self.fill_record(&mut session) {
+            if session.phase == Phase::Streaming
+                && can_be_moved(&session)
+                && self.is_room_to_keep()
+                && self.fill_record(&mut session)
+            {
                 old.push((token, session));
             } else {
                 self.table.put(token, session);
@@ -106,7 +110,7 @@ impl Worker {
     }
 
     /// Writes a session down, in a place that it takes for that if it has none. False: there is none.
-    fn fill_record(&mut self, session: &mut Session) -> bool {
+    pub(crate) fn fill_record(&mut self, session: &mut Session) -> bool {
         let seat = match session.seat {
             Some(seat) => seat,
             None => match self.wards[0].take_seat() {
@@ -157,6 +161,24 @@ impl Worker {
             }
         }
         sent
+    }
+
+    /// A session that the master keeps has another upstream socket now: its next peer is being tried.
+    pub(crate) fn keep_again(&mut self, session: &mut Session) {
+        let Some(seat) = session.seat.filter(|seat| seat.kept) else {
+            return;
+        };
+        let filled = self.fill_record(session);
+        let descriptors: Vec<BorrowedFd<'_>> = [Side::Downstream, Side::Upstream]
+            .into_iter()
+            .filter_map(|side| session.socket(side))
+            .map(AsFd::as_fd)
+            .collect();
+        let message = ToMaster::Keep(vec![seat.id]).encode();
+        if !filled || fdpass::send(self.control.as_fd(), &message, &descriptors).is_err() {
+            // The master has the former socket: with that nobody could go on.
+            self.stop_keeping(session);
+        }
     }
 
     fn mark(&self, sessions: &[&mut Box<Session>], kept: Kept) {
@@ -219,9 +241,9 @@ impl Worker {
         self.drain();
         for token in self.table.tokens() {
             self.with_session(token, |worker, session| match session.phase {
-                Phase::Reading { deadline_ms, .. } | Phase::Connecting { deadline_ms } => {
-                    Next::Wait(deadline_ms)
-                }
+                Phase::Reading { deadline_ms, .. }
+                | Phase::Connecting { deadline_ms }
+                | Phase::Http { deadline_ms } => Next::Wait(deadline_ms),
                 Phase::Streaming => worker.wait(session),
             });
         }
@@ -230,7 +252,7 @@ impl Worker {
     /// Whether a session that has nothing to do now is to leave; its record is filled then.
     pub(crate) fn is_to_leave(&mut self, session: &mut Session) -> bool {
         self.keeping.handing_over
-            && can_be_kept(session)
+            && can_be_moved(session)
             && !session.holds_bytes()
             && !session.queued
             && (session.seat.is_some_and(|seat| seat.kept) || self.is_room_to_keep())
@@ -323,26 +345,24 @@ impl Worker {
         self.keeping.handing_over = false;
         self.keeping.forgotten.clear();
         for (token, session) in std::mem::take(&mut self.keeping.leaving) {
-            let relayed = session
-                .streams
-                .iter()
-                .any(|stream| stream.way == crate::session::Way::Relay);
-            let interest = if relayed { Interest::Data } else { Interest::End };
             for side in [Side::Downstream, Side::Upstream] {
                 if let Some(socket) = session.socket(side) {
                     // What was reported meanwhile is reported again.
-                    let _ = self.sockets.change(socket, token, side, interest);
+                    let _ = self.sockets.change(socket, token, side, session.interest(side));
                 }
             }
             self.table.put(token, session);
-            self.with_session(token, |worker, session| worker.stream(token, session));
+            self.with_session(token, |worker, session| worker.drive(token, session));
         }
     }
 }
 
 /// Whether another worker could go on with a session, if no byte of it is in this one's hands.
-fn can_be_kept(session: &Session) -> bool {
-    session.phase == Phase::Streaming && session.upstream.is_some() && !session.is_status
+fn can_be_moved(session: &Session) -> bool {
+    // A header that is still to be sent would be decided anew by the settings that the other worker has.
+    let owes_header =
+        matches!(session.phase, Phase::Connecting { .. }) && session.settings.proxy_protocol.is_some();
+    session.upstream.is_some() && !session.is_status && !owes_header
 }
 
 fn saved(session: &Session, seat: Seat) -> Option<Saved> {
@@ -357,6 +377,10 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         number: session.number,
         started_ms: session.started_ms,
         last_active_ms: session.last_active_ms,
+        connecting_until_ms: match session.phase {
+            Phase::Connecting { deadline_ms } => deadline_ms.max(1),
+            Phase::Reading { .. } | Phase::Streaming | Phase::Http { .. } => 0,
+        },
         cookies: [cookie(Side::Downstream)?, cookie(Side::Upstream)?],
         client: session.client(),
         local: session.ends.local,
@@ -370,6 +394,8 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
             Datapath::Relay | Datapath::Pending => Carrier::Relay,
         },
         upstream: upstream.name.clone(),
+        connect_began_ns: session.connect_began_ns,
+        connect_us: session.connect_us.unwrap_or(0),
         streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),
         holds: tally::saved(&session.holds),
         settings: SavedSettings {
@@ -378,6 +404,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
             buffer_bytes: settings.proxy_buffer_size as u32,
             backlog_bytes: settings.ebpf_backlog_size,
             half_close: settings.proxy_half_close,
+            close_on_reload: settings.on_reload == OnReload::Close,
         },
     })
 }
@@ -386,7 +413,7 @@ fn saved_stream(stream: &Stream) -> SavedStream {
     SavedStream {
         way: stream.way as u8,
         source_ended: stream.source_ended,
-        buffers_sized: stream.buffers_sized,
+        buffers: stream.buffers as u8,
         read_bytes: stream.read_bytes,
         written_bytes: stream.written_bytes,
     }

@@ -55,11 +55,16 @@ impl Worker {
             }
         };
         log::debug!("session {}: datapath {:?}", session.number, session.datapath);
+        self.mark_upstream(session);
         if session.datapath == Datapath::Sockmap {
             Board::add(&self.board[0].sessions_offloaded, 1);
             WorkerRow::up(&self.gauges().offloaded);
         }
-        self.note_young(token);
+        match session.seat.is_some_and(|seat| seat.kept) {
+            // The record still says that it is connecting.
+            true => drop(self.fill_record(session)),
+            false => self.note_young(token),
+        }
         self.stream(token, session)
     }
 
@@ -68,32 +73,39 @@ impl Worker {
         if !session.settings.ebpf_enable {
             return Err(Datapath::Relay);
         }
-        let Some(maps) = self.wards[OWN].store.maps.clone() else {
+        // A session that an earlier worker began may have its place already.
+        let ward = session.seat.map_or(OWN, |seat| seat.ward);
+        let Some(maps) = self.wards[ward].store.maps.clone() else {
             return refuse(FallbackReason::BpfUnavailable);
         };
         let Some(upstream) = session.upstream.as_ref().filter(|upstream| upstream.tcp) else {
             return refuse(FallbackReason::NotTcp);
         };
-        let Some(seat) = self.wards[OWN].take_seat() else {
+        let Some(seat) = session.seat.or_else(|| self.wards[OWN].take_seat()) else {
             return refuse(FallbackReason::SlotsUsedUp);
         };
+        if let Some(record) = self.wards[ward].store.record(seat.id.place).filter(|_| seat.kept) {
+            record.begin();
+        }
         let place = seat.id.place;
         let ends = [session.downstream.as_fd(), upstream.socket.as_fd()];
         let terms = Terms {
             now_ns: clock::now_ns(),
             backlog_bytes: session.settings.ebpf_backlog_size,
-            lane: self.wards[OWN].reader.lane(),
+            lane: self.wards[ward].reader.lane(),
         };
         match maps.join(place, ends, &terms) {
             Ok(joined) => {
-                self.wards[OWN].tokens[place.0 as usize] = Some(token);
+                self.wards[ward].tokens[place.0 as usize] = Some(token);
                 session.seat = Some(Seat { joined: true, ..seat });
                 self.arm_untold();
                 WorkerRow::up(&self.gauges().pairs);
                 Ok(joined)
             }
             Err(error) => {
-                self.wards[OWN].give_back(place);
+                if session.seat.is_none() {
+                    self.wards[ward].give_back(place);
+                }
                 // sock_map_sk_state_allowed takes established sockets only.
                 if ends
                     .iter()

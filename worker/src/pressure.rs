@@ -10,7 +10,7 @@ use culvert_shared::ids::{Direction, Owner};
 use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::{PRESSURE_TIMER, Worker};
-use crate::session::{Session, source, target};
+use crate::session::{Buffers, Session, source, target};
 use crate::sockets;
 use crate::store::Ward;
 use crate::table::Token;
@@ -25,6 +25,9 @@ const LOOK_UNTOLD_MS: u64 = 5;
 /// ACK that is sent while it is let go (from its socket backlog, which tcp_space subtracts) closes the
 /// window, and nobody opens it for 200 ms.
 const RECEIVE_BYTES_MIN: usize = 2 << 20;
+
+/// Segments that the smallest receive buffer of a source has to hold.
+const NARROW_SEGMENTS: usize = 4;
 
 /// What the programs of one store tell its worker.
 pub struct Reader {
@@ -54,20 +57,30 @@ impl Reader {
     }
 }
 
+/// Flows that have to be looked at by the clock.
+#[derive(Default)]
+pub struct Pressure {
+    /// Flows that are held back, or were when they were last looked at.
+    paused: Vec<(Token, Direction)>,
+    /// Flows whose source may gather less than it should, because many were held back at once.
+    narrow: Vec<(Token, Direction)>,
+}
+
 impl Worker {
     pub(crate) fn take_kernel_events(&mut self) {
+        let mut room = false;
         for ward in 0..self.wards.len() {
             let events = self.wards[ward].reader.events.as_mut();
             for event in events.map_or(Vec::new(), Events::take) {
-                if let Some(token) = self.wards[ward]
-                    .tokens
-                    .get(event.pair as usize)
-                    .copied()
-                    .flatten()
-                {
+                room |= event.kind == EventKind::Room;
+                let tokens = &self.wards[ward].tokens;
+                if let Some(token) = tokens.get(event.pair as usize).copied().flatten() {
                     self.take_kernel_event(token, event);
                 }
             }
+        }
+        if room {
+            self.look_at_paused();
         }
     }
 
@@ -76,10 +89,13 @@ impl Worker {
         self.with_session(token, |worker, session| match event.kind {
             EventKind::Paused => {
                 worker.note_paused(token, direction);
-                worker.size_buffers(session, direction);
+                worker.size_buffers(token, session, direction);
                 worker.wait(session)
             }
-            EventKind::Drained => worker.resume(token, session, direction),
+            EventKind::Drained if worker.has_room(session, direction) => {
+                worker.resume(token, session, direction)
+            }
+            EventKind::Drained | EventKind::Room => worker.wait(session),
             EventKind::Trouble => {
                 let flags = worker.flow(session, direction).flags;
                 let what = format!("{}: the program met flags {flags:#x}", direction.name());
@@ -90,11 +106,11 @@ impl Worker {
 
     /// A flow is held back, from now on or since before this worker had it.
     pub(crate) fn note_paused(&mut self, token: Token, direction: Direction) {
-        if self.paused.is_empty() {
+        if self.pressure.paused.is_empty() && self.pressure.narrow.is_empty() {
             self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
-        if !self.paused.contains(&(token, direction)) {
-            self.paused.push((token, direction));
+        if !self.pressure.paused.contains(&(token, direction)) {
+            self.pressure.paused.push((token, direction));
         }
     }
 
@@ -104,26 +120,48 @@ impl Worker {
     /// a peer that is held back. The kernel doubles both
     /// values (socket(7)), and caps them at net.core.wmem_max and rmem_max; where a cap would make a buffer
     /// smaller than the kernel's own sizing does, it is left alone.
-    fn size_buffers(&self, session: &mut Session, direction: Direction) {
-        if std::mem::replace(&mut session.stream(direction).buffers_sized, true) {
+    ///
+    /// What a source has gathered comes all at once when it is let go. So where too many are held back for
+    /// each to gather that much within the worker's total, a source's buffer stays as it is, or shrinks to
+    /// the source's share, until they are fewer again.
+    pub(crate) fn size_buffers(&mut self, token: Token, session: &mut Session, direction: Direction) {
+        let backlog = session.settings.ebpf_backlog_size as usize;
+        let former = session.stream(direction).buffers;
+        if former == Buffers::Own
+            && let Some(socket) = session
+                .socket(target(direction))
+                .filter(|_| backlog.max(RECEIVE_BYTES_MIN) <= self.limits.send_bytes)
+        {
+            let _ = sockets::set_send_buffer(socket.as_fd(), backlog.max(RECEIVE_BYTES_MIN));
+        }
+        let wide = (backlog / 2).max(RECEIVE_BYTES_MIN);
+        let sources = self.pressure.paused.len();
+        let share = self.pair(session).and_then(|(maps, _)| maps.share_bytes(sources));
+        // The kernel takes twice what it is told.
+        let share = share.map_or(usize::MAX, |bytes| bytes as usize / 2);
+        let Some(socket) = session.socket(source(direction)) else {
+            return;
+        };
+        if share >= wide {
+            // What was fixed once does not size itself again.
+            if former == Buffers::Narrow || (former == Buffers::Own && wide <= self.limits.receive_bytes) {
+                let bytes = wide.min(self.limits.receive_bytes);
+                let _ = sockets::set_receive_buffer(socket.as_fd(), bytes);
+            }
+            session.stream(direction).buffers = Buffers::Wide;
             return;
         }
-        let backlog = session.settings.ebpf_backlog_size as usize;
-        let (send, receive) = (
-            backlog.max(RECEIVE_BYTES_MIN),
-            (backlog / 2).max(RECEIVE_BYTES_MIN),
-        );
-        if let Some(socket) = session
-            .socket(target(direction))
-            .filter(|_| send <= self.limits.send_bytes)
-        {
-            let _ = sockets::set_send_buffer(socket.as_fd(), send);
+        // A window that does not take whole segments is not used before the sender's probe timer comes out, and
+        // that doubles with each probe while the source is held back.
+        let segment = sockets::segment_bytes(socket.as_fd()).unwrap_or(0);
+        let narrow = share.max(NARROW_SEGMENTS * segment).min(wide);
+        let present = sockets::receive_buffer(socket.as_fd()).map_or(narrow, |bytes| bytes / 2);
+        if present > 2 * narrow || present < narrow {
+            let _ = sockets::set_receive_buffer(socket.as_fd(), narrow);
         }
-        if let Some(socket) = session
-            .socket(source(direction))
-            .filter(|_| receive <= self.limits.receive_bytes)
-        {
-            let _ = sockets::set_receive_buffer(socket.as_fd(), receive);
+        session.stream(direction).buffers = Buffers::Narrow;
+        if !self.pressure.narrow.contains(&(token, direction)) {
+            self.pressure.narrow.push((token, direction));
         }
     }
 
@@ -143,7 +181,7 @@ impl Worker {
 
     /// Looks at the flows that are held back, by the clock.
     pub(crate) fn look_at_paused(&mut self) {
-        let mut flows = std::mem::take(&mut self.paused);
+        let mut flows = std::mem::take(&mut self.pressure.paused);
         for ward in self.wards.iter().filter(|ward| ward.reader.events.is_none()) {
             for token in ward.tokens.iter().flatten() {
                 flows.extend(Direction::BOTH.map(|direction| (*token, direction)));
@@ -160,6 +198,16 @@ impl Worker {
                 worker.wait(session)
             });
         }
+        // It puts those back for which there is no more room.
+        for (token, direction) in std::mem::take(&mut self.pressure.narrow) {
+            self.with_session(token, |worker, session| {
+                worker.size_buffers(token, session, direction);
+                worker.wait(session)
+            });
+        }
+        if !self.pressure.paused.is_empty() || !self.pressure.narrow.is_empty() {
+            self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
+        }
         self.arm_untold();
     }
 
@@ -169,6 +217,12 @@ impl Worker {
         if self.wards.iter().any(untold) {
             self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_UNTOLD_MS);
         }
+    }
+
+    /// Whether the worker's total lets the direction go on.
+    fn has_room(&self, session: &Session, direction: Direction) -> bool {
+        self.pair(session)
+            .is_none_or(|(maps, place)| maps.has_room(place, direction))
     }
 
     fn is_due(&self, session: &Session, direction: Direction) -> bool {

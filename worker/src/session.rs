@@ -11,6 +11,8 @@ use culvert_shared::ids::Direction;
 use culvert_shared::limits::Held;
 use nix::errno::Errno;
 
+use crate::busy::Seen;
+use crate::http::Connection;
 use crate::route::Ends;
 use crate::sockets::Interest;
 use crate::store::Seat;
@@ -40,6 +42,18 @@ pub enum Way {
     Ended,
 }
 
+/// How the buffers of a direction that the kernel has held back are sized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Buffers {
+    /// As TCP sizes them: it was never held back.
+    Own,
+    /// The target's for all that may be outstanding, the source's so that it flows on at once when it is let go.
+    Wide,
+    /// The source's no larger than its share of the worker's total.
+    Narrow,
+}
+
 /// One direction of a session.
 pub struct Stream {
     /// Where it stands.
@@ -54,8 +68,8 @@ pub struct Stream {
     pub written_bytes: u64,
     /// What the target's TCP had taken when it was last asked while settling.
     pub settled_bytes: u64,
-    /// Whether its sockets' buffers have been sized for back-pressure.
-    pub buffers_sized: bool,
+    /// How its sockets' buffers were sized for back-pressure.
+    pub buffers: Buffers,
     /// Milliseconds until a settling direction is looked at again; doubles each time.
     pub patience_ms: u64,
 }
@@ -70,7 +84,7 @@ impl Stream {
             read_bytes: 0,
             written_bytes: 0,
             settled_bytes: 0,
-            buffers_sized: false,
+            buffers: Buffers::Own,
             patience_ms: 1,
         }
     }
@@ -196,6 +210,11 @@ pub enum Phase {
     },
     /// Bytes move.
     Streaming,
+    /// It is no proxied session, but an HTTP connection.
+    Http {
+        /// When it is ended, or looked at again, on the worker's clock.
+        deadline_ms: u64,
+    },
 }
 
 /// One downstream connection and what became of it.
@@ -214,12 +233,18 @@ pub struct Session {
     pub settings: Rc<Settings>,
     /// What is waited for on the client's socket until bytes move; `None`: it is not watched yet.
     pub attention: Option<Interest>,
-    /// It is served a status document, and is no proxied session.
+    /// It is served a status document or HTTP, and is no proxied session.
     pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
     pub upstream: Option<Upstream>,
     /// The group and the peers of it that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
+    /// Peers that did not take it, for the access log.
+    pub failed_peers: Vec<String>,
+    /// When connecting to the present peer began, on CLOCK_MONOTONIC.
+    pub connect_began_ns: u64,
+    /// How long that took; `None` before it is done.
+    pub connect_us: Option<u64>,
     /// How far it is.
     pub phase: Phase,
     /// Its directions, by [`Direction`].
@@ -238,6 +263,10 @@ pub struct Session {
     pub last_active_ms: u64,
     /// What its readers had acknowledged when it last looked idle; `None` before that.
     pub acknowledged_bytes: Option<u64>,
+    /// What has come and goes over HTTP, if that is what it is.
+    pub http: Option<Box<Connection>>,
+    /// What was last told of it to people.
+    pub seen: Seen,
     /// It stands in the queue of sessions that have more to do.
     pub queued: bool,
 }
@@ -263,6 +292,9 @@ impl Session {
             is_status: false,
             upstream: None,
             tried: None,
+            failed_peers: Vec::new(),
+            connect_began_ns: 0,
+            connect_us: None,
             phase: Phase::Streaming,
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],
@@ -272,6 +304,8 @@ impl Session {
             started_ms: now_ms,
             last_active_ms: now_ms,
             acknowledged_bytes: None,
+            http: None,
+            seen: Seen::default(),
             queued: false,
         }
     }
@@ -297,6 +331,18 @@ impl Session {
     /// Whether user space holds bytes that it has read and not yet written.
     pub fn holds_bytes(&self) -> bool {
         self.streams.iter().any(|stream| !stream.pending.is_empty())
+    }
+
+    /// What one of its sockets is to be watched for.
+    pub fn interest(&self, side: Side) -> Interest {
+        match self.phase {
+            Phase::Reading { .. } => self.attention.unwrap_or(Interest::Read),
+            Phase::Connecting { .. } if side == Side::Upstream => Interest::Connected,
+            Phase::Connecting { .. } => Interest::End,
+            Phase::Streaming if self.streams.iter().any(|stream| stream.way == Way::Relay) => Interest::Data,
+            Phase::Http { .. } => Interest::Data,
+            Phase::Streaming => Interest::End,
+        }
     }
 
     /// Whether both streams have ended.

@@ -182,3 +182,13 @@ pub fn set_send_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
 pub fn set_receive_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
     setsockopt(&fd, sockopt::RcvBuf, &bytes)
 }
+
+/// The size of a receive buffer, as the kernel counts it: twice what was asked for.
+pub fn receive_buffer(fd: BorrowedFd<'_>) -> Result<usize, Errno> {
+    getsockopt(&fd, sockopt::RcvBuf)
+}
+
+/// How large a connection's segments are.
+pub fn segment_bytes(fd: BorrowedFd<'_>) -> Result<usize, Errno> {
+    getsockopt(&fd, sockopt::TcpMaxSeg).map(|bytes| bytes as usize)
+}

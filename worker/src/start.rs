@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use culvert_bpf::Totals;
+use culvert_bpf::{SlotLoad, Totals};
+use culvert_shared::busy::Lookout;
 use culvert_shared::config::Config;
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
@@ -24,6 +25,8 @@ pub struct WorkerStart {
     pub owner: Owner,
     /// The configuration.
     pub config: Arc<Config>,
+    /// The files of the access logs, in the order of [`Config::access_logs`].
+    pub access_logs: Vec<OwnedFd>,
     /// One listening socket for each listener of the configuration.
     pub listeners: Vec<Listener>,
     /// Rows on the board: for each upstream, for each of its peers.
@@ -32,12 +35,18 @@ pub struct WorkerStart {
     pub board: Arc<Shared<Board>>,
     /// What limits count.
     pub limits: Arc<Limits>,
+    /// Where workers tell of their busiest sessions.
+    pub lookout: Arc<Lookout>,
     /// The slot's own store, then those of other slots that it is to care for.
     pub stores: Vec<Arc<Store>>,
     /// Why there are none.
     pub relay_reason: Option<String>,
     /// The bytes that the kernel forwarded, whole program; `None` where BPF is not to be had.
     pub totals: Option<Arc<Totals>>,
+    /// What the worker tells the programs that choose among workers; `None` where there are none.
+    pub load: Option<SlotLoad>,
+    /// Why there are none.
+    pub accept_reason: Option<String>,
     /// The worker's end of the pair to the master.
     pub control: OwnedFd,
 }
@@ -60,9 +69,13 @@ pub struct Listener {
 pub fn run(start: WorkerStart) -> i32 {
     let board = Arc::clone(&start.board);
     let on_drop = move || Board::add(&board[0].log_lines_dropped, 1);
-    let served = logging::start_writer(on_drop)
-        .and_then(|()| crate::event_loop::Worker::new(start))
-        .and_then(|mut worker| worker.serve());
+    let served = crate::event_loop::Worker::new(start).and_then(|mut worker| {
+        // Before the log writers' threads start, which inherit it; after what reads files.
+        crate::confine::apply()?;
+        logging::start_writer(on_drop)?;
+        worker.access_logs.start(&worker.board)?;
+        worker.serve()
+    });
     let status = match served {
         Ok(()) => 0,
         Err(error) => {

@@ -1,12 +1,15 @@
 //! The status document (`ebpf_status_return`): one JSON object, then the end of the stream.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use culvert_shared::busy::{BUSIEST, BusySession};
 use culvert_shared::config::Address;
 use culvert_shared::counters::{CloseReason, FallbackReason, PeerRow};
 use culvert_shared::ids::Direction;
 use serde_json::{Map, Value, json};
 
+use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::session::{Datapath, Session};
@@ -34,6 +37,68 @@ impl Worker {
         self.stream(token, session)
     }
 
+    /// The document with the busiest sessions of all workers, as far as these have told of them.
+    pub(crate) fn status_with_sessions(&self) -> Value {
+        let mut status = self.status();
+        let now_ms = clock::now_ms();
+        let mut rates = [0, 0];
+        let mut sessions = Vec::new();
+        for (row, worker) in self.board[0].live_workers() {
+            let Some((told, of_worker)) = self.lookout.told(row, now_ms) else {
+                continue;
+            };
+            (0..2).for_each(|way| rates[way] += of_worker[way]);
+            let slot = worker.slot.load(Relaxed);
+            sessions.extend(told.into_iter().map(|session| (slot, session)));
+        }
+        let moved = |bytes: [u64; 2]| bytes[0].saturating_add(bytes[1]);
+        sessions.sort_by_key(|(_, session)| std::cmp::Reverse((moved(session.rates), moved(session.bytes))));
+        sessions.truncate(BUSIEST);
+        let busiest = sessions
+            .iter()
+            .map(|(slot, session)| self.session_status(*slot, session, now_ms));
+        status["rates"] = by_direction(|way| rates[way.index()]);
+        status["busiest"] = busiest.collect();
+        status
+    }
+
+    fn session_status(&self, slot: u32, session: &BusySession, now_ms: u64) -> Value {
+        let listener = self
+            .rows
+            .iter()
+            .position(|(row, _)| *row == session.listener as usize);
+        let groups = self.config.upstreams.iter().zip(&self.peer_rows);
+        let mut peers = groups.flat_map(|(group, rows)| group.peers.iter().zip(rows));
+        let peer = session
+            .peer
+            .and_then(|wanted| peers.find(|(_, row)| **row == wanted as usize));
+        json!({
+            "session": session.number,
+            "worker": slot,
+            "client": session.client.to_string(),
+            "listener": listener.map(|at| self.addresses[at].to_string()),
+            "peer": peer.map(|(peer, _)| peer.address.to_string()),
+            "datapath": if session.in_kernel { "sockmap" } else { "relay" },
+            "age_seconds": now_ms.saturating_sub(session.started_ms) / 1000,
+            "bytes": by_direction(|way| session.bytes[way.index()]),
+            "rates": by_direction(|way| session.rates[way.index()]),
+            "pauses": session.pauses,
+        })
+    }
+
+    /// Worker slots in which nobody takes new sessions.
+    pub(crate) fn slots_without_worker(&self) -> Vec<usize> {
+        let serves = |slot: &usize| {
+            self.board[0].live_workers().any(|(_, row)| {
+                row.slot.load(Relaxed) as usize == *slot
+                    && row.ready.load(Relaxed) != 0
+                    && row.draining.load(Relaxed) == 0
+            })
+        };
+        let slots = 0..self.config.worker_cpus.len();
+        slots.filter(|slot| !serves(slot)).collect()
+    }
+
     fn status(&self) -> Value {
         let board = &self.board[0];
         let now_unix_ms = std::time::SystemTime::now()
@@ -44,16 +109,22 @@ impl Worker {
         let offloaded: u64 = live().map(|row| u64::from(row.offloaded.load(Relaxed))).sum();
         let workers: Vec<Value> = live()
             .map(|row| {
+                let totals = self.totals.as_ref().zip(row.slot_number());
+                let slot = totals.map(|(totals, number)| totals.slot(number));
                 json!({
                     "slot": row.slot.load(Relaxed),
                     "pid": row.pid.load(Relaxed),
                     "generation": row.generation.load(Relaxed),
                     "draining": row.draining.load(Relaxed) != 0,
                     "cpus": row.cpu_list(),
+                    "accepted": load(&row.accepted),
                     "sessions": row.sessions.load(Relaxed),
                     "offloaded": row.offloaded.load(Relaxed),
                     "slots_used": SLOTS_PER_PAIR * row.pairs.load(Relaxed),
                     "slots_total": SLOTS_PER_PAIR * row.pairs_total.load(Relaxed),
+                    "pauses": slot.map_or(0, |slot| slot.pauses),
+                    "backlog_bytes": slot.map_or(0, |slot| slot.held_bytes),
+                    "backlog_limit_bytes": slot.map_or(0, |slot| slot.limit_bytes),
                 })
             })
             .collect();
@@ -63,6 +134,9 @@ impl Worker {
             "uptime_seconds": now_unix_ms.saturating_sub(load(&board.started_unix_ms)) / 1000,
             "datapath": if self.wards[0].store.maps.is_some() { "sockmap" } else { "relay" },
             "datapath_reason": self.relay_reason,
+            "confinement": crate::confine::status(),
+            "accept": self.intake.chosen_by(),
+            "accept_reason": self.intake.reason(),
             "workers": workers,
             "worker_restarts": load(&board.worker_restarts),
             "reloads": {
@@ -84,34 +158,45 @@ impl Worker {
                 "sockmap": by_direction(|way| self.totals.as_ref().map_or(0, |totals| totals.forwarded_bytes(way))),
                 "relay": by_direction(|way| load(&board.relay_bytes[way.index()])),
             },
-            "pauses": load(&board.pauses),
+            "pauses": self.totals.as_ref().map_or(0, |totals| totals.pauses()),
             "cpus": self.cpu_status(),
             "fallbacks": by_reason(FallbackReason::ALL.iter().map(|reason| reason.name()), &board.fallbacks),
             "closes": by_reason(CloseReason::ALL.iter().map(|reason| reason.name()), &board.closes),
+            "access_log": {
+                "written": load(&board.access_lines_written),
+                "dropped": load(&board.access_lines_dropped),
+            },
             "log_lines_dropped": load(&board.log_lines_dropped),
         })
     }
 
-    /// Bytes that the kernel forwarded on each CPU.
+    /// Bytes that the kernel forwarded on each CPU, together and by direction.
     fn cpu_status(&self) -> Vec<Value> {
         let totals = self.totals.iter().flat_map(|totals| totals.by_cpu());
         totals
-            .map(|(cpu, bytes)| json!({ "cpu": cpu, "sockmap_bytes": bytes }))
+            .map(|(cpu, bytes)| {
+                json!({
+                    "cpu": cpu,
+                    "sockmap_bytes": bytes.iter().sum::<u64>(),
+                    "bytes": by_direction(|way| bytes[way.index()]),
+                })
+            })
             .collect()
     }
 
     fn listener_status(&self) -> Vec<Value> {
         let board = &self.board[0];
-        let one = |listener: &crate::accept::Listening| {
-            let row = &board.listeners[listener.row];
+        // Not its sockets: a worker that drains has closed them.
+        let one = |((row_number, _), address): (&(usize, usize), &SocketAddr)| {
+            let row = &board.listeners[*row_number];
             json!({
-                "address": listener.address.to_string(),
+                "address": address.to_string(),
                 "accepted": load(&row.accepted),
-                "active": board.listener_active(listener.row),
+                "active": board.listener_active(*row_number),
                 "bytes": by_direction(|way| load(&row.bytes[way.index()])),
             })
         };
-        self.listeners.iter().map(one).collect()
+        self.rows.iter().zip(&self.addresses).map(one).collect()
     }
 
     fn upstream_status(&self) -> Vec<Value> {

@@ -1,6 +1,7 @@
 //! What belongs to a worker slot and outlives its workers: the table of its sessions, and its maps. The master
 //! makes it; the worker of the slot works with it, and with those of slots that are no more.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -19,6 +20,8 @@ pub struct Store {
     pub id: u32,
     /// The table, one record for each session that the slot has room for.
     pub records: Shared<Record>,
+    /// Its memory, for a program that goes on with it.
+    pub records_file: OwnedFd,
     /// The maps, with a pair for each record; `None` where BPF is not to be had.
     pub maps: Option<Arc<SlotMaps>>,
 }
@@ -82,7 +85,11 @@ pub struct Ward {
 
 impl Ward {
     /// Opens a store for a worker.
-    pub fn open(store: Arc<Store>, owner: Owner) -> Result<Ward> {
+    /// `total_bytes`: what all its sessions together may have outstanding.
+    pub fn open(store: Arc<Store>, owner: Owner, total_bytes: Option<u64>) -> Result<Ward> {
+        if let Some(maps) = &store.maps {
+            maps.limit_total(total_bytes);
+        }
         let capacity = store.records.len();
         Ok(Ward {
             places: Places::new(capacity, owner),

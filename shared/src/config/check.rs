@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
 
+use super::access_log::AccessLogs;
 use super::diagnostic::{Fault, Findings, OriginId};
 use super::servers::Servers;
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Address, Balance, Config, ErrorLog, LogTarget, Peer, Upstream, User};
+use super::{Address, Balance, Config, ErrorLog, FlowSteering, LogTarget, Peer, Upstream, User};
 use super::{address, cpus, defaults, units};
 
 /// Kernels know up to 8192 CPUs; more than half of that is a slip of the finger.
@@ -20,6 +21,9 @@ const WORKERS_MAX: u32 = 4096;
 
 /// A session takes two descriptors, and fs.nr_open is 1,048,576 unless somebody raised it a lot.
 const CONNECTIONS_MAX: u32 = 1 << 20;
+
+/// More memory than a worker's kernel side can sensibly take.
+const BACKLOG_TOTAL_MAX_BYTES: usize = 1 << 40;
 
 /// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
 const WEIGHT_MAX: u32 = 65_535;
@@ -53,8 +57,18 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
             valid::number(given, 1..=CONNECTIONS_MAX)
         })
         .unwrap_or(1);
+    let backlog = check.at(root, "", "worker_backlog_size", |given| {
+        units::size(given, 0..=BACKLOG_TOTAL_MAX_BYTES)
+    });
     let shutdown = check.at(root, "", "worker_shutdown_timeout", |given| {
         units::duration(given, Duration::ZERO..=YEAR)
+    });
+    let flow_steering = check.at(root, "", "flow_steering", |given| {
+        match valid::text(given, "\"off\"")? {
+            "off" => Ok(FlowSteering::Off),
+            "rfs" => Ok(FlowSteering::Rfs),
+            _ => Err(Fault::new("unknown way of steering", "allowed: \"off\", \"rfs\"")),
+        }
     });
     let pid = check
         .at(root, "", "pid", |given| {
@@ -65,13 +79,18 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
     let upstreams = check.upstreams(root);
     let maps = check.maps(root);
     let limit_zones = check.limit_zones(root, &maps);
-    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams, (&limit_zones, &maps)).read(root);
+    let access_logs = AccessLogs::read(&mut check, root);
+    let (upstreams, stream, servers) =
+        Servers::new(&mut check, upstreams, (&limit_zones, &maps), access_logs).read(root);
     Config {
         user,
         worker_cpus,
         worker_connections,
+        // 0 means: no limit.
+        worker_backlog_size: backlog.filter(|bytes| *bytes != 0).map(|bytes| bytes as u64),
         // 0 means: wait as long as it takes.
         worker_shutdown_timeout: shutdown.filter(|timeout| !timeout.is_zero()),
+        flow_steering: flow_steering.unwrap_or(FlowSteering::Off),
         pid,
         error_log,
         upstreams,

@@ -13,9 +13,14 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("worker_cpu_affinity", Default::Text("auto")),
     // nginx's packages set 1024. Ours counts sessions (two sockets each), and twice as many sockmap slots.
     ("worker_connections", Default::Number(1024)),
+    // Sixty-four readers at once that have stopped with all that ebpf_backlog_size gives them: rare, and
+    // a sixteenth of the memory of a host with 4 GiB for each worker.
+    ("worker_backlog_size", Default::Text("256m")),
     // nginx waits without limit; workers that never leave are what its users complain about. An hour lets
     // all but the longest sessions end by themselves.
     ("worker_shutdown_timeout", Default::Text("1h")),
+    // It changes settings of the host, which a program does only when it is told to.
+    ("flow_steering", Default::Text("off")),
     // /run is where the Filesystem Hierarchy Standard keeps process ids.
     ("pid", Default::Text("/run/culvert/master.pid")),
     // A service manager and a container collect standard error.
@@ -52,6 +57,8 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.preread_buffer_size", Default::Text("16k")),
     // nginx: preread_timeout 30s.
     ("stream.preread_timeout", Default::Text("30s")),
+    // nginx: off, unless a file says where.
+    ("stream.access_log", Default::Text("off")),
 ];
 
 /// A default as a file would write it.
@@ -74,6 +81,16 @@ impl From<Default> for config::Value {
         }
     }
 }
+
+/// The format of an access log that names none: what nginx's own examples have, and how the session was carried.
+pub(super) const LOG_FORMAT: &str = "main";
+
+/// Lines that a worker gathers before they are written, in bytes: nginx's, where it gathers at all. A write for
+/// each session would cost more than the line.
+pub(super) const LOG_BUFFER_BYTES: usize = 64 << 10;
+
+/// How long a line may wait for others: nobody who follows the file notices a second.
+pub(super) const LOG_FLUSH: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Share of a peer that names none: all equal, as with nginx.
 pub(super) const WEIGHT: u32 = 1;

@@ -7,10 +7,10 @@ use std::time::Duration;
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
 use super::{
-    Action, Balance, Config, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target, Template,
-    Variable,
+    Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target,
+    Template, Variable,
 };
-use super::{cpus, expand};
+use super::{access_log, cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
 /// of upstreams are resolved, `${VAR}`, `set` and `include` are replaced by what they stand for.
@@ -33,12 +33,22 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
     writeln!(out, "worker_processes = {}", cpus.len())?;
     writeln!(out, "worker_cpu_affinity = [{}]", cpus.join(", "))?;
     writeln!(out, "worker_connections = {}", config.worker_connections)?;
+    writeln!(
+        out,
+        "worker_backlog_size = {}",
+        quoted(&write_size(config.worker_backlog_size.unwrap_or(0) as usize))
+    )?;
     let shutdown = config.worker_shutdown_timeout.unwrap_or(Duration::ZERO);
     writeln!(
         out,
         "worker_shutdown_timeout = {}",
         quoted(&write_duration(shutdown))
     )?;
+    let steering = match config.flow_steering {
+        FlowSteering::Off => "off",
+        FlowSteering::Rfs => "rfs",
+    };
+    writeln!(out, "flow_steering = {}", quoted(steering))?;
     writeln!(out, "pid = {}", path(&config.pid))?;
     let target = match &config.error_log.target {
         LogTarget::Stderr => quoted("stderr"),
@@ -50,10 +60,19 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         "error_log = {{ path = {target}, level = {} }}",
         quoted(&level)
     )?;
+    for http in config
+        .servers
+        .iter()
+        .filter(|server| server.action == Action::Http)
+    {
+        writeln!(out, "\n[http]")?;
+        write_listen(out, http)?;
+    }
     writeln!(out, "\n[stream]")?;
     write_stream(out, config, &config.stream)?;
     write_maps(out, config)?;
     write_zones(out, config)?;
+    write_log_formats(out, config)?;
     for upstream in config
         .upstreams
         .iter()
@@ -70,25 +89,38 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         }
         writeln!(out, "]")?;
     }
-    config
+    let mut servers = config
         .servers
         .iter()
-        .try_for_each(|server| write_server(out, config, server))
+        .filter(|server| server.action != Action::Http);
+    servers.try_for_each(|server| write_server(out, config, server))
+}
+
+/// Those that are used.
+fn write_log_formats(out: &mut String, config: &Config) -> std::fmt::Result {
+    let mut written: Vec<String> = Vec::new();
+    for log in config.access_logs() {
+        let format = &log.format;
+        if access_log::is_ready_made(&format.name) || written.contains(&format.name) {
+            continue;
+        }
+        writeln!(
+            out,
+            "\n[[log_format]]\nname = {}\nescape = {}\nformat = {}",
+            quoted(&expand::escape(&format.name)),
+            quoted(format.escape.name()),
+            quoted(&access_log::write_format(&format.parts))
+        )?;
+        written.push(format.name.clone());
+    }
+    Ok(())
 }
 
 fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt::Result {
-    writeln!(out, "\n[[server]]\nlisten = [")?;
-    for listen in &server.listen {
-        writeln!(
-            out,
-            "  {{ address = {}, backlog = {}, proxy_protocol = {} }},",
-            quoted(&listen.address.to_string()),
-            listen.backlog,
-            listen.proxy_protocol
-        )?;
-    }
-    writeln!(out, "]")?;
+    writeln!(out, "\n[[server]]")?;
+    write_listen(out, server)?;
     match &server.action {
+        Action::Http => {}
         Action::Status => writeln!(out, "ebpf_status_return = true")?,
         Action::Proxy(Target::Upstream(index)) => {
             let name = config
@@ -100,6 +132,25 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
         Action::Proxy(Target::Variable(template)) => write_template(out, config, template)?,
     }
     write_stream(out, config, &server.stream)
+}
+
+fn write_listen(out: &mut String, server: &Server) -> std::fmt::Result {
+    let http = server.action == Action::Http;
+    writeln!(out, "listen = [")?;
+    for listen in &server.listen {
+        let header = match http {
+            true => String::new(),
+            false => format!(", proxy_protocol = {}", listen.proxy_protocol),
+        };
+        writeln!(
+            out,
+            "  {{ address = {}, backlog = {}{header} }},",
+            quoted(&listen.address.to_string()),
+            listen.backlog
+        )?;
+    }
+    writeln!(out, "]")?;
+    Ok(())
 }
 
 fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt::Result {
@@ -162,7 +213,9 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
     writeln!(out, "ssl_preread = {}", stream.ssl_preread)?;
     let (size, timeout) = (stream.preread_buffer_size, stream.preread_timeout);
     writeln!(out, "preread_buffer_size = {}", quoted(&write_size(size)))?;
-    writeln!(out, "preread_timeout = {}", quoted(&write_duration(timeout)))
+    writeln!(out, "preread_timeout = {}", quoted(&write_duration(timeout)))?;
+    let log = access_log::write_log(stream.access_log.as_deref(), quoted);
+    writeln!(out, "access_log = {log}")
 }
 
 fn write_zones(out: &mut String, config: &Config) -> std::fmt::Result {

@@ -40,10 +40,14 @@ pub(super) const ROOT: &[Key] = &[
     value("worker_processes"),
     value("worker_cpu_affinity"),
     value("worker_connections"),
+    value("worker_backlog_size"),
     value("worker_shutdown_timeout"),
+    value("flow_steering"),
     value("pid"),
     shaped("error_log", Shape::Table(&[value("path"), value("level")])),
     value("include"),
+    shaped("log_format", Shape::Tables(LOG_FORMAT)),
+    shaped("http", Shape::Table(HTTP)),
     shaped("stream", Shape::Table(STREAM)),
     shaped("upstream", Shape::Tables(UPSTREAM)),
     shaped("server", Shape::Tables(SERVER)),
@@ -71,6 +75,7 @@ pub(super) const STREAM: &[Key] = &[
     value("ssl_preread"),
     value("preread_buffer_size"),
     value("preread_timeout"),
+    shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
 
 /// `[[map]]`.
@@ -83,6 +88,18 @@ const MAP: &[Key] = &[
 
 /// `[[limit_conn_zone]]`.
 const LIMIT_CONN_ZONE: &[Key] = &[value("name"), value("key")];
+
+/// `[http]`.
+const HTTP: &[Key] = &[shaped(
+    "listen",
+    Shape::Mixed(&[value("address"), value("backlog")]),
+)];
+
+/// `[[log_format]]`.
+const LOG_FORMAT: &[Key] = &[value("name"), value("escape"), value("format")];
+
+/// An `access_log` that is a table.
+const ACCESS_LOG: &[Key] = &[value("path"), value("format"), value("buffer"), value("flush")];
 
 /// `[[upstream]]`.
 const UPSTREAM: &[Key] = &[
@@ -118,6 +135,7 @@ const SERVER: &[Key] = &[
     value("ssl_preread"),
     value("preread_buffer_size"),
     value("preread_timeout"),
+    shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
 
 /// An entry of a server's `listen` that is a table.

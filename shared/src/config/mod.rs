@@ -7,6 +7,7 @@
 //! `check` and `servers` (with `valid`, `units`, `address`, `cpus`, `template`) → [`Config`] → `dump`.
 
 mod access;
+mod access_log;
 mod address;
 mod check;
 mod cpus;
@@ -31,6 +32,7 @@ mod world;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use access::{Rule, allows};
@@ -87,8 +89,13 @@ pub struct Config {
     pub worker_cpus: Vec<Vec<usize>>,
     /// Sessions that one worker holds at once.
     pub worker_connections: u32,
+    /// Bytes that all offloaded sessions of one worker together may have outstanding before those with more
+    /// than a little are held back; `None`: no limit.
+    pub worker_backlog_size: Option<u64>,
     /// How long an old worker may finish its sessions; `None`: without limit.
     pub worker_shutdown_timeout: Option<Duration>,
+    /// Whether the kernel's work for a session is steered to the CPU of its worker.
+    pub flow_steering: FlowSteering,
     /// Where the master writes its process id.
     pub pid: PathBuf,
     /// Where error log lines go.
@@ -103,6 +110,15 @@ pub struct Config {
     pub limit_zones: Vec<LimitZone>,
     /// Servers, in file order.
     pub servers: Vec<Server>,
+}
+
+/// How the packets of a session reach the CPU of its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowSteering {
+    /// They are handled wherever the device brings them in.
+    Off,
+    /// By the kernel's receive flow steering, which the master sets up on the host.
+    Rfs,
 }
 
 /// A resolved user: nginx's `user`, with its primary group.
@@ -208,6 +224,8 @@ pub enum Action {
     Proxy(Target),
     /// Write the status document and close (`ebpf_status_return`).
     Status,
+    /// Serve metrics and the status over HTTP: what `http` says is the last server.
+    Http,
 }
 
 /// Where `proxy_pass` leads.
@@ -307,6 +325,8 @@ pub struct Stream {
     pub preread_buffer_size: usize,
     /// How long a client may take to send it.
     pub preread_timeout: Duration,
+    /// Where a line is written for each ended session; equal ones of a configuration are the same value.
+    pub access_log: Option<Arc<AccessLog>>,
 }
 
 /// A version of the PROXY protocol.
@@ -316,6 +336,129 @@ pub enum ProxyProtocol {
     V1,
     /// Binary.
     V2,
+}
+
+/// A log with a line for each ended session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AccessLog {
+    /// A file that is appended to, and reopened by USR1.
+    pub path: PathBuf,
+    /// What a line is made of.
+    pub format: Arc<LogFormat>,
+    /// Lines are written when a worker has gathered so many bytes of them.
+    pub buffer_bytes: usize,
+    /// And after this time at the latest; zero: at once.
+    pub flush: Duration,
+}
+
+/// What a line of an access log is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogFormat {
+    /// Its name.
+    pub name: String,
+    /// How values are made harmless.
+    pub escape: Escape,
+    /// Its parts, in order.
+    pub parts: Vec<LogPart>,
+}
+
+/// How values are made harmless in a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Escape {
+    /// Quotes, backslashes and what is no printable ASCII as `\xHH`; a missing value is `-`.
+    Default,
+    /// As in a JSON string; a missing value is empty.
+    Json,
+    /// Not at all; a missing value is empty.
+    None,
+}
+
+/// One part of a [`LogFormat`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum LogPart {
+    /// Text as it is.
+    Literal(String),
+    /// A value of the session.
+    Variable(LogVariable),
+}
+
+/// What a line can tell of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogVariable {
+    /// The client's address without port.
+    RemoteAddr,
+    /// The client's port.
+    RemotePort,
+    /// The address that the client connected to, without port.
+    ServerAddr,
+    /// The port that the client connected to.
+    ServerPort,
+    /// The listener as configured; a wildcard stays one.
+    Listener,
+    /// When the session ended, as the Common Log Format has it.
+    TimeLocal,
+    /// When it ended, ISO 8601.
+    TimeIso8601,
+    /// When it ended, Unix seconds with milliseconds.
+    Msec,
+    /// `TCP`.
+    Protocol,
+    /// 200, 400, 403, 500, 502 or 503, as in nginx.
+    Status,
+    /// Bytes sent to the client.
+    BytesSent,
+    /// Bytes received from the client.
+    BytesReceived,
+    /// How long it lasted, in seconds with milliseconds.
+    SessionTime,
+    /// Its number.
+    Connection,
+    /// The host's name.
+    Hostname,
+    /// The worker's process id.
+    Pid,
+    /// The worker's slot.
+    Worker,
+    /// The peers that were tried, the last one served it.
+    UpstreamAddr,
+    /// Bytes sent to the peer.
+    UpstreamBytesSent,
+    /// Bytes received from the peer.
+    UpstreamBytesReceived,
+    /// How long connecting took, in seconds with milliseconds, for each of the peers.
+    UpstreamConnectTime,
+    /// How long the session with the last peer lasted.
+    UpstreamSessionTime,
+    /// Who carried the bytes: `sockmap`, `relay`, `mixed` or `none`.
+    Datapath,
+    /// Why the kernel did not, where it should have.
+    FallbackReason,
+    /// Why it ended.
+    CloseReason,
+    /// Times that a source was held back.
+    Pauses,
+    /// Bytes to the peer that the kernel forwarded.
+    SockmapToUpstream,
+    /// Bytes to the client that the kernel forwarded.
+    SockmapToDownstream,
+    /// Bytes to the peer that user space copied.
+    RelayToUpstream,
+    /// Bytes to the client that user space copied.
+    RelayToDownstream,
+}
+
+impl Config {
+    /// Every access log, once, in the order in which they stand.
+    pub fn access_logs(&self) -> Vec<Arc<AccessLog>> {
+        let mut logs: Vec<Arc<AccessLog>> = Vec::new();
+        let named = std::iter::once(&self.stream).chain(self.servers.iter().map(|server| &server.stream));
+        for log in named.filter_map(|stream| stream.access_log.as_ref()) {
+            if !logs.contains(log) {
+                logs.push(Arc::clone(log));
+            }
+        }
+        logs
+    }
 }
 
 /// What becomes of a session whose listener or peer is gone after a reload.

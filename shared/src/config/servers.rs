@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
 
+use super::access_log::AccessLogs;
 use super::check::{Check, YEAR};
 use super::diagnostic::{Fault, OriginId, short};
 use super::file::nearest;
@@ -45,6 +46,7 @@ pub(super) struct Servers<'c, 'a> {
     maps: &'c [VariableMap],
     /// Every address that is listened on, with the key and the place of its listener.
     listeners: HashMap<SocketAddr, (String, OriginId)>,
+    access_logs: AccessLogs,
 }
 
 impl<'c, 'a> Servers<'c, 'a> {
@@ -52,6 +54,7 @@ impl<'c, 'a> Servers<'c, 'a> {
         check: &'c mut Check<'a>,
         upstreams: Vec<Upstream>,
         (zones, maps): (&'c [LimitZone], &'c [VariableMap]),
+        access_logs: AccessLogs,
     ) -> Self {
         Servers {
             check,
@@ -59,6 +62,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             zones,
             maps,
             listeners: HashMap::new(),
+            access_logs,
         }
     }
 
@@ -90,6 +94,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             ssl_preread: false,
             preread_buffer_size: 1,
             preread_timeout: hour,
+            access_log: None,
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
         let tables = self.check.tables(root, "server");
@@ -108,7 +113,20 @@ impl<'c, 'a> Servers<'c, 'a> {
             action: self.action(&key, at, table),
             stream: self.stream(table, &key, &inherited),
         });
-        let servers = servers.collect();
+        let mut servers: Vec<Server> = servers.collect();
+        if let Some(http) = root.get("http")
+            && let ValueKind::Table(table) = &http.kind
+        {
+            let at = self.check.findings.origin_of(http);
+            servers.push(Server {
+                listen: self.listen("http", at, table),
+                action: Action::Http,
+                stream: Stream {
+                    access_log: None,
+                    ..inherited.clone()
+                },
+            });
+        }
         (self.upstreams, inherited, servers)
     }
 
@@ -140,7 +158,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ssl_preread,
             preread_buffer_size,
             preread_timeout,
+            ref access_log,
         } = *inherited;
+        let access_log = self.access_logs.of_table(check, table, key, access_log);
         Stream {
             ebpf_enable: check
                 .at(table, key, "ebpf_enable", valid::boolean)
@@ -200,6 +220,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             preread_timeout: check
                 .at(table, key, "preread_timeout", timeout)
                 .unwrap_or(preread_timeout),
+            access_log,
         }
     }
 

@@ -2,8 +2,10 @@
 //! that sends again what the other end has already. Needs CAP_NET_ADMIN.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::sockopt::TcpRepair;
 use nix::sys::socket::{
@@ -44,6 +46,8 @@ const RECEIVE_QUEUE: u32 = 1;
 const SEND_QUEUE: u32 = 2;
 /// The window that both ends are taken to have granted.
 const WINDOW: u32 = 60_000;
+/// How long somebody else may hold the old socket.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Replaces an idle connection by one between the same addresses that stands `bytes` earlier in what it
 /// sends: its next bytes are taken for those that were sent last. The peer notices nothing.
@@ -75,12 +79,24 @@ pub fn rewind(old: OwnedFd, bytes: u32) -> Result<OwnedFd> {
             .context("failed to set TCP_QUEUE_SEQ")?;
     }
     bind(new.as_raw_fd(), &local).context("failed to bind to the old connection's address")?;
-    connect(new.as_raw_fd(), &peer).context("failed to connect under TCP_REPAIR")?;
+    connect_again(&new, &peer).context("failed to connect under TCP_REPAIR")?;
     let window = [receive, WINDOW, WINDOW, WINDOW, receive];
     setsockopt(&new, RepairWindow, &window)
         .and_then(|()| setsockopt(&new, TcpRepair, &OFF_WITHOUT_PROBE))
         .context("failed to leave TCP_REPAIR")?;
     Ok(new)
+}
+
+/// Connects as soon as the old socket is gone: a program that is just being started has a copy of it, from the fork
+/// to the exec.
+fn connect_again(new: &OwnedFd, peer: &SockaddrStorage) -> nix::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match connect(new.as_raw_fd(), peer) {
+            Err(Errno::EADDRNOTAVAIL) if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
+            result => return result,
+        }
+    }
 }
 
 #[cfg(test)]

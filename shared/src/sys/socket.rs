@@ -102,6 +102,27 @@ pub fn set_receive_low_water(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
     }
 }
 
+/// `SO_ATTACH_REUSEPORT_EBPF`: from now on the program chooses among the sockets of the group that this one
+/// belongs to. Another program that did is replaced. It lasts as long as the group.
+pub fn attach_reuseport(fd: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let program = program.as_raw_fd();
+    // SAFETY: the kernel reads one int from the address given, which lives across the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_EBPF,
+            std::ptr::from_ref(&program).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// Resets a connection although other processes have its socket too, for whom closing would do nothing:
 /// connecting to nowhere disconnects (tcp_disconnect, 6.12).
 pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {

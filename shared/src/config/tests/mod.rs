@@ -145,12 +145,15 @@ fn the_least_configuration_has_every_default() {
         ssl_preread: false,
         preread_buffer_size: 16 * 1024,
         preread_timeout: Duration::from_secs(30),
+        access_log: None,
     };
     let expected = Config {
         user: None,
         worker_cpus: vec![vec![0], vec![1], vec![3]],
         worker_connections: 1024,
+        worker_backlog_size: Some(256 << 20),
         worker_shutdown_timeout: Some(Duration::from_secs(3600)),
+        flow_steering: FlowSteering::Off,
         pid: PathBuf::from("/run/culvert/master.pid"),
         error_log: ErrorLog {
             target: LogTarget::Stderr,

@@ -30,32 +30,79 @@ fn stream() -> impl Strategy<Value = Stream> {
         prop::collection::vec(limit, 0..3),
         prop::collection::vec(rate, 0..3),
     );
-    (any::<[bool; 5]>(), times, sizes, header, limits, hello).prop_map(
-        |(flags, times, sizes, header, limits, hello)| Stream {
-            ebpf_enable: flags[0],
-            proxy_timeout: times.0,
-            proxy_connect_timeout: times.1,
-            proxy_buffer_size: sizes.0,
-            proxy_half_close: flags[1],
-            tcp_nodelay: flags[2],
-            ebpf_timer_period: times.2,
-            ebpf_backlog_size: sizes.1,
-            on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
-            proxy_protocol: header.0,
-            proxy_protocol_timeout: header.1,
-            set_real_ip_from: header.2,
-            access: header.3,
-            limit_conn: limits.0,
-            limit_conn_rate: limits.1,
-            ssl_preread: flags[4],
-            preread_buffer_size: hello.0,
-            preread_timeout: hello.1,
-        },
+    (
+        any::<[bool; 5]>(),
+        times,
+        sizes,
+        header,
+        limits,
+        hello,
+        access_log(),
     )
+        .prop_map(
+            |(flags, times, sizes, header, limits, hello, access_log)| Stream {
+                ebpf_enable: flags[0],
+                proxy_timeout: times.0,
+                proxy_connect_timeout: times.1,
+                proxy_buffer_size: sizes.0,
+                proxy_half_close: flags[1],
+                tcp_nodelay: flags[2],
+                ebpf_timer_period: times.2,
+                ebpf_backlog_size: sizes.1,
+                on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
+                proxy_protocol: header.0,
+                proxy_protocol_timeout: header.1,
+                set_real_ip_from: header.2,
+                access: header.3,
+                limit_conn: limits.0,
+                limit_conn_rate: limits.1,
+                ssl_preread: flags[4],
+                preread_buffer_size: hello.0,
+                preread_timeout: hello.1,
+                access_log,
+            },
+        )
 }
 
 fn network() -> impl Strategy<Value = Network> {
     (any::<std::net::IpAddr>(), 0u8..=32).prop_map(|(ip, bits)| Network::new(ip, bits).expect("few bits"))
+}
+
+/// One of a few formats, so that logs share them; each name stands for one format.
+fn log_format() -> impl Strategy<Value = LogFormat> {
+    (0usize..4).prop_map(|n| {
+        let (_, variable) = access_log::VARIABLES[n];
+        let literal = |text: &str| LogPart::Literal(text.to_owned());
+        LogFormat {
+            name: format!("f{n} ${{é}}"),
+            escape: [Escape::Default, Escape::Json, Escape::None, Escape::Json][n],
+            parts: vec![
+                literal("{\"a\":"),
+                LogPart::Variable(variable),
+                literal("x\\é"),
+                LogPart::Variable(variable),
+                LogPart::Variable(variable),
+                literal(" }"),
+            ],
+        }
+    })
+}
+
+fn access_log() -> impl Strategy<Value = Option<Arc<AccessLog>>> {
+    let log = (
+        "/[ -~é\n]{1,30}",
+        log_format(),
+        1usize..=4 << 20,
+        0u64..=365 * 86_400_000,
+    );
+    prop::option::of(log.prop_map(|(path, format, buffer_bytes, flush)| {
+        Arc::new(AccessLog {
+            path: path.into(),
+            format: Arc::new(format),
+            buffer_bytes,
+            flush: Duration::from_millis(flush),
+        })
+    }))
 }
 
 fn peer_address() -> impl Strategy<Value = Address> {
@@ -114,11 +161,14 @@ prop_compose! {
         user in prop::option::of(prop::sample::select(vec![("web", 33), ("nobody", 65534)])),
         worker_cpus in prop::collection::vec(prop::sample::subsequence(vec![0usize, 1, 2, 3], 1..=4), 1..6),
         worker_connections in 1u32..=1 << 20,
+        worker_backlog_size in prop::option::of(1u64..=1 << 40),
         shutdown in prop::option::of(1u64..=31_536_000_000),
+        flow_steering in prop::sample::select(vec![FlowSteering::Off, FlowSteering::Rfs]),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
         groups in prop::collection::vec(prop::collection::vec((peer_address(), 1u32..=65_535), 1..4), 1..4),
         stream in stream(),
+        http in any::<bool>(),
         servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
     ) -> Config {
         let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, peers)| Upstream {
@@ -160,11 +210,18 @@ prop_compose! {
             };
             built.push(Server { listen, action, stream: own });
         }
+        if http {
+            let stream = Stream { access_log: None, ..stream.clone() };
+            let listen = vec![Listen { address: ([127, 0, 0, 1], 9).into(), backlog: 5, proxy_protocol: false }];
+            built.push(Server { listen, action: Action::Http, stream });
+        }
         Config {
             user: user.map(|(name, id)| User { name: name.to_owned(), uid: id, gid: id }),
             worker_cpus,
             worker_connections,
+            worker_backlog_size,
             worker_shutdown_timeout: shutdown.map(Duration::from_millis),
+            flow_steering,
             pid: paths.0.into(),
             error_log: ErrorLog {
                 target: paths.1.map_or(LogTarget::Stderr, |path| LogTarget::File(path.into())),

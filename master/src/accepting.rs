@@ -1,0 +1,130 @@
+//! Where new connections go: keeps the accept programs of the listening addresses, and shows them which
+//! worker slots are served. Where there are no such programs, the kernel deals connections out by their
+//! hash, to slots without a worker too.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+
+use anyhow::{Context, Result};
+use culvert_bpf::{Group, SlotLoad, Steering};
+
+use crate::listen::Listeners;
+use crate::supervise::Master;
+use crate::worker::{State, Worker};
+
+/// What the programs of all addresses share; empty where BPF is not to be had or not wanted.
+#[derive(Default)]
+pub struct Accept {
+    steering: Option<Rc<Steering>>,
+}
+
+/// The programs of one configuration's addresses. Cloning shares them.
+#[derive(Clone, Default)]
+pub struct Groups {
+    groups: HashMap<SocketAddr, Rc<Group>>,
+    steering: Option<Rc<Steering>>,
+    /// Why there are none.
+    reason: Option<String>,
+}
+
+impl Accept {
+    /// Programs for all addresses of `listeners`: those of `current`, and new ones for the rest. They learn
+    /// of new sockets here, and choose them when [`Master::steer`] says so.
+    ///
+    /// # Errors
+    /// A program could not be loaded, or refuses a socket.
+    pub fn groups(&mut self, listeners: &Listeners, current: &Groups) -> Result<Groups> {
+        let steering = match &self.steering {
+            Some(steering) => Rc::clone(steering),
+            None => Rc::clone(self.steering.insert(Rc::new(Steering::open()?))),
+        };
+        let mut next = Groups {
+            steering: Some(Rc::clone(&steering)),
+            ..Groups::default()
+        };
+        for (address, slot, socket) in listeners.sockets() {
+            let what = || format!("failed to choose workers for connections to {address}");
+            let group = match next.groups.get(&address).or_else(|| current.groups.get(&address)) {
+                Some(group) => Rc::clone(group),
+                None => Rc::new(steering.attach(socket.as_fd()).with_context(what)?),
+            };
+            group.put(slot, socket.as_fd()).with_context(what)?;
+            next.groups.insert(address, group);
+        }
+        Ok(next)
+    }
+
+    /// As [`Accept::groups`] at the start, when there is nothing yet to fall back on.
+    pub fn first_groups(&mut self, listeners: &Listeners) -> Groups {
+        self.groups(listeners, &Groups::default())
+            .unwrap_or_else(|error| {
+                log::warn!("new connections are dealt out by their hash: {error:#}");
+                Groups::none(Some(format!("{error:#}")))
+            })
+    }
+}
+
+impl Groups {
+    /// No programs, and why.
+    pub fn none(reason: Option<String>) -> Groups {
+        Groups {
+            reason,
+            ..Groups::default()
+        }
+    }
+
+    /// What the worker of a slot tells the programs; `None` where there are none.
+    pub fn load_of(&self, slot: usize) -> Option<SlotLoad> {
+        self.steering.as_ref().and_then(|steering| steering.load_of(slot))
+    }
+
+    /// Why there are none.
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
+    }
+}
+
+impl Master {
+    /// Lets connections that wait in the sockets of a slot go to other workers, because this one's replacement
+    /// is some time off.
+    pub fn rescue(&mut self, slot: usize) {
+        let others_serve = self.workers.iter().any(|worker| self.serves(worker));
+        // While a reload is under way the next generation has these sockets too, so they would not be closed.
+        if self.current.groups.steering.is_none() || self.pending.is_some() || !others_serve {
+            return;
+        }
+        self.steer();
+        let renewed = self.current.listeners.renewed(&self.current.config, slot);
+        let renewed = renewed.and_then(|listeners| {
+            let groups = self.kernel.accept.groups(&listeners, &self.current.groups)?;
+            Ok((listeners, groups))
+        });
+        match renewed {
+            Ok((listeners, groups)) => {
+                self.current.listeners = listeners;
+                self.current.groups = groups;
+            }
+            Err(error) => log::warn!("connections wait for the next worker {slot}: {error:#}"),
+        }
+    }
+
+    fn serves(&self, worker: &Worker) -> bool {
+        worker.generation == self.current.number && worker.state() == State::Serving
+    }
+
+    /// Shows the accept programs which slots there are and which of them have a worker that serves. To be
+    /// called whenever that may have changed.
+    pub fn steer(&self) {
+        let Some(steering) = &self.current.groups.steering else {
+            return;
+        };
+        let serves = |slot| {
+            let mut workers = self.workers.iter();
+            workers.any(|worker| worker.slot == slot && self.serves(worker))
+        };
+        let slots = self.current.config.worker_cpus.iter().enumerate();
+        steering.show(slots.map(|(slot, cpus)| (serves(slot), cpus.as_slice())));
+    }
+}

@@ -1,0 +1,382 @@
+//! `access_log` and `log_format`: which lines are written for ended sessions, what a line is made of, and where
+//! it goes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use config::{Map, Value, ValueKind};
+
+use super::check::{Check, YEAR};
+use super::diagnostic::{Fault, short};
+use super::file::nearest;
+use super::source::join;
+use super::template::is_name_char;
+use super::units::{write_duration, write_size};
+use super::valid::{self, Given};
+use super::{AccessLog, Escape, LogFormat, LogPart, LogVariable, defaults, expand, units};
+
+/// Each is a descriptor and a thread of every worker.
+const LOGS_MAX: usize = 64;
+
+/// More would only be lost when a worker is killed.
+const BUFFER_MAX_BYTES: usize = 4 << 20;
+
+/// The variables of a line. nginx's names where nginx has the thing.
+pub(super) const VARIABLES: &[(&str, LogVariable)] = &[
+    ("remote_addr", LogVariable::RemoteAddr),
+    ("remote_port", LogVariable::RemotePort),
+    ("server_addr", LogVariable::ServerAddr),
+    ("server_port", LogVariable::ServerPort),
+    ("listener", LogVariable::Listener),
+    ("time_local", LogVariable::TimeLocal),
+    ("time_iso8601", LogVariable::TimeIso8601),
+    ("msec", LogVariable::Msec),
+    ("protocol", LogVariable::Protocol),
+    ("status", LogVariable::Status),
+    ("bytes_sent", LogVariable::BytesSent),
+    ("bytes_received", LogVariable::BytesReceived),
+    ("session_time", LogVariable::SessionTime),
+    ("connection", LogVariable::Connection),
+    ("hostname", LogVariable::Hostname),
+    ("pid", LogVariable::Pid),
+    ("worker", LogVariable::Worker),
+    ("upstream_addr", LogVariable::UpstreamAddr),
+    ("upstream_bytes_sent", LogVariable::UpstreamBytesSent),
+    ("upstream_bytes_received", LogVariable::UpstreamBytesReceived),
+    ("upstream_connect_time", LogVariable::UpstreamConnectTime),
+    ("upstream_session_time", LogVariable::UpstreamSessionTime),
+    ("datapath", LogVariable::Datapath),
+    ("fallback_reason", LogVariable::FallbackReason),
+    ("close_reason", LogVariable::CloseReason),
+    ("pauses", LogVariable::Pauses),
+    ("sockmap_to_upstream", LogVariable::SockmapToUpstream),
+    ("sockmap_to_downstream", LogVariable::SockmapToDownstream),
+    ("relay_to_upstream", LogVariable::RelayToUpstream),
+    ("relay_to_downstream", LogVariable::RelayToDownstream),
+];
+
+/// The formats that are there without being written: name, escape, text. The keys of the JSON one are the names
+/// of its variables; what may be several things ("a, b") or nothing is a string there, the rest are numbers.
+const READY_MADE: &[(&str, Escape, &str)] = &[
+    (
+        "main",
+        Escape::Default,
+        "$remote_addr [$time_local] $protocol $status $bytes_sent $bytes_received $session_time \"$upstream_addr\" \
+         $upstream_connect_time $datapath $close_reason",
+    ),
+    (
+        "json",
+        Escape::Json,
+        r#"{"time_iso8601":"$time_iso8601","msec":$msec,"connection":$connection,"pid":$pid,"worker":$worker,"remote_addr":"$remote_addr","remote_port":$remote_port,"server_addr":"$server_addr","server_port":$server_port,"listener":"$listener","protocol":"$protocol","status":$status,"close_reason":"$close_reason","bytes_sent":$bytes_sent,"bytes_received":$bytes_received,"session_time":$session_time,"upstream_addr":"$upstream_addr","upstream_bytes_sent":$upstream_bytes_sent,"upstream_bytes_received":$upstream_bytes_received,"upstream_connect_time":"$upstream_connect_time","upstream_session_time":"$upstream_session_time","datapath":"$datapath","fallback_reason":"$fallback_reason","pauses":$pauses,"sockmap_to_upstream":$sockmap_to_upstream,"sockmap_to_downstream":$sockmap_to_downstream,"relay_to_upstream":$relay_to_upstream,"relay_to_downstream":$relay_to_downstream}"#,
+    ),
+];
+
+const ESCAPES: &[(&str, Escape)] = &[
+    ("default", Escape::Default),
+    ("json", Escape::Json),
+    ("none", Escape::None),
+];
+
+const EXAMPLE: &str = "\"off\", \"/var/log/culvert/access.log\" or { path = \"…\", format = \"json\" }";
+
+impl Escape {
+    /// The word that a file uses.
+    pub(super) fn name(self) -> &'static str {
+        ESCAPES
+            .iter()
+            .find(|(_, escape)| *escape == self)
+            .map_or("", |(name, _)| name)
+    }
+}
+
+/// The formats of a file, and every log that it names so far.
+pub(super) struct AccessLogs {
+    formats: BTreeMap<String, Arc<LogFormat>>,
+    logs: Vec<Arc<AccessLog>>,
+}
+
+impl AccessLogs {
+    /// Reads `[[log_format]]`.
+    pub(super) fn read(check: &mut Check<'_>, root: &Map<String, Value>) -> AccessLogs {
+        let mut formats = BTreeMap::new();
+        for (name, escape, text) in READY_MADE {
+            let format = LogFormat {
+                name: (*name).to_owned(),
+                escape: *escape,
+                parts: parse(text).unwrap_or_default(),
+            };
+            formats.insert(format.name.clone(), Arc::new(format));
+        }
+        for (key, at, table) in check.tables(root, "log_format") {
+            for needed in ["name", "format"] {
+                if !table.contains_key(needed) {
+                    let text = "missing, a [[log_format]] needs a name and a format";
+                    check.findings.report(at, &join(&key, needed), text);
+                }
+            }
+            let name = check.at(table, &key, "name", |given| {
+                let name = valid::text(given, "\"main\"")?;
+                match formats.contains_key(name) {
+                    false => Ok(name.to_owned()),
+                    true if is_ready_made(name) => Err(Fault::new(
+                        "a ready-made format has this name",
+                        "give yours another one",
+                    )),
+                    true => Err(Fault::new(
+                        "already the name of another [[log_format]]",
+                        "give each format a name of its own",
+                    )),
+                }
+            });
+            let escape = check.at(table, &key, "escape", |given| {
+                let word = valid::text(given, "\"json\"")?;
+                let known = ESCAPES.iter().find(|(name, _)| *name == word);
+                known.map(|(_, escape)| *escape).ok_or_else(|| {
+                    Fault::new(
+                        "unknown way of escaping",
+                        "allowed: \"default\", \"json\", \"none\"",
+                    )
+                })
+            });
+            let parts = check.at(table, &key, "format", |given| {
+                parse(valid::text(given, "\"$remote_addr $status\"")?)
+            });
+            if let Some(name) = name {
+                let format = LogFormat {
+                    name: name.clone(),
+                    escape: escape.unwrap_or(Escape::Default),
+                    parts: parts.unwrap_or_default(),
+                };
+                formats.insert(name, Arc::new(format));
+            }
+        }
+        AccessLogs {
+            formats,
+            logs: Vec::new(),
+        }
+    }
+
+    /// The `access_log` of a table that inherits `inherited`.
+    pub(super) fn of_table(
+        &mut self,
+        check: &mut Check<'_>,
+        table: &Map<String, Value>,
+        key: &str,
+        inherited: &Option<Arc<AccessLog>>,
+    ) -> Option<Arc<AccessLog>> {
+        let key = join(key, "access_log");
+        let Some(value) = table
+            .get("access_log")
+            .filter(|value| value.kind != ValueKind::Nil)
+        else {
+            return inherited.clone();
+        };
+        let mut log = AccessLog {
+            path: Default::default(),
+            format: Arc::clone(&self.formats[defaults::LOG_FORMAT]),
+            buffer_bytes: defaults::LOG_BUFFER_BYTES,
+            flush: defaults::LOG_FLUSH,
+        };
+        let Some(settings) = table_of(value) else {
+            log.path = check.read(&key, value, |given| match given.kind {
+                ValueKind::String(_) => path_or_off(given),
+                _ => Err(given.wrong_type(format!("write for example {EXAMPLE}"))),
+            })??;
+            return Some(self.share(check, &key, value, log));
+        };
+        if !settings.contains_key("path") {
+            let at = check.findings.origin_of(value);
+            let text = "missing, an access log needs a path such as \"/var/log/culvert/access.log\"";
+            check.findings.report(at, &join(&key, "path"), text);
+        }
+        if let Some(format) = check.at(settings, &key, "format", |given| self.format(given)) {
+            log.format = format;
+        }
+        let buffer = check.at(settings, &key, "buffer", |given| {
+            units::size(given, 1..=BUFFER_MAX_BYTES)
+        });
+        log.buffer_bytes = buffer.unwrap_or(log.buffer_bytes);
+        let flush = check.at(settings, &key, "flush", |given| {
+            units::duration(given, std::time::Duration::ZERO..=YEAR)
+        });
+        log.flush = flush.unwrap_or(log.flush);
+        log.path = check.at(settings, &key, "path", path_or_off)??;
+        Some(self.share(check, &key, value, log))
+    }
+
+    fn format(&self, given: Given) -> Result<Arc<LogFormat>, Fault> {
+        let name = valid::text(given, "\"json\"")?;
+        self.formats.get(name).cloned().ok_or_else(|| {
+            let remedy = match nearest(name, self.formats.keys().map(String::as_str)) {
+                Some(near) => format!("did you mean \"{near}\"?"),
+                None => {
+                    let known: Vec<String> = self.formats.keys().map(|name| format!("\"{name}\"")).collect();
+                    format!("write a [[log_format]] of that name, or use {}", known.join(", "))
+                }
+            };
+            Fault::new(format!("there is no log format \"{}\"", short(name)), remedy)
+        })
+    }
+
+    /// One value for equal logs, so that each is opened once.
+    fn share(&mut self, check: &mut Check<'_>, key: &str, value: &Value, log: AccessLog) -> Arc<AccessLog> {
+        if let Some(same) = self.logs.iter().find(|same| ***same == log) {
+            return Arc::clone(same);
+        }
+        if self.logs.len() == LOGS_MAX {
+            let what = format!("more than {LOGS_MAX} different access logs");
+            let fault = Fault::new(what, "let servers share a log; $listener tells them apart");
+            check.read(key, value, |_| Err::<(), _>(fault));
+        }
+        let log = Arc::new(log);
+        self.logs.push(Arc::clone(&log));
+        log
+    }
+}
+
+pub(super) fn is_ready_made(name: &str) -> bool {
+    READY_MADE.iter().any(|(ready, ..)| *ready == name)
+}
+
+fn table_of(value: &Value) -> Option<&Map<String, Value>> {
+    match &value.kind {
+        ValueKind::Table(table) => Some(table),
+        _ => None,
+    }
+}
+
+/// `None`: off.
+fn path_or_off(given: Given) -> Result<Option<std::path::PathBuf>, Fault> {
+    match valid::text(given, EXAMPLE)? {
+        "off" => Ok(None),
+        text if text.starts_with("syslog:") => Err(Fault::new(
+            "logging to syslog is not supported",
+            format!("write {EXAMPLE}"),
+        )),
+        _ => valid::path(given, EXAMPLE).map(Some),
+    }
+}
+
+/// The parts of a format: text, `$name` and, where a letter follows, `${name}`.
+pub(super) fn parse(text: &str) -> Result<Vec<LogPart>, Fault> {
+    if text.contains(['\n', '\r']) {
+        return Err(Fault::new(
+            "a line break within a line",
+            "write the format as one line; a \\ at the end of a line of a \"\"\" string joins it to the next",
+        ));
+    }
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while let Some(at) = rest.find('$') {
+        let (literal, after) = (&rest[..at], &rest[at + 1..]);
+        if !literal.is_empty() {
+            parts.push(LogPart::Literal(literal.to_owned()));
+        }
+        let (name, after) = match after.strip_prefix('{') {
+            Some(braced) => braced
+                .split_once('}')
+                .ok_or_else(|| Fault::new("${ without }", "write $name, or $${name} before a letter"))?,
+            None => after.split_at(after.find(|c| !is_name_char(c)).unwrap_or(after.len())),
+        };
+        parts.push(LogPart::Variable(variable(name)?));
+        rest = after;
+    }
+    if !rest.is_empty() {
+        parts.push(LogPart::Literal(rest.to_owned()));
+    }
+    Ok(parts)
+}
+
+fn variable(name: &str) -> Result<LogVariable, Fault> {
+    if let Some((_, variable)) = VARIABLES.iter().find(|(known, _)| *known == name) {
+        return Ok(*variable);
+    }
+    if name.is_empty() {
+        return Err(Fault::new(
+            "$ without a variable's name",
+            "write $name, with letters, digits and _",
+        ));
+    }
+    let remedy = match nearest(name, VARIABLES.iter().map(|(name, _)| *name)) {
+        Some(near) => format!("did you mean ${near}?"),
+        None => {
+            let known: Vec<String> = VARIABLES.iter().map(|(name, _)| format!("${name}")).collect();
+            format!("known in a log format: {}", known.join(", "))
+        }
+    };
+    Err(Fault::new(format!("unknown variable ${}", short(name)), remedy))
+}
+
+/// A format as a file would write it.
+pub(super) fn write_format(parts: &[LogPart]) -> String {
+    let mut text = String::new();
+    for (at, part) in parts.iter().enumerate() {
+        match part {
+            LogPart::Literal(literal) => text.push_str(literal),
+            LogPart::Variable(variable) => {
+                let named = VARIABLES.iter().find(|(_, known)| known == variable);
+                let name = named.map_or("", |(name, _)| name);
+                let touches = matches!(parts.get(at + 1), Some(LogPart::Literal(next)) if next.starts_with(is_name_char));
+                match touches {
+                    true => text.push_str(&format!("${{{name}}}")),
+                    false => text.push_str(&format!("${name}")),
+                }
+            }
+        }
+    }
+    expand::escape(&text)
+}
+
+/// An access log as a file would write it; `quoted` makes a TOML string.
+pub(super) fn write_log(log: Option<&AccessLog>, quoted: impl Fn(&str) -> String) -> String {
+    let Some(log) = log else {
+        return quoted("off");
+    };
+    format!(
+        "{{ path = {}, format = {}, buffer = {}, flush = {} }}",
+        quoted(&expand::escape(&log.path.to_string_lossy())),
+        quoted(&expand::escape(&log.format.name)),
+        quoted(&write_size(log.buffer_bytes)),
+        quoted(&write_duration(log.flush))
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ready_made_formats_are_right() {
+        for (name, _, text) in READY_MADE {
+            assert!(parse(text).is_ok_and(|parts| parts.len() > 10), "{name}");
+        }
+        let (.., json) = READY_MADE
+            .iter()
+            .find(|(name, ..)| *name == "json")
+            .expect("json");
+        for (name, _) in VARIABLES
+            .iter()
+            .filter(|(name, _)| *name != "hostname" && *name != "time_local")
+        {
+            assert!(json.contains(&format!("\"{name}\":")), "{name} is missing");
+        }
+    }
+
+    #[test]
+    fn a_format_is_written_as_it_was_read() {
+        for text in ["$status", "a $status b", "$${status}x$${pid}1$pid"] {
+            let bare = text.replace("$${", "${");
+            let parts = parse(&bare).expect("right");
+            assert_eq!(write_format(&parts), text);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_format_is_told() {
+        let what = |text| parse(text).expect_err("wrong");
+        assert_eq!(what("$").what, "$ without a variable's name");
+        assert_eq!(what("$stauts").remedy, "did you mean $status?");
+        assert_eq!(what("${status").what, "${ without }");
+        assert_eq!(what("a\nb").what, "a line break within a line");
+    }
+}

@@ -1,0 +1,89 @@
+//! Sessions whose reader is slow or stands still: the proxy, the streams and the checks that all such tests share.
+//!
+//! `TEST_PRESSURE_SECONDS` is how long a reader stands still in the tests of memory (5 unless set).
+
+use std::net::{Shutdown, TcpStream};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use super::pattern::receive_from;
+use super::{Ending, Front, Plan, Proxy, Status, Writer};
+
+/// The seed of what the writer writes.
+pub const UP: u64 = 11;
+/// The seed of what goes the other way.
+pub const DOWN: u64 = 22;
+/// A mebibyte.
+pub const MIB: u64 = 1024 * 1024;
+/// What a writer hands over at once.
+pub const PIECE: usize = 64 * 1024;
+/// What one session may take of the kernel's memory, whatever its reader does.
+pub const BOUND: u64 = 24 * MIB;
+/// ebpf_backlog_size unless set.
+pub const BACKLOG_DEFAULT: u64 = 4 * MIB;
+
+/// The tests of memory run alone: what they read is the whole machine's.
+static MACHINE: RwLock<()> = RwLock::new(());
+
+/// A test of memory holds this while it runs.
+pub fn alone() -> RwLockWriteGuard<'static, ()> {
+    MACHINE.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Any other test of the file holds this.
+pub fn beside_others() -> RwLockReadGuard<'static, ()> {
+    MACHINE.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A proxy with one front.
+pub fn proxy_with(ip: &str, stream: &str) -> (Proxy, Front) {
+    let mut plan = Plan::new()
+        .stream(stream)
+        .lifetime(standstill() + Duration::from_secs(60));
+    let front = Front::new(&mut plan, ip, "");
+    (plan.start(), front)
+}
+
+/// How long a reader stands still.
+pub fn standstill() -> Duration {
+    let seconds = std::env::var("TEST_PRESSURE_SECONDS").map_or(5, |text| {
+        text.parse()
+            .expect("TEST_PRESSURE_SECONDS must be a whole number")
+    });
+    Duration::from_secs(seconds)
+}
+
+/// Panics unless nothing was lost, and nearly all went through the kernel.
+#[track_caller]
+pub fn must_have_stayed_in_the_kernel(status: &Status) {
+    let (sockmap, all) = (status.sockmap().sum(), status.carried().sum());
+    assert!(
+        sockmap * 100 >= all * 99,
+        "{sockmap} of {all} bytes through the kernel"
+    );
+    must_be_sound(status);
+}
+
+/// Panics unless the kernel's counters added up.
+#[track_caller]
+pub fn must_be_sound(status: &Status) {
+    assert_eq!(
+        status.number("/closes/integrity"),
+        0,
+        "the kernel's counters did not add up"
+    );
+}
+
+/// Reads the rest of a stream, `from..total`, and only then lets the writer end it: bytes that a source has left
+/// when its end arrives while it is held back are copied, and that is not what is looked at.
+#[track_caller]
+pub fn finish(writer: Writer, writing: TcpStream, mut reading: TcpStream, seed: u64, from: u64, total: u64) {
+    let got = receive_from(&mut reading, seed, from, total);
+    assert_eq!(
+        (got.bytes, got.ending, got.wrong_at),
+        (total - from, Ending::Enough, None)
+    );
+    writer.join().expect("writing everything");
+    writing.shutdown(Shutdown::Write).expect("ending");
+    receive_from(&mut reading, seed, total, u64::MAX).must_be_whole(0);
+}

@@ -1,0 +1,469 @@
+//! The HTTP side: metrics, status, health, and clients that do not behave.
+
+mod harness;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use harness::pattern::ping;
+use harness::{Plan, Port, Proxy, Upstream, connect, within};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+const SOON: Duration = Duration::from_secs(5);
+
+/// A plan with an HTTP listener, and where that is.
+fn plan(workers: usize) -> (Plan, SocketAddr, Port) {
+    let port = Port::claim();
+    let http = port.on("127.0.0.1");
+    let plan = Plan::new()
+        .workers(workers)
+        .global(&format!("http = {{ listen = \"{http}\" }}"));
+    (plan, http, port)
+}
+
+/// An answer.
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+/// Reads one answer from a connection that may go on.
+fn answer(stream: &mut TcpStream, has_body: bool) -> Answer {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).expect("the head of an answer");
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8(head).expect("a head in ASCII");
+    let length = head
+        .lines()
+        .find_map(|line| line.strip_prefix("Content-Length: "))
+        .expect("a length");
+    let mut body = vec![
+        0;
+        if has_body {
+            length.parse().expect("a number")
+        } else {
+            0
+        }
+    ];
+    stream.read_exact(&mut body).expect("the body of an answer");
+    Answer {
+        status: head[9..12].parse().expect("a status"),
+        head,
+        body: String::from_utf8(body).expect("text"),
+    }
+}
+
+fn ask(http: SocketAddr, request: &str) -> Answer {
+    let mut stream = connect(http);
+    stream.write_all(request.as_bytes()).expect("asking");
+    answer(&mut stream, !request.starts_with("HEAD"))
+}
+
+fn get(http: SocketAddr, path: &str) -> String {
+    let answer = ask(http, &format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n"));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.body
+}
+
+/// The samples of a page of metrics, by name and labels; panics where it breaks a rule of the format.
+#[track_caller]
+fn samples(page: &str) -> BTreeMap<String, f64> {
+    assert!(page.ends_with('\n'));
+    let (mut families, mut samples) = (BTreeMap::new(), BTreeMap::new());
+    let (mut helped, mut current) = (BTreeSet::new(), String::new());
+    for line in page.lines() {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            let (name, text) = help.split_once(' ').expect("a help text");
+            assert!(!text.is_empty() && helped.insert(name.to_owned()), "{line}");
+        } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = kind.split_once(' ').expect("a type");
+            assert!(helped.contains(name), "no help before {line}");
+            assert!(matches!(kind, "counter" | "gauge" | "histogram"), "{line}");
+            assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
+            assert!(name.starts_with("culvert_"), "{line}");
+            assert!(
+                families.insert(name.to_owned(), kind.to_owned()).is_none(),
+                "twice: {line}"
+            );
+            current = name.to_owned();
+        } else {
+            let (series, value) = line.rsplit_once(' ').expect("a value");
+            let name = series.split('{').next().expect("a name");
+            assert!(
+                name.chars()
+                    .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+            );
+            let histogram = families[&current] == "histogram"
+                && ["_bucket", "_sum", "_count"]
+                    .iter()
+                    .any(|end| name.strip_suffix(end) == Some(&current));
+            assert!(name == current || histogram, "{line} is not of {current}");
+            if let Some(labels) = series.strip_prefix(name).filter(|labels| !labels.is_empty()) {
+                let labels = labels.strip_prefix('{').and_then(|rest| rest.strip_suffix('}'));
+                for label in labels.expect("labels in braces").split("\",") {
+                    let (name, value) = label.split_once("=\"").expect("a label");
+                    assert!(name.chars().all(|c| c.is_ascii_lowercase()), "{line}");
+                    let bare = value.replace("\\\\", "").replace("\\\"", "");
+                    assert!(!bare.trim_end_matches('"').contains('"'), "{line}");
+                }
+            }
+            let value: f64 = value.parse().unwrap_or_else(|e| panic!("{e}: {line}"));
+            assert!(value.is_finite() && value >= 0.0, "{line}");
+            assert!(
+                samples.insert(series.to_owned(), value).is_none(),
+                "twice: {line}"
+            );
+        }
+    }
+    for family in families.keys() {
+        assert!(
+            samples.keys().any(|series| series.starts_with(family.as_str()))
+                || family.ends_with("cpu_bytes_total")
+        );
+    }
+    samples
+}
+
+#[test]
+fn metrics_follow_the_format_and_count_what_happened() {
+    let upstream = Upstream::echo("127.0.0.1");
+    let (plan, http, _port) = plan(2);
+    // The same address twice, and a name that has to be escaped where it is a label.
+    let group = format!(
+        "[[upstream]]\nname = \"group\"\nserver = [\"{0}\", \"{0}\", 'unix:/a \\ \"b']\n",
+        upstream.address
+    );
+    let mut plan = plan.tables(&group);
+    let front = plan.server("group");
+    let proxy = plan.start();
+    for seed in 0..9 {
+        ping(&mut connect(front), seed, 2).expect("an echo");
+    }
+    let status = proxy.settle();
+    let samples = samples(&get(http, "/metrics"));
+    let is =
+        |series: &str, value: f64| assert_eq!(samples.get(series), Some(&value), "{series}: {samples:#?}");
+    is("culvert_sessions_total", 9.0);
+    is("culvert_sessions_closed_total{reason=\"finished\"}", 9.0);
+    is("culvert_session_duration_seconds_count", 9.0);
+    is("culvert_upstream_connect_duration_seconds_count", 9.0);
+    is("culvert_workers{state=\"ready\"}", 2.0);
+    is(
+        &format!("culvert_listener_connections_accepted_total{{listener=\"{front}\"}}"),
+        9.0,
+    );
+    is(
+        &format!("culvert_listener_received_bytes_total{{listener=\"{front}\"}}"),
+        9.0 * 48.0,
+    );
+    is(
+        &format!(
+            "culvert_upstream_connections_total{{upstream=\"group\",peer=\"{}\"}}",
+            upstream.address
+        ),
+        9.0,
+    );
+    let carried =
+        |path| samples[&format!("culvert_datapath_bytes_total{{path=\"{path}\",direction=\"to_upstream\"}}")];
+    assert_eq!(carried("sockmap"), status.sockmap().to_upstream as f64);
+    assert_eq!(carried("sockmap") + carried("relay"), 9.0 * 48.0);
+    assert!(
+        samples
+            .keys()
+            .any(|series| series.contains("peer=\"unix:/a \\\\ \\\"b\"")),
+        "{samples:#?}"
+    );
+}
+
+/// Sessions that are open, with bytes on their way through them.
+fn open_sessions(front: SocketAddr, count: u64) -> Vec<TcpStream> {
+    let open = |seed| {
+        let mut client = connect(front);
+        ping(&mut client, seed, 5).expect("an echo");
+        client
+    };
+    (0..count).map(open).collect()
+}
+
+#[test]
+fn whichever_worker_is_asked_tells_of_the_open_sessions_of_all_with_their_live_bytes() {
+    let upstream = Upstream::echo("127.0.0.1");
+    let (mut plan, http, _port) = plan(2);
+    let front = plan.server(&upstream);
+    let proxy = plan.start();
+    let clients = open_sessions(front, 8);
+    let status = proxy.wait("both workers have sessions", |s| s.active() == 8);
+    let busy = status
+        .workers()
+        .iter()
+        .filter(|worker| worker.sessions > 0)
+        .count();
+    for _ in 0..8 {
+        // Each time on a connection of its own, so that either worker is asked.
+        let document: Value = serde_json::from_str(&get(http, "/status")).expect("JSON");
+        let sessions = document["busiest"].as_array().expect("a list");
+        let ports: BTreeSet<String> = sessions
+            .iter()
+            .map(|session| session["client"].as_str().expect("an address").to_owned())
+            .collect();
+        let expected: BTreeSet<String> = clients
+            .iter()
+            .map(|client| client.local_addr().expect("an address").to_string())
+            .collect();
+        assert_eq!(ports, expected);
+        let workers: BTreeSet<u64> = sessions
+            .iter()
+            .filter_map(|session| session["worker"].as_u64())
+            .collect();
+        assert_eq!(workers.len(), busy);
+        for session in sessions {
+            assert_eq!(session["bytes"]["to_upstream"], 5 * 24, "{session}");
+            assert_eq!(session["bytes"]["to_downstream"], 5 * 24, "{session}");
+            assert_eq!(session["datapath"], "sockmap");
+            assert_eq!(session["listener"], front.to_string());
+            assert_eq!(session["peer"], upstream.address.to_string());
+        }
+        assert_eq!(document["sessions"]["active"], 8);
+    }
+    drop(clients);
+    assert!(within(SOON, || {
+        let document: Value = serde_json::from_str(&get(http, "/status")).expect("JSON");
+        document["busiest"].as_array().is_some_and(Vec::is_empty)
+    }));
+}
+
+#[test]
+fn people_get_a_page_and_programs_get_the_document() {
+    let (plan, http, _port) = plan(1);
+    let proxy = plan.start();
+    let with = |accept: &str| {
+        ask(
+            http,
+            &format!("GET /status HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n\r\n"),
+        )
+    };
+    let page = with("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8");
+    assert!(page.head.contains("Content-Type: text/html"), "{}", page.head);
+    assert!(page.body.starts_with("<!DOCTYPE html>") && page.body.contains("Busiest sessions"));
+    assert!(
+        !page.body.contains("<script") && !page.body.contains("http://") && !page.body.contains("https://")
+    );
+    let document: Value = serde_json::from_str(&with("*/*").body).expect("JSON");
+    let plain = proxy.status();
+    for key in plain.json().as_object().expect("an object").keys() {
+        assert!(document.get(key).is_some(), "{key} is missing");
+    }
+}
+
+#[test]
+fn a_connection_is_kept_for_further_requests_and_several_may_come_at_once() {
+    let (plan, http, _port) = plan(1);
+    let _proxy = plan.start();
+    let mut stream = connect(http);
+    let one = "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
+    let head = "HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+    let last = "GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    // In pieces that keep to no boundary.
+    for piece in format!("{one}{head}{one}{last}").as_bytes().chunks(13) {
+        stream.write_all(piece).expect("asking");
+    }
+    assert_eq!(answer(&mut stream, true).body, "ok\n");
+    let metrics = answer(&mut stream, false);
+    assert!(
+        metrics.status == 200 && !metrics.head.contains("Content-Length: 0"),
+        "{metrics:?}"
+    );
+    assert_eq!(answer(&mut stream, true).body, "ok\n");
+    let ready = answer(&mut stream, true);
+    assert!(
+        ready.body == "ready\n" && ready.head.contains("Connection: close"),
+        "{ready:?}"
+    );
+    assert_eq!(
+        stream.read(&mut [0]).expect("an end"),
+        0,
+        "the end of the stream, not a reset"
+    );
+}
+
+#[test]
+fn what_is_no_good_request_is_refused_with_its_number() {
+    let (plan, http, _port) = plan(1);
+    let _proxy = plan.start();
+    let long = format!("GET / HTTP/1.1\r\nA: {}\r\n\r\n", "x".repeat(9000));
+    for (request, status) in [
+        ("GET /nothing HTTP/1.1\r\n\r\n", 404),
+        ("POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", 405),
+        ("GET /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", 413),
+        ("\x01\x02 nothing\r\n\r\n", 400),
+        (&long, 431),
+    ] {
+        let mut stream = connect(http);
+        stream.write_all(request.as_bytes()).expect("asking");
+        let got = answer(&mut stream, true);
+        assert_eq!(got.status, status, "{request:.40}");
+        if status != 404 {
+            assert!(got.head.contains("Connection: close"));
+            assert_eq!(stream.read(&mut [0]).expect("an end, not a reset"), 0);
+        }
+    }
+}
+
+#[test]
+fn clients_that_say_nothing_or_never_stop_take_no_session_from_anybody() {
+    let upstream = Upstream::echo("127.0.0.1");
+    let (plan, http, _port) = plan(1);
+    let mut plan = plan.global("worker_connections = 80");
+    let front = plan.server(&upstream);
+    let proxy = plan.start();
+    let mut silent: Vec<TcpStream> = (0..150).filter_map(|_| TcpStream::connect(http).ok()).collect();
+    for (at, stream) in silent.iter_mut().enumerate() {
+        // Those above the limit are reset, maybe before they can say this much.
+        let _ = stream.write_all(&b"GET / HTTP/1.1\r\n"[..at % 16]);
+    }
+    let started = Instant::now();
+    for seed in 0..10 {
+        ping(&mut connect(front), seed, 3).expect("an echo");
+    }
+    assert!(started.elapsed() < SOON);
+    // Their time runs out, and whoever behaves is served again.
+    let mut text = String::new();
+    assert!(
+        within(Duration::from_secs(12), || {
+            let Ok(mut stream) = TcpStream::connect(http) else {
+                return false;
+            };
+            text.clear();
+            let _ = stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n");
+            let _ = stream.read_to_string(&mut text);
+            text.ends_with("ok\n")
+        }),
+        "{text:?}"
+    );
+    // A flood of requests whose answers nobody reads.
+    let mut flood = connect(http);
+    flood.set_nonblocking(true).expect("a socket that does not block");
+    let requests = "GET /metrics HTTP/1.1\r\n\r\n".repeat(1000);
+    for seed in 0..20 {
+        let _ = flood.write(requests.as_bytes());
+        ping(&mut connect(front), seed, 3).expect("an echo");
+    }
+    drop(silent);
+    drop(flood);
+    proxy.settle();
+}
+
+#[test]
+fn a_slot_without_worker_is_not_ready() {
+    let (plan, http, _port) = plan(2);
+    let proxy = plan.start();
+    assert_eq!(get(http, "/readyz"), "ready\n");
+    let mut streams: Vec<TcpStream> = (0..12).map(|_| connect(http)).collect();
+    let request = b"GET /readyz HTTP/1.1\r\n\r\n";
+    let mut refused = None;
+    // Each death makes the slot wait longer for its next worker.
+    for _ in 0..6 {
+        let workers = proxy.status().workers();
+        if let Some(victim) = workers.iter().find(|worker| worker.slot == 0) {
+            kill(Pid::from_raw(victim.pid), Signal::SIGKILL).expect("killing a worker");
+        }
+        streams.retain_mut(|stream| {
+            let mut byte = [0; 1];
+            let asked =
+                stream.write_all(request).is_ok() && stream.peek(&mut byte).is_ok_and(|peeked| peeked > 0);
+            if asked {
+                let got = answer(stream, true);
+                if got.status == 503 {
+                    refused = Some(got.body);
+                }
+            }
+            asked
+        });
+        if refused.is_some() {
+            break;
+        }
+    }
+    assert_eq!(refused.as_deref(), Some("no worker is ready in slots [0]\n"));
+    assert!(within(SOON, || ask(http, "GET /readyz HTTP/1.1\r\n\r\n").status == 200));
+}
+
+#[test]
+fn a_kept_connection_keeps_no_worker_from_leaving() {
+    let (plan, http, _port) = plan(1);
+    let mut proxy: Proxy = plan.start();
+    let mut stream = connect(http);
+    stream
+        .write_all(b"GET /healthz HTTP/1.1\r\n\r\n")
+        .expect("asking");
+    assert_eq!(answer(&mut stream, true).body, "ok\n");
+    proxy.signal(Signal::SIGQUIT);
+    assert!(proxy.wait_for_exit(SOON).is_some(), "the master still runs");
+    assert_eq!(stream.read(&mut [0]).expect("an end, not a reset"), 0);
+    let _ = stream.shutdown(Shutdown::Both);
+}
+
+/// The names that begin with `culvert_` in a text.
+fn names(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| word.starts_with("culvert_")).collect()
+}
+
+#[test]
+fn the_dashboard_names_only_metrics_that_are_served_and_nearly_all_of_them() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../conf/grafana-dashboard.json");
+    let text = std::fs::read_to_string(&path).expect("the dashboard");
+    let dashboard: Value = serde_json::from_str(&text).expect("JSON");
+    let mut expressions = String::new();
+    for panel in dashboard["panels"].as_array().expect("panels") {
+        for target in panel["targets"].as_array().expect("targets") {
+            expressions.push_str(target["expr"].as_str().expect("an expression"));
+            expressions.push('\n');
+        }
+    }
+    let upstream = Upstream::echo("127.0.0.1");
+    let (mut plan, http, _port) = plan(1);
+    let front = plan.server(&upstream);
+    let _proxy = plan.start();
+    ping(&mut connect(front), 1, 1).expect("an echo");
+    let page = get(http, "/metrics");
+    let served: BTreeSet<&str> = samples(&page)
+        .keys()
+        .filter_map(|series| series.split('{').next())
+        .filter_map(|name| names(&page).get(name).copied())
+        .collect();
+    let shown = names(&expressions);
+    assert!(shown.len() > 20, "{shown:?}");
+    for name in shown
+        .iter()
+        .chain(&names(&text))
+        .filter(|name| **name != "culvert_datapath_cpu_bytes_total")
+    {
+        assert!(served.contains(name), "{name} is not served: {served:?}");
+    }
+    let of_samples = |name: &&&str| !["_sum", "_count"].iter().any(|end| name.ends_with(end));
+    let unseen: Vec<_> = served.difference(&shown).filter(of_samples).collect();
+    let kept_out = [
+        "culvert_build_info",
+        "culvert_config_generation",
+        "culvert_config_last_reload_timestamp_seconds",
+        "culvert_config_reloads_total",
+        "culvert_datapath_sockmap",
+        "culvert_sessions_adopted_total",
+        "culvert_sessions_offloaded_total",
+        "culvert_start_time_seconds",
+    ];
+    assert!(
+        unseen.iter().all(|name| kept_out.contains(name)),
+        "not on the dashboard: {unseen:?}"
+    );
+}

@@ -1,0 +1,363 @@
+//! USR2: the master becomes the program that now stands where it was started from. The process stays, nobody is cut
+//! off, and a program that cannot take over changes nothing.
+
+mod harness;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use harness::load::{Load, Sizes};
+use harness::pattern::{pause, ping};
+use harness::{Plan, Proxy, Upstream, connect, process, within};
+use nix::sys::signal::Signal;
+
+/// An upgrade is through, or refused, in this time.
+const SOON: Duration = Duration::from_secs(15);
+
+/// Puts a program where another one stands, as a package manager does: the old one's file lives on without a name.
+fn install(at: &Path, what: impl FnOnce(&Path)) {
+    let new = at.with_extension("new");
+    let _ = std::fs::remove_file(&new);
+    what(&new);
+    std::fs::rename(&new, at).expect("putting the new program in its place");
+}
+
+fn good(at: &Path) {
+    std::fs::copy(env!("CARGO_BIN_EXE_master"), at).expect("copying the binary");
+}
+
+fn script(at: &Path, text: &str) {
+    std::fs::write(at, format!("#!/bin/sh\n{text}\n")).expect("writing a script");
+    std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o755)).expect("making it executable");
+}
+
+/// A plan that starts its own copy of the binary.
+fn with_own_binary(plan: Plan) -> (Plan, PathBuf) {
+    let binary = plan.file("culvert");
+    good(&binary);
+    (plan.binary(binary.clone()), binary)
+}
+
+fn pids(proxy: &Proxy) -> Vec<i32> {
+    proxy.status().workers().iter().map(|w| w.pid).collect()
+}
+
+/// Upgrades to a new copy, and waits until it has taken over.
+#[track_caller]
+fn upgrade(proxy: &Proxy, binary: &Path) {
+    install(binary, good);
+    assert_ne!(process::executable(proxy.pid()), binary, "the old program runs");
+    let old = pids(proxy);
+    proxy.signal(Signal::SIGUSR2);
+    assert!(
+        within(SOON, || process::executable(proxy.pid()) == binary),
+        "the master still is the old program; its log:\n{}",
+        proxy.log()
+    );
+    proxy.wait("new workers serve", |s| {
+        let workers = s.workers();
+        let serving = || workers.iter().filter(|w| !w.draining);
+        serving().count() == old.len() && serving().all(|w| !old.contains(&w.pid))
+    });
+    assert!(
+        within(Duration::from_secs(1), || !old
+            .iter()
+            .any(|&w| process::is_alive(w))),
+        "workers of the old program live on: {old:?}"
+    );
+}
+
+#[test]
+fn an_upgrade_under_load_keeps_the_process_and_breaks_nothing() {
+    let sizes = Sizes::get();
+    let (plan, binary) = with_own_binary(Plan::new().workers(2));
+    let mut plan = plan
+        .lifetime(sizes.lifetime())
+        .global("error_log = { path = \"stderr\", level = \"warn\" }")
+        .global("worker_connections = 2048");
+    let mut load = Load::new(&mut plan, sizes);
+    let proxy = plan.start();
+    load.begin(&proxy);
+    load.churn(10, 6);
+    load.meanwhile(Duration::from_millis(1500), || upgrade(&proxy, &binary));
+    let file = std::fs::read_to_string(proxy.dir().join("master.pid")).expect("the pid file");
+    assert_eq!(
+        file.trim(),
+        proxy.pid().to_string(),
+        "the pid file after an upgrade"
+    );
+    load.finish(&proxy, "upgrades");
+}
+
+#[test]
+fn an_upgraded_master_still_reloads_replaces_workers_and_stops() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (plan, binary) = with_own_binary(Plan::new().workers(2));
+    let mut plan = plan;
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    ping(&mut client, 1, 3).expect("a session before");
+    pause(2200);
+    let before = proxy.status();
+    upgrade(&proxy, &binary);
+    let after = proxy.status();
+    assert!(
+        after.number("/sessions/total") >= before.number("/sessions/total"),
+        "a counter fell"
+    );
+    assert!(after.sockmap().sum() >= before.sockmap().sum(), "a counter fell");
+    assert_eq!(after.active(), 1);
+    ping(&mut client, 2, 3).expect("the session after the upgrade");
+
+    proxy.reload();
+    ping(&mut client, 3, 3).expect("the session after a reload");
+    for worker in pids(&proxy) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker), Signal::SIGKILL)
+            .expect("killing a worker");
+    }
+    proxy.wait("the workers are replaced", |s| s.number("/worker_restarts") == 2);
+    ping(&mut client, 4, 3).expect("the session after its worker was killed");
+    ping(&mut connect(front), 5, 3).expect("a new session");
+    upgrade(&proxy, &binary);
+    ping(&mut client, 6, 3).expect("the session after the second upgrade");
+    let relayed = proxy.status().relay().sum();
+    assert_eq!(relayed, 0, "user space has copied bytes");
+    drop(client);
+    assert_eq!(proxy.settle().sockmap().sum(), 2 * 24 * 3 * 6);
+}
+
+#[test]
+fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (plan, binary) = with_own_binary(Plan::new().workers(2));
+    let mut plan = plan;
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    ping(&mut client, 1, 3).expect("a session before");
+    let old = pids(&proxy);
+    let generation = proxy.status().generation();
+
+    type Install = fn(&Path);
+    let bad: [(&str, Install); 6] = [
+        ("a program that fails", |at| script(at, "exit 1")),
+        ("a program that does nothing, successfully", |at| {
+            script(at, "exit 0")
+        }),
+        ("a program that hangs", |at| script(at, "exec sleep 30")),
+        ("a file that is no program", |at| {
+            std::fs::write(at, "not a program").expect("writing a file")
+        }),
+        ("an empty file that may be run", |at| {
+            std::fs::write(at, "").expect("writing a file");
+            std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o755)).expect("its mode");
+        }),
+        ("another program", |at| {
+            std::fs::copy("/bin/true", at).expect("copying true");
+        }),
+    ];
+    let name = binary.display().to_string();
+    for (what, new) in bad {
+        install(&binary, new);
+        let lines = proxy.log().lines().count();
+        proxy.signal(Signal::SIGUSR2);
+        let refused = within(SOON, || {
+            let log = proxy.log();
+            let mut fresh = log.lines().skip(lines);
+            fresh.any(|line| line.contains("[error]") && line.contains(&name))
+        });
+        assert!(
+            refused,
+            "{what}: no error names {name}; the log:\n{}",
+            proxy.log()
+        );
+        assert_ne!(process::executable(proxy.pid()), binary, "{what}");
+        assert_eq!(pids(&proxy), old, "{what}: the workers");
+        assert_eq!(proxy.status().generation(), generation, "{what}");
+        ping(&mut client, 2, 3).expect("the old session");
+        ping(&mut connect(front), 3, 3).expect("a new session");
+        proxy.wait("one session is left", |s| s.active() == 1);
+        let children = process::children(proxy.pid());
+        assert_eq!(
+            children.len(),
+            2,
+            "{what}: processes beside the workers: {children:?}"
+        );
+    }
+
+    std::fs::remove_file(&binary).expect("removing the program");
+    proxy.signal(Signal::SIGUSR2);
+    pause(500);
+    ping(&mut client, 4, 3).expect("the old session when no program is there");
+    assert_eq!(pids(&proxy), old);
+
+    upgrade(&proxy, &binary);
+    ping(&mut client, 5, 3).expect("the session after an upgrade at last");
+}
+
+/// A copy of the binary that says of its memory that it is laid out in another way.
+fn of_another_layout(at: &Path, what: &str) {
+    let mut bytes = std::fs::read(env!("CARGO_BIN_EXE_master")).expect("reading the binary");
+    let text = format!("culvert {what}, layout ").into_bytes();
+    let found: Vec<usize> = (0..bytes.len() - text.len())
+        .filter(|from| bytes[*from..].starts_with(&text))
+        .collect();
+    assert!(!found.is_empty(), "the binary does not name its layout of {what}");
+    for from in found {
+        bytes[from + text.len()] = b'x';
+    }
+    std::fs::write(at, bytes).expect("writing the changed binary");
+    std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o755)).expect("its mode");
+}
+
+#[test]
+fn a_binary_that_lays_its_memory_out_differently_is_refused() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (mut plan, binary) = with_own_binary(Plan::new());
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    ping(&mut client, 1, 3).expect("a session before");
+    for (what, refused) in [("sessions", 1), ("maps", 2), ("limits", 3)] {
+        install(&binary, |at| of_another_layout(at, what));
+        let old = pids(&proxy);
+        proxy.signal(Signal::SIGUSR2);
+        let said = format!("the {what} of the running binary");
+        assert!(within(SOON, || proxy.log().contains(&said)), "{}", proxy.log());
+        assert_eq!(pids(&proxy), old);
+        assert_eq!(proxy.status().number("/reloads/failed"), refused);
+        ping(&mut client, 2, 3).expect("the session");
+        ping(&mut connect(front), 3, 3).expect("a new session");
+    }
+    upgrade(&proxy, &binary);
+    ping(&mut client, 4, 3).expect("the session after an upgrade at last");
+}
+
+/// Where cgroups (version 2) are made.
+fn cgroups() -> PathBuf {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("the mounts");
+    let root = mounts.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        (fields[2] == "cgroup2").then(|| PathBuf::from(fields[1]))
+    });
+    root.expect("a cgroup2 mount")
+}
+
+#[test]
+fn an_upgraded_master_leaves_nothing_behind_when_it_is_stopped() {
+    let echo = Upstream::echo("127.0.0.1");
+    // As a service manager gives it one: the root of all may not be writable.
+    let given = cgroups().join(format!("culvert-upgrade-test-{}", std::process::id()));
+    std::fs::create_dir(&given).expect("making a cgroup needs root");
+    let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", given.display());
+    let (plan, binary) = with_own_binary(Plan::new().workers(2));
+    let mut plan = plan.launched_by(&["sh", "-c", &enter, "sh"]);
+    let front = plan.server(&echo);
+    let mut proxy = plan.start();
+    let own = given.join(format!("culvert-{}", proxy.pid()));
+    assert!(own.exists(), "the program has no cgroup of its own");
+    let _client = connect(front);
+    upgrade(&proxy, &binary);
+    upgrade(&proxy, &binary);
+    let name = process::field(proxy.pid(), "Name");
+    assert_eq!(name, "culvert", "the name of the process after an upgrade");
+    let pid_file = proxy.dir().join("master.pid");
+    assert!(pid_file.exists() && own.exists());
+    proxy.signal(Signal::SIGTERM);
+    let status = proxy.wait_for_exit(Duration::from_secs(10)).expect("it ends");
+    assert!(status.success(), "{status}");
+    assert!(!pid_file.exists(), "the pid file is left");
+    assert!(!own.exists(), "the cgroup is left");
+    std::fs::remove_dir(&given).expect("nothing is left in the cgroup");
+    std::net::TcpStream::connect(front).expect_err("the address is still bound");
+}
+
+#[test]
+fn sessions_that_are_copied_in_user_space_survive_an_upgrade() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (plan, binary) = with_own_binary(Plan::new());
+    let mut plan = plan.stream("ebpf_enable = false");
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let (mut old, mut young) = (connect(front), connect(front));
+    ping(&mut old, 1, 3).expect("a session before");
+    pause(1500);
+    ping(&mut young, 2, 3).expect("a young session before");
+    upgrade(&proxy, &binary);
+    upgrade(&proxy, &binary);
+    ping(&mut old, 3, 3).expect("the session after the upgrades");
+    ping(&mut young, 4, 3).expect("the young session after the upgrades");
+    assert_eq!(proxy.status().active(), 2);
+    drop((old, young));
+    assert_eq!(proxy.settle().relay().sum(), 2 * 24 * 3 * 4);
+}
+
+#[test]
+fn connections_that_wait_while_the_program_is_paused_outwait_an_upgrade() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (mut plan, binary) = with_own_binary(Plan::new().workers(2));
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let old = pids(&proxy);
+    proxy.signal(Signal::SIGWINCH);
+    assert!(within(SOON, || !old.iter().any(|&w| process::is_alive(w))));
+    let mut waiting: Vec<_> = (0..20).map(|_| connect(front)).collect();
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    assert!(
+        within(SOON, || process::executable(proxy.pid()) == binary),
+        "{}",
+        proxy.log()
+    );
+    pause(300);
+    let workers = process::children(proxy.pid());
+    assert!(workers.is_empty(), "it is paused no more: {workers:?}");
+    proxy.signal(Signal::SIGHUP);
+    for (seed, client) in waiting.iter_mut().enumerate() {
+        ping(client, seed as u64, 3).expect("a connection that has waited");
+    }
+}
+
+#[test]
+fn what_comes_while_the_new_program_is_asked_is_done() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (mut plan, binary) = with_own_binary(Plan::new().workers(2));
+    let front = plan.server(&echo);
+    let real = plan.file("culvert-real");
+    let proxy = plan.start();
+    let mut client = connect(front);
+    ping(&mut client, 1, 3).expect("a session before");
+    pause(1500);
+    // Takes a second to answer.
+    good(&real);
+    let text = format!(
+        "case \"$*\" in *--take-over-check*) sleep 1;; esac\nexec {} \"$@\"",
+        real.display()
+    );
+    install(&binary, |at| script(at, &text));
+    proxy.signal(Signal::SIGUSR2);
+    pause(300);
+    let killed = pids(&proxy)[0];
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(killed), Signal::SIGKILL).expect("killing a worker");
+    proxy.signal(Signal::SIGHUP);
+    proxy.signal(Signal::SIGUSR2);
+    proxy.wait("the worker is replaced", |s| s.number("/worker_restarts") == 1);
+    assert_ne!(process::executable(proxy.pid()), real, "it is upgraded already");
+    ping(&mut client, 2, 3).expect("the session while the new program is asked");
+    let upgraded = within(SOON, || process::executable(proxy.pid()) == real);
+    assert!(upgraded, "{}", proxy.log());
+    // The reload, and the upgrade.
+    proxy.wait("both are done", |s| s.generation() == 3);
+    ping(&mut client, 3, 3).expect("the session after the upgrade");
+
+    // An upgrade during a reload waits for its end.
+    install(&binary, good);
+    proxy.signal(Signal::SIGHUP);
+    proxy.signal(Signal::SIGUSR2);
+    let upgraded = within(SOON, || process::executable(proxy.pid()) == binary);
+    assert!(upgraded, "{}", proxy.log());
+    proxy.wait("both are done", |s| s.generation() == 5);
+    ping(&mut client, 4, 3).expect("the session at the end");
+}
