@@ -14,9 +14,10 @@ BUILD_NEEDS := build-essential=cc clang=clang libelf-dev=/usr/include/libelf.h z
 	pkg-config=pkg-config linux-libc-dev=/usr/include/linux/bpf.h
 TEST_NEEDS := iperf3=iperf3 curl=curl redis-server=redis-server redis-tools=redis-benchmark \
 	postgresql=/usr/lib/postgresql openssh-server=/usr/sbin/sshd openssh-client=ssh python3=python3 \
-	iproute2=ip netcat-openbsd=nc util-linux=setpriv
+	iproute2=ip netcat-openbsd=nc util-linux=setpriv nginx-light=nginx \
+	libnginx-mod-stream=/usr/lib/nginx/modules/ngx_stream_module.so haproxy=haproxy openssl=openssl
 # Servers among them that Debian would start: the tests start their own.
-SERVICES := redis-server postgresql ssh
+SERVICES := redis-server postgresql ssh nginx haproxy
 
 # $(call install,NEEDS): says what is missing and installs it.
 define install

@@ -200,13 +200,13 @@ fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
 /// A copy of the binary that says of its memory that it is laid out in another way.
 fn of_another_layout(at: &Path, what: &str) {
     let mut bytes = std::fs::read(env!("CARGO_BIN_EXE_master")).expect("reading the binary");
-    let text = format!("culvert {what}, layout 1").into_bytes();
+    let text = format!("culvert {what}, layout ").into_bytes();
     let found: Vec<usize> = (0..bytes.len() - text.len())
         .filter(|from| bytes[*from..].starts_with(&text))
         .collect();
     assert!(!found.is_empty(), "the binary does not name its layout of {what}");
     for from in found {
-        bytes[from + text.len() - 1] = b'2';
+        bytes[from + text.len()] = b'x';
     }
     std::fs::write(at, bytes).expect("writing the changed binary");
     std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o755)).expect("its mode");
@@ -220,7 +220,7 @@ fn a_binary_that_lays_its_memory_out_differently_is_refused() {
     let proxy = plan.start();
     let mut client = connect(front);
     ping(&mut client, 1, 3).expect("a session before");
-    for (what, refused) in [("sessions", 1), ("maps", 2)] {
+    for (what, refused) in [("sessions", 1), ("maps", 2), ("limits", 3)] {
         install(&binary, |at| of_another_layout(at, what));
         let old = pids(&proxy);
         proxy.signal(Signal::SIGUSR2);

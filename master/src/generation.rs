@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use culvert_shared::busy::Lookout;
 use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
+use culvert_shared::limits::Limits;
 use culvert_worker::Listener;
 
 use crate::accepting::Groups;
@@ -37,6 +38,8 @@ pub struct Generation {
     pub access_logs: AccessLogs,
     /// The rows on the board.
     pub assigned: Assigned,
+    /// What limits count; the same in all generations.
+    pub limits: Arc<Limits>,
     /// How many sessions the master may keep.
     pub keeper_room: u64,
     /// Every name that has had a row.
@@ -70,6 +73,7 @@ impl Generation {
             lookout: Arc::new(Lookout::new()?),
             access_logs,
             assigned,
+            limits: Arc::new(Limits::new()?),
             keeper_room,
             rows,
         })
@@ -102,6 +106,7 @@ impl Generation {
             lookout: Arc::clone(&self.lookout),
             access_logs,
             assigned,
+            limits: Arc::clone(&self.limits),
             keeper_room,
             rows,
         })
@@ -117,6 +122,7 @@ impl Generation {
         mut rows: Rows,
         listeners: Listeners,
         stores: StoreTable,
+        limits: Limits,
     ) -> Result<Generation> {
         Ok(Generation {
             number,
@@ -126,6 +132,7 @@ impl Generation {
             lookout: Arc::new(Lookout::new()?),
             access_logs: AccessLogs::open(&config)?,
             config: Arc::new(config),
+            limits: Arc::new(limits),
             listeners,
             // The programs of the binary before go on until the next generation has its own.
             groups: Groups::none(None),
@@ -162,6 +169,7 @@ impl Generation {
                     address: listen.address,
                     server,
                     row: *row,
+                    proxy_protocol: listen.proxy_protocol,
                 });
             }
         }

@@ -1,7 +1,7 @@
 //! Holds what sessions need to outlive their workers: both sockets of each that has lived long enough. Hands
 //! them to the next worker when one has let go of its sessions, or has died.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use culvert_shared::counters::{Board, CloseReason};
 use culvert_shared::ids::Owner;
 use culvert_shared::message::{BATCH, SessionId, ToMaster, ToWorker};
+use culvert_shared::sessions::Place;
 use culvert_shared::sys::fdpass;
 use culvert_worker::Store;
 use nix::errno::Errno;
@@ -207,6 +208,7 @@ impl Master {
         for store in &worker.stores {
             store.bury(worker.owner, |id| self.keeper.sessions.contains_key(&id));
         }
+        self.give_back_holds(worker);
         let lost = held.saturating_sub(left as u64);
         Board::add(&self.board[0].closes[CloseReason::WorkerDied as usize], lost);
         if held > 0 {
@@ -223,6 +225,29 @@ impl Master {
         }
     }
 }
+
+impl Master {
+    /// What the sessions of a worker that is gone counted in (`limit_conn`), except for those that live on.
+    fn give_back_holds(&self, worker: &Worker) {
+        let mut lives_on = HashSet::new();
+        for store in &worker.stores {
+            for (place, record) in store.records.iter().enumerate() {
+                let id = SessionId {
+                    store: store.id,
+                    place: Place(place as u32),
+                    generation: record.generation(),
+                };
+                if record.owner() == Some(worker.owner) && self.keeper.sessions.contains_key(&id) {
+                    lives_on.extend(record.holds());
+                }
+            }
+        }
+        self.current.limits.bury(worker.owner, &lives_on, MASTER);
+    }
+}
+
+/// The master's own mark on what it changes for a worker that is gone; no worker gets it.
+const MASTER: Owner = Owner(u32::MAX);
 
 /// Sessions on their way to a worker.
 pub type Queue = VecDeque<SessionId>;

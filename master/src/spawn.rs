@@ -160,6 +160,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         listeners,
         peer_rows: generation.assigned.peers.clone(),
         board: Arc::clone(board),
+        limits: Arc::clone(&generation.limits),
         stores,
         relay_reason: generation.stores.reason().map(str::to_owned),
         totals: totals.clone(),

@@ -20,6 +20,15 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
         on_reload: OnReload::Keep,
+        proxy_protocol: None,
+        proxy_protocol_timeout: Duration::from_secs(30),
+        set_real_ip_from: Vec::new(),
+        access: Vec::new(),
+        limit_conn: Vec::new(),
+        limit_conn_rate: Vec::new(),
+        ssl_preread: false,
+        preread_buffer_size: 16 * 1024,
+        preread_timeout: Duration::from_secs(30),
         access_log: None,
     };
     Config {
@@ -49,12 +58,15 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
             })
             .collect(),
         stream: stream.clone(),
+        maps: Vec::new(),
+        limit_zones: Vec::new(),
         servers: listeners
             .iter()
             .map(|listen| Server {
                 listen: vec![Listen {
                     address: address(listen),
                     backlog: 511,
+                    proxy_protocol: false,
                 }],
                 action: Action::Proxy(Target::Upstream(0)),
                 stream: stream.clone(),

@@ -89,6 +89,19 @@ reasons! {
         WorkerDied = "worker_died",
         /// Its listener or its peer is gone since a reload, and `on_reload` is `"close"`.
         Removed = "removed",
+        /// What the client sent first is not what the listener is for: no valid PROXY header, or a TLS hello longer than
+        /// `preread_buffer_size`.
+        BadRequest = "bad_request",
+        /// `access` does not let the client in.
+        Denied = "denied",
+        /// Its key has as many sessions as `limit_conn` allows.
+        LimitConn = "limit_conn",
+        /// The connections of its key come faster than `limit_conn_rate` allows.
+        LimitRate = "limit_conn_rate",
+        /// The client did not send in time what has to be read before its peer is chosen.
+        ReadTimeout = "read_timeout",
+        /// The client left before it had sent that.
+        DownstreamLeftReading = "downstream_left_reading",
         /// The status document was written.
         Status = "status",
     }

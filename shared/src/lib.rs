@@ -6,6 +6,7 @@ pub mod busy;
 pub mod config;
 pub mod counters;
 pub mod ids;
+pub mod limits;
 pub mod logging;
 pub mod message;
 pub mod sessions;

@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use crate::counters::FallbackReason;
 use crate::ids::Owner;
+use crate::limits::MAX_HOLDS;
 use crate::sys::shm::Shareable;
 
 /// The version of this layout: another binary may go on with a table if it has the same ([`layout`]). Change it
 /// whenever a word or a bit changes its place or meaning.
-const LAYOUT: &str = "culvert sessions, layout 1";
+const LAYOUT: &str = "culvert sessions, layout 2";
 
 /// How a record is laid out, for two binaries to compare.
 pub fn layout() -> String {
@@ -43,8 +44,9 @@ mod at {
     pub const CONNECTING: usize = 21;
     pub const CONNECT_BEGAN: usize = 22;
     pub const CONNECT_TOOK: usize = 23;
-    pub const NAME_LEN: usize = 24;
-    pub const NAME: usize = 25;
+    pub const HOLDS: usize = 24;
+    pub const NAME_LEN: usize = 26;
+    pub const NAME: usize = 27;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -146,6 +148,8 @@ pub struct Saved {
     pub connect_us: u64,
     /// Its directions: to_upstream, to_downstream.
     pub streams: [SavedStream; 2],
+    /// What it counts in, by [`crate::limits::Held`]; 0: nothing.
+    pub holds: [u32; MAX_HOLDS],
     /// The settings that were in force for it, for when its listener is gone.
     pub settings: SavedSettings,
 }
@@ -244,6 +248,11 @@ impl Record {
         self.busy.store(busy.into(), Release);
     }
 
+    /// What its session counts in.
+    pub fn holds(&self) -> [u32; MAX_HOLDS] {
+        holds(&[0, 1].map(|word| self.words[at::HOLDS + word].load(Relaxed)))
+    }
+
     /// Reads the record; `None`: it makes no sense.
     pub fn read(&self) -> Option<Saved> {
         let words: [u64; at::END] = std::array::from_fn(|word| self.words[word].load(Relaxed));
@@ -309,6 +318,9 @@ impl Saved {
         words[at::PERIOD] = self.settings.timer_period_ms;
         words[at::SIZES] =
             u64::from(self.settings.buffer_bytes) | u64::from(self.settings.backlog_bytes) << 32;
+        for (word, pair) in self.holds.chunks(2).enumerate() {
+            words[at::HOLDS + word] = u64::from(pair[0]) | u64::from(pair[1]) << 32;
+        }
         words[at::CONNECT_BEGAN] = self.connect_began_ns;
         words[at::CONNECT_TOOK] = self.connect_us;
         let name = self.upstream.as_bytes();
@@ -360,6 +372,7 @@ impl Saved {
             connect_began_ns: words[at::CONNECT_BEGAN],
             connect_us: words[at::CONNECT_TOOK],
             streams: [stream(0), stream(1)],
+            holds: holds(&[words[at::HOLDS], words[at::HOLDS + 1]]),
             settings: SavedSettings {
                 proxy_timeout_ms: words[at::TIMEOUT],
                 timer_period_ms: words[at::PERIOD],
@@ -370,6 +383,10 @@ impl Saved {
             },
         })
     }
+}
+
+fn holds(words: &[u64; MAX_HOLDS / 2]) -> [u32; MAX_HOLDS] {
+    std::array::from_fn(|hold| (words[hold / 2] >> (32 * (hold % 2))) as u32)
 }
 
 pub(crate) fn address_words(address: SocketAddr) -> [u64; 3] {
@@ -528,6 +545,7 @@ mod tests {
             carrier in 0usize..7,
             upstream in "[ -~]{0,112}",
             streams in [stream(), stream()],
+            holds in any::<[u32; MAX_HOLDS]>(),
         ) {
             let saved = Saved {
                 number: numbers[0],
@@ -550,6 +568,7 @@ mod tests {
                 connect_began_ns: numbers[7],
                 connect_us: numbers[8],
                 streams,
+                holds,
                 settings: SavedSettings {
                     proxy_timeout_ms: numbers[5],
                     timer_period_ms: numbers[6],

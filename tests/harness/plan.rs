@@ -163,6 +163,18 @@ impl Plan {
         listen
     }
 
+    /// A server on 127.0.0.1 whose `listen` is a table with these further keys; returns where it listens.
+    pub fn server_listening(&mut self, options: &str, target: impl Target, lines: &str) -> SocketAddr {
+        let port = Port::claim();
+        let listen = port.on("127.0.0.1");
+        self.ports.push(port);
+        let pass = target.proxy_pass();
+        self.tables.push_str(&format!(
+            "[[server]]\nlisten = {{ address = \"{listen}\", {options} }}\nproxy_pass = \"{pass}\"\n{lines}\n\n"
+        ));
+        listen
+    }
+
     /// A file in the directory of this proxy.
     pub fn file(&self, name: &str) -> PathBuf {
         self.scratch.file(name)

@@ -57,6 +57,8 @@ pub struct Listening {
     pub(crate) address: SocketAddr,
     pub(crate) server: usize,
     pub(crate) row: usize,
+    /// Connections begin with a PROXY header.
+    proxy_protocol: bool,
     /// The accept queue may hold more: readiness is edge-triggered and was not used up.
     more: bool,
     /// It rests: the process ran out of descriptors or memory.
@@ -72,6 +74,7 @@ impl Listening {
             address: listener.address,
             server: listener.server,
             row: listener.row,
+            proxy_protocol: listener.proxy_protocol,
             more: false,
             resting: false,
             full: false,
@@ -198,8 +201,9 @@ impl Worker {
     fn begin(&mut self, listener: usize, downstream: OwnedFd, remote: SocketAddr) {
         let listening = &self.listeners[listener];
         let (server, row, local) = (listening.server, listening.row, listening.address);
+        let header_first = listening.proxy_protocol;
         let now_ms = clock::now_ms();
-        let ends = Ends { remote, local };
+        let ends = Ends::new(remote, local);
         let settings = Rc::clone(&self.settings[server]);
         let is_http = self.config.servers[server].action == Action::Http;
         let proxied = matches!(self.config.servers[server].action, Action::Proxy(_));
@@ -209,6 +213,7 @@ impl Worker {
         };
         let mut session = Session::new(number, downstream, ends, row, settings, now_ms);
         session.server = Some(server);
+        session.is_status = !proxied;
         Board::add(&self.board[0].listeners[row].accepted, 1);
         let token = self.table.reserve();
         self.table.put(token, Box::new(session));
@@ -218,12 +223,10 @@ impl Worker {
             WorkerRow::up(&self.gauges().listener_active[row]);
         }
         self.with_session(token, |worker, session| {
-            if proxied {
-                worker.connect(token, session)
-            } else if is_http {
+            if is_http {
                 worker.answer_http(token, session)
             } else {
-                worker.answer_status(token, session)
+                worker.enter(token, session, header_first)
             }
         });
     }

@@ -102,7 +102,12 @@ pub fn status(reason: CloseReason) -> u16 {
         | Shutdown
         | WorkerDied
         | Removed
+        | ReadTimeout
+        | DownstreamLeftReading
         | Status => 200,
+        BadRequest => 400,
+        Denied => 403,
+        LimitConn | LimitRate => 503,
         ConnectFailed | ConnectTimeout => 502,
         NoRoute | Resource | Integrity => 500,
     }

@@ -21,6 +21,7 @@ use crate::session::{Buffers, Datapath, Phase, Session, Stream, Upstream, Way, t
 use crate::sockets::{self, Interest};
 use crate::store::Seat;
 use crate::table::{Side, Token};
+use crate::tally;
 
 impl Worker {
     /// Takes sessions over; `sockets` are their descriptors, downstream and upstream of each. Says how many.
@@ -46,6 +47,7 @@ impl Worker {
                         id.place.0
                     );
                     self.board[0].count_close(CloseReason::WorkerDied);
+                    self.give_back_of(id);
                     self.keeping.forget(id);
                 }
             }
@@ -82,6 +84,9 @@ impl Worker {
             return reset("its sockets are not the ones that the record names");
         }
         let died = !record.was_let_go();
+        // Before the record: until both are this worker's, the master takes the earlier worker's session for one that
+        // lives on.
+        self.tally.take_over(&saved.holds);
         record.pass_to(self.owner);
         record.set_kept(Kept::Yes);
 
@@ -111,11 +116,21 @@ impl Worker {
         Ok(())
     }
 
+    /// Takes a session that is not taken over off the counts.
+    fn give_back_of(&mut self, id: SessionId) {
+        let ward = self.wards.iter().find(|ward| ward.store.id == id.store);
+        if let Some(record) = ward.and_then(|ward| ward.store.record_of(id)) {
+            let holds = tally::revived(&record.holds());
+            self.tally.release(&holds);
+        }
+    }
+
     /// Gives a session that was built from its record a slot, and goes on with it.
-    fn take_in(&mut self, session: Session, died: bool) {
+    fn take_in(&mut self, mut session: Session, died: bool) {
         let gone = self.is_gone(&session);
         let token = self.table.reserve();
         self.count_in(token, &session);
+        session.attention = Some(session.interest(Side::Downstream));
         let mut watched = true;
         for side in [Side::Downstream, Side::Upstream] {
             if let Some(socket) = session.socket(side) {
@@ -221,10 +236,7 @@ fn revive(
     settings: Rc<Settings>,
     seat: Seat,
 ) -> Session {
-    let ends = Ends {
-        remote: saved.client,
-        local: saved.local,
-    };
+    let ends = Ends::new(saved.client, saved.local);
     let listener = saved.listener as usize;
     let mut session = Session::new(
         saved.number,
@@ -244,6 +256,7 @@ fn revive(
     session.connect_began_ns = saved.connect_began_ns;
     session.connect_us = Some(saved.connect_us);
     session.streams = saved.streams.map(revive_stream);
+    session.holds = tally::revived(&saved.holds);
     session.datapath = match saved.carrier {
         Carrier::Relay => Datapath::Relay,
         Carrier::Sockmap => Datapath::Sockmap,
@@ -290,6 +303,8 @@ fn buffers_of(number: u8) -> Buffers {
 fn settings_of(saved: &SavedSettings, stream: &Settings) -> Settings {
     Settings {
         proxy_timeout: Duration::from_millis(saved.proxy_timeout_ms),
+        // One that was to be sent a header has been (see `keep`).
+        proxy_protocol: None,
         ebpf_timer_period: Duration::from_millis(saved.timer_period_ms),
         proxy_buffer_size: saved.buffer_bytes as usize,
         ebpf_backlog_size: saved.backlog_bytes,

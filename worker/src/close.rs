@@ -32,7 +32,13 @@ impl Worker {
         }
         if !session.is_status {
             self.account(&session, reason);
+        } else if matches!(
+            reason,
+            CloseReason::Denied | CloseReason::LimitConn | CloseReason::LimitRate
+        ) {
+            self.board[0].count_close(reason);
         }
+        self.tally.give_back(&mut session);
         self.part(&session);
         let seat = session.seat.take();
         drop(session);

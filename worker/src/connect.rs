@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use culvert_shared::config::{Action, Address, Target};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use culvert_shared::ids::Direction;
 use culvert_shared::sys::socket;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, connect};
@@ -12,6 +13,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixA
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
+use crate::proxy_protocol;
 use crate::route::Route;
 use crate::session::{Phase, Session, Upstream};
 use crate::sockets::{self, Interest};
@@ -20,11 +22,7 @@ use crate::table::{Side, Token};
 impl Worker {
     /// Starts a session: finds where it goes and begins to connect.
     pub(crate) fn connect(&mut self, token: Token, session: &mut Session) -> Next {
-        if self
-            .sockets
-            .watch(&session.downstream, token, Side::Downstream, Interest::End)
-            .is_err()
-        {
+        if self.attend(token, session, Interest::End).is_err() {
             return Next::Close(CloseReason::Resource);
         }
         let config = std::sync::Arc::clone(&self.config);
@@ -32,7 +30,7 @@ impl Worker {
         let Some(Action::Proxy(target)) = action else {
             return Next::Close(CloseReason::NoRoute);
         };
-        if matches!(target, Target::Variable(_))
+        if (matches!(target, Target::Variable(_)) || session.settings.proxy_protocol.is_some())
             && let Some(local) = sockets::local_address(session.downstream.as_fd())
         {
             session.ends.local = local;
@@ -187,6 +185,11 @@ impl Worker {
     }
 
     fn connected(&mut self, token: Token, session: &mut Session) -> Next {
+        match self.send_header(session) {
+            Ok(()) => {}
+            Err(errno) if is_ours(errno) => return self.out_of(session, errno),
+            Err(errno) => return self.peer_failed(token, session, errno),
+        }
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
             Board::add(&self.board[0].peers[row].connected, 1);
         }
@@ -199,6 +202,26 @@ impl Worker {
         session.last_active_ms = now_ns / 1_000_000;
         session.tried = None;
         self.begin_streaming(token, session)
+    }
+}
+
+impl Worker {
+    /// Sends the peer the PROXY header that says who the client is. It goes out before a byte of the client's,
+    /// once for each attempt that connects.
+    fn send_header(&self, session: &mut Session) -> Result<(), Errno> {
+        let (Some(version), Some(upstream)) = (session.settings.proxy_protocol, &session.upstream) else {
+            return Ok(());
+        };
+        let header = proxy_protocol::write(version, session.ends.remote, session.ends.local);
+        match sockets::send(upstream.socket.as_fd(), &header) {
+            Ok(sent) if sent == header.len() => {}
+            // The send buffer of a new connection has room for it unless the host has no memory left.
+            Ok(_) | Err(Errno::EAGAIN) => return Err(Errno::ENOBUFS),
+            Err(errno) => return Err(errno),
+        }
+        session.stream(Direction::ToUpstream).written_bytes += header.len() as u64;
+        self.board[0].add_relayed(Direction::ToUpstream, header.len() as u64);
+        Ok(())
     }
 }
 

@@ -44,6 +44,16 @@ impl Worker {
     pub(crate) fn drive(&mut self, token: Token, session: &mut Session) -> Next {
         match session.phase {
             Phase::Streaming => self.stream(token, session),
+            Phase::Reading { deadline_ms, .. } => {
+                let downstream = &mut session.ready[Side::Downstream.index()];
+                if downstream.failed {
+                    return Next::Close(CloseReason::DownstreamLeftReading);
+                }
+                match std::mem::take(&mut downstream.readable) || downstream.ended {
+                    true => self.read_ahead(token, session),
+                    false => Next::Wait(deadline_ms),
+                }
+            }
             Phase::Http { .. } => self.serve_http(session),
             Phase::Connecting { deadline_ms } => {
                 if session.ready[Side::Downstream.index()].failed {
@@ -62,6 +72,8 @@ impl Worker {
     pub(crate) fn look_after(&mut self, token: Token, session: &mut Session) -> Next {
         let now_ms = clock::now_ms();
         match session.phase {
+            Phase::Reading { deadline_ms, .. } if now_ms < deadline_ms => Next::Wait(deadline_ms),
+            Phase::Reading { .. } => Next::Close(CloseReason::ReadTimeout),
             Phase::Connecting { deadline_ms } if now_ms < deadline_ms => Next::Wait(deadline_ms),
             Phase::Http { .. } => self.serve_http(session),
             Phase::Connecting { .. } => self.peer_failed(token, session, Errno::ETIMEDOUT),

@@ -27,6 +27,7 @@ use crate::balance::RoundRobin;
 use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
+use crate::preread::Glance;
 use crate::pressure::Pressure;
 use crate::relay::Scratch;
 use crate::route::Router;
@@ -35,6 +36,7 @@ use crate::sockets::{BufferLimits, Sockets};
 use crate::start::WorkerStart;
 use crate::store::Ward;
 use crate::table::{Side, Table, Token};
+use crate::tally::Tally;
 use crate::timer::Wheel;
 
 const CONTROL: mio::Token = mio::Token(usize::MAX);
@@ -98,7 +100,9 @@ pub struct Worker {
     /// The sessions' epoll had more events than one turn takes.
     more_events: bool,
     pub(crate) scratch: Scratch,
+    pub(crate) glance: Glance,
     pub(crate) limits: BufferLimits,
+    pub(crate) tally: Tally,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
 }
@@ -149,7 +153,7 @@ impl Worker {
         let weights =
             |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
         Ok(Worker {
-            router: Router::new(&start.config.upstreams, hostname),
+            router: Router::new(&start.config.upstreams, hostname).with_maps(&start.config.maps),
             groups: start
                 .config
                 .upstreams
@@ -163,6 +167,8 @@ impl Worker {
                 .map(|server| Rc::new(server.stream.clone()))
                 .collect(),
             scratch: Scratch::new(&start.config),
+            tally: Tally::new(start.limits, start.owner),
+            glance: Glance::new(&start.config),
             limits: BufferLimits::read(),
             config: start.config,
             board: start.board,

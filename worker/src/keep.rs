@@ -20,6 +20,7 @@ use crate::event_loop::{KEEP_TIMER, Worker};
 use crate::session::{Datapath, Phase, Session, Stream};
 use crate::store::Seat;
 use crate::table::{Side, Token};
+use crate::tally;
 
 /// How long a session lives before it is given to the master: most are over by then, and pay nothing.
 const KEEP_AFTER_MS: u64 = 1_000;
@@ -240,7 +241,9 @@ impl Worker {
         self.drain();
         for token in self.table.tokens() {
             self.with_session(token, |worker, session| match session.phase {
-                Phase::Connecting { deadline_ms } | Phase::Http { deadline_ms } => Next::Wait(deadline_ms),
+                Phase::Reading { deadline_ms, .. }
+                | Phase::Connecting { deadline_ms }
+                | Phase::Http { deadline_ms } => Next::Wait(deadline_ms),
                 Phase::Streaming => worker.wait(session),
             });
         }
@@ -356,7 +359,10 @@ impl Worker {
 
 /// Whether another worker could go on with a session, if no byte of it is in this one's hands.
 fn can_be_moved(session: &Session) -> bool {
-    session.upstream.is_some() && !session.is_status
+    // A header that is still to be sent would be decided anew by the settings that the other worker has.
+    let owes_header =
+        matches!(session.phase, Phase::Connecting { .. }) && session.settings.proxy_protocol.is_some();
+    session.upstream.is_some() && !session.is_status && !owes_header
 }
 
 fn saved(session: &Session, seat: Seat) -> Option<Saved> {
@@ -373,7 +379,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         last_active_ms: session.last_active_ms,
         connecting_until_ms: match session.phase {
             Phase::Connecting { deadline_ms } => deadline_ms.max(1),
-            Phase::Streaming | Phase::Http { .. } => 0,
+            Phase::Reading { .. } | Phase::Streaming | Phase::Http { .. } => 0,
         },
         cookies: [cookie(Side::Downstream)?, cookie(Side::Upstream)?],
         client: session.client(),
@@ -391,6 +397,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         connect_began_ns: session.connect_began_ns,
         connect_us: session.connect_us.unwrap_or(0),
         streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),
+        holds: tally::saved(&session.holds),
         settings: SavedSettings {
             proxy_timeout_ms: settings.proxy_timeout.as_millis() as u64,
             timer_period_ms: settings.ebpf_timer_period.as_millis() as u64,

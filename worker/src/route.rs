@@ -4,11 +4,16 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable};
+use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable, VariableMap};
+
+use crate::client_hello::Hello;
+use crate::map::Lookup;
+use crate::proxy_protocol::Addresses;
 
 /// Upstream groups by name, and what variables need.
 pub struct Router {
     groups: HashMap<String, usize>,
+    maps: Vec<Lookup>,
     hostname: String,
 }
 
@@ -22,12 +27,31 @@ pub enum Route {
 }
 
 /// What is known of a session before its peer is chosen.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Ends {
-    /// The client's address.
+    /// The client's address: who connected, or who a PROXY header that is believed names.
     pub remote: SocketAddr,
     /// The address that it connected to.
     pub local: SocketAddr,
+    /// Who connected.
+    pub peer: SocketAddr,
+    /// What a PROXY header names, believed or not.
+    pub header: Option<Addresses>,
+    /// What the TLS hello says.
+    pub hello: Option<Box<Hello>>,
+}
+
+impl Ends {
+    /// Those of a connection that began with no PROXY header.
+    pub fn new(remote: SocketAddr, local: SocketAddr) -> Ends {
+        Ends {
+            remote,
+            local,
+            peer: remote,
+            header: None,
+            hello: None,
+        }
+    }
 }
 
 impl Router {
@@ -38,7 +62,17 @@ impl Router {
             .enumerate()
             .map(|(index, group)| (group.name.clone(), index))
             .collect();
-        Router { groups, hostname }
+        Router {
+            groups,
+            maps: Vec::new(),
+            hostname,
+        }
+    }
+
+    /// The same, with the variables that `[[map]]` makes.
+    pub fn with_maps(mut self, maps: &[VariableMap]) -> Router {
+        self.maps = maps.iter().map(Lookup::new).collect();
+        self
     }
 
     /// The session's route; an error is the value that leads nowhere.
@@ -65,7 +99,8 @@ impl Router {
             .map(|address| Route::Address(Address::Tcp(address)))
     }
 
-    fn expand(&self, template: &Template, ends: &Ends) -> String {
+    /// A template's value.
+    pub fn expand(&self, template: &Template, ends: &Ends) -> String {
         let mut value = String::new();
         for part in &template.0 {
             match part {
@@ -83,8 +118,32 @@ impl Router {
             Variable::ServerAddr => ends.local.ip().to_string(),
             Variable::ServerPort => ends.local.port().to_string(),
             Variable::Hostname => self.hostname.clone(),
+            Variable::Map(map) => {
+                let map = &self.maps[map];
+                // A map is made from maps before it alone, so this ends.
+                self.expand(map.find(&self.expand(&map.source, ends)), ends)
+            }
+            Variable::RealipRemoteAddr => ends.peer.ip().to_string(),
+            Variable::RealipRemotePort => ends.peer.port().to_string(),
+            Variable::SslPrereadServerName => said(ends, |hello| &hello.server_name),
+            Variable::SslPrereadAlpnProtocols => said(ends, |hello| &hello.alpn_protocols),
+            Variable::SslPrereadProtocol => said(ends, |hello| hello.protocol),
+            Variable::ProxyProtocolAddr => named(ends, |named| named.source.ip().to_string()),
+            Variable::ProxyProtocolPort => named(ends, |named| named.source.port().to_string()),
+            Variable::ProxyProtocolServerAddr => named(ends, |named| named.destination.ip().to_string()),
+            Variable::ProxyProtocolServerPort => named(ends, |named| named.destination.port().to_string()),
         }
     }
+}
+
+/// Something that the TLS hello says; empty without one, as with nginx.
+fn said(ends: &Ends, what: impl FnOnce(&Hello) -> &str) -> String {
+    ends.hello.as_deref().map(what).unwrap_or_default().to_owned()
+}
+
+/// Something that the PROXY header names; empty without one, as with nginx.
+fn named(ends: &Ends, what: impl FnOnce(&Addresses) -> String) -> String {
+    ends.header.as_ref().map(what).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -102,10 +161,7 @@ mod tests {
     }
 
     fn ends() -> Ends {
-        Ends {
-            remote: "192.0.2.1:5000".parse().unwrap(),
-            local: "[::1]:81".parse().unwrap(),
-        }
+        Ends::new("192.0.2.1:5000".parse().unwrap(), "[::1]:81".parse().unwrap())
     }
 
     fn route(parts: Vec<Part>) -> Result<Route, String> {

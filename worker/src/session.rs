@@ -8,6 +8,7 @@ use std::rc::Rc;
 use culvert_shared::config::Stream as Settings;
 use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
+use culvert_shared::limits::Held;
 use nix::errno::Errno;
 
 use crate::busy::Seen;
@@ -183,9 +184,25 @@ pub struct Upstream {
     pub row: Option<usize>,
 }
 
+/// What is read of a client before its peer is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Awaited {
+    /// Its PROXY header.
+    Header,
+    /// Its TLS hello.
+    Hello,
+}
+
 /// How far a session is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
+    /// The client has to send something first, until this time.
+    Reading {
+        /// When it is given up, on the worker's clock.
+        deadline_ms: u64,
+        /// What it has to send.
+        awaited: Awaited,
+    },
     /// A peer is being connected to, until this time.
     Connecting {
         /// When the attempt is given up, on the worker's clock.
@@ -214,6 +231,8 @@ pub struct Session {
     pub server: Option<usize>,
     /// The settings in force.
     pub settings: Rc<Settings>,
+    /// What is waited for on the client's socket until bytes move; `None`: it is not watched yet.
+    pub attention: Option<Interest>,
     /// It is served a status document or HTTP, and is no proxied session.
     pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
@@ -234,6 +253,8 @@ pub struct Session {
     pub ready: [Readiness; 2],
     /// Whether the kernel carries it.
     pub datapath: Datapath,
+    /// What it counts in, for `limit_conn`.
+    pub holds: Vec<Held>,
     /// Its place in a store.
     pub seat: Option<Seat>,
     /// When it was accepted.
@@ -267,6 +288,7 @@ impl Session {
             listener,
             server: None,
             settings,
+            attention: None,
             is_status: false,
             upstream: None,
             tried: None,
@@ -277,6 +299,7 @@ impl Session {
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],
             datapath: Datapath::Pending,
+            holds: Vec::new(),
             seat: None,
             started_ms: now_ms,
             last_active_ms: now_ms,
@@ -313,6 +336,7 @@ impl Session {
     /// What one of its sockets is to be watched for.
     pub fn interest(&self, side: Side) -> Interest {
         match self.phase {
+            Phase::Reading { .. } => self.attention.unwrap_or(Interest::Read),
             Phase::Connecting { .. } if side == Side::Upstream => Interest::Connected,
             Phase::Connecting { .. } => Interest::End,
             Phase::Streaming if self.streams.iter().any(|stream| stream.way == Way::Relay) => Interest::Data,

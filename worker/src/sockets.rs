@@ -21,6 +21,8 @@ use crate::table::{Side, Token};
 pub enum Interest {
     /// The end of the stream, or an error.
     End,
+    /// Data to look at.
+    Read,
     /// That a connection attempt ends.
     Connected,
     /// Data and space.
@@ -31,6 +33,7 @@ impl Interest {
     fn flags(self) -> EpollFlags {
         let wanted = match self {
             Interest::End => EpollFlags::EPOLLRDHUP,
+            Interest::Read => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLIN,
             Interest::Connected => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLOUT,
             Interest::Data => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLOUT | EpollFlags::EPOLLIN,
         };
@@ -75,6 +78,12 @@ impl Sockets {
 /// Reads what is there.
 pub fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
     retry(|| socket::recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT))
+}
+
+/// Looks at what is there, and leaves it there.
+pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+    retry(|| socket::recv(fd.as_raw_fd(), buffer, flags))
 }
 
 /// Writes what fits.

@@ -9,6 +9,7 @@ use culvert_shared::busy::Lookout;
 use culvert_shared::config::Config;
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
+use culvert_shared::limits::Limits;
 use culvert_shared::logging;
 use culvert_shared::sys::shm::Shared;
 
@@ -32,6 +33,8 @@ pub struct WorkerStart {
     pub peer_rows: Vec<Vec<usize>>,
     /// The board.
     pub board: Arc<Shared<Board>>,
+    /// What limits count.
+    pub limits: Arc<Limits>,
     /// Where workers tell of their busiest sessions.
     pub lookout: Arc<Lookout>,
     /// The slot's own store, then those of other slots that it is to care for.
@@ -58,6 +61,8 @@ pub struct Listener {
     pub server: usize,
     /// Its row on the board.
     pub row: usize,
+    /// Connections begin with a PROXY header.
+    pub proxy_protocol: bool,
 }
 
 /// Serves until told to stop; returns the process's exit status.

@@ -23,14 +23,9 @@ impl Worker {
     /// Makes the session write the document and end. What its client sends is read and dropped: closing
     /// with unread data would reset the connection under the document.
     pub(crate) fn answer_status(&mut self, token: Token, session: &mut Session) -> Next {
-        if self
-            .sockets
-            .watch(&session.downstream, token, Side::Downstream, Interest::Data)
-            .is_err()
-        {
+        if self.attend(token, session, Interest::Data).is_err() {
             return Next::Close(CloseReason::Resource);
         }
-        session.is_status = true;
         session.datapath = Datapath::Relay;
         session.ready[Side::Downstream.index()].readable = true;
         session.ready[Side::Downstream.index()].writable = true;

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use culvert_bpf::{ENTRY_DESCRIPTORS, OWN_DESCRIPTORS};
-use culvert_shared::{counters, message, sessions};
+use culvert_shared::{counters, limits, message, sessions};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::rows::Rows;
 
 /// The version of [`State`]: change it with it.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 #[derive(Serialize, Deserialize)]
 struct Head {
@@ -87,6 +87,8 @@ pub struct State {
     pub unheld: Vec<Id>,
     /// The board's memory.
     pub board: RawFd,
+    /// What limits count.
+    pub limits: LimitsState,
     /// The log.
     pub log: RawFd,
     /// The pid file, and the descriptor that holds its lock.
@@ -95,6 +97,15 @@ pub struct State {
 
 /// A session: store, place, generation of its record.
 pub type Id = [u32; 3];
+
+/// See [`culvert_shared::limits::Limits`].
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct LimitsState {
+    /// The memory of keys and of what sessions hold.
+    pub memory: [RawFd; 2],
+    /// What keys are hashed with.
+    pub secret: [u64; 2],
+}
 
 /// See [`culvert_bpf::Bpf`].
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -179,6 +190,7 @@ fn layouts() -> BTreeMap<String, String> {
     let texts = [
         ("counters", counters::layout()),
         ("sessions", sessions::layout()),
+        ("limits", limits::layout()),
         ("messages", message::LAYOUT.to_owned()),
         ("maps", culvert_bpf::layout()),
     ];
@@ -313,6 +325,10 @@ mod tests {
             sessions: vec![([2, 0, 1], None, [24, 25])],
             unheld: vec![[2, 0, 1]],
             board: 6,
+            limits: LimitsState {
+                memory: [29, 30],
+                secret: [u64::MAX, 1],
+            },
             log: 3,
             pid_file: ("/run/culvert.pid".into(), 26),
         }
@@ -341,7 +357,7 @@ mod tests {
 
     #[test]
     fn another_layout_is_refused_by_its_name() {
-        for what in ["counters", "sessions", "messages", "maps"] {
+        for what in ["counters", "sessions", "limits", "messages", "maps"] {
             let other = changed(|value| value["layouts"][what] = "another".into());
             let error = format!("{:#}", parse(&other).unwrap_err());
             assert!(
@@ -360,7 +376,7 @@ mod tests {
             value["state"] = "of another kind".into();
         });
         let error = format!("{:#}", parse(&later).unwrap_err());
-        assert!(error.contains("hands over in format 2"), "{error}");
+        assert!(error.contains("hands over in format 3"), "{error}");
         let broken = changed(|value| value["state"] = "of another kind".into());
         assert!(format!("{:#}", parse(&broken).unwrap_err()).contains("cannot be understood"));
     }

@@ -11,7 +11,9 @@ use culvert_shared::message::SessionId;
 use culvert_worker::Store;
 
 use super::check;
-use super::document::{BpfState, Descriptors, Id, MapsState, Stage, State, StoreState, WorkerState};
+use super::document::{
+    BpfState, Descriptors, Id, LimitsState, MapsState, Stage, State, StoreState, WorkerState,
+};
 use crate::supervise::{Master, Phase};
 use crate::worker::{self, Worker};
 
@@ -47,6 +49,7 @@ impl Master {
             let sockets = sockets.map(|socket| descriptors.add(socket));
             (id(session), holder.map(|owner| owner.0), sockets)
         });
+        let limits = &self.current.limits;
         Ok(State {
             sessions: sessions.collect(),
             unheld: self.keeper.unheld().iter().copied().map(id).collect(),
@@ -84,6 +87,10 @@ impl Master {
                 .map(|worker| worker_state(worker, descriptors, now))
                 .collect(),
             board: descriptors.add(self.upgrade.board_file.as_fd()),
+            limits: LimitsState {
+                memory: limits.descriptors().map(|fd| descriptors.add(fd)),
+                secret: limits.secret(),
+            },
             log: descriptors.add(self.log.as_fd()),
             pid_file: (
                 self.pid_file.path().to_owned(),

@@ -15,6 +15,7 @@ use culvert_bpf::{Bpf, ENTRY_DESCRIPTORS, Entry, OWN_DESCRIPTORS, SlotMaps};
 use culvert_shared::config::{self, Config};
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
+use culvert_shared::limits::Limits;
 use culvert_shared::logging;
 use culvert_shared::message::SessionId;
 use culvert_shared::sessions::Place;
@@ -109,6 +110,7 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
         std::mem::take(&mut state.rows),
         Listeners::of(listeners),
         take_table(state, &stores)?,
+        Limits::taken_over(take_all(state.limits.memory)?, state.limits.secret)?,
     )?;
     let outside = Outside {
         log,

@@ -77,8 +77,11 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         .unwrap_or_default();
     let error_log = check.error_log(root);
     let upstreams = check.upstreams(root);
+    let maps = check.maps(root);
+    let limit_zones = check.limit_zones(root, &maps);
     let access_logs = AccessLogs::read(&mut check, root);
-    let (upstreams, stream, servers) = Servers::new(&mut check, upstreams, access_logs).read(root);
+    let (upstreams, stream, servers) =
+        Servers::new(&mut check, upstreams, (&limit_zones, &maps), access_logs).read(root);
     Config {
         user,
         worker_cpus,
@@ -92,6 +95,8 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         error_log,
         upstreams,
         stream,
+        maps,
+        limit_zones,
         servers,
     }
 }
@@ -136,6 +141,26 @@ impl Check<'_> {
                 None
             }
         }
+    }
+
+    /// What stands under a key that takes one value or a list of them. `None`: it is not there. What is wrong is
+    /// reported and left out.
+    pub(super) fn list<'v, T>(
+        &mut self,
+        table: &'v Map<String, Value>,
+        prefix: &str,
+        name: &str,
+        read: impl Fn(Given<'v>) -> Result<T, Fault>,
+    ) -> Option<Vec<T>> {
+        let (value, key) = (table.get(name)?, join(prefix, name));
+        Some(match &value.kind {
+            ValueKind::Array(items) => items
+                .iter()
+                .enumerate()
+                .filter_map(|(n, item)| self.read(&format!("{key}[{n}]"), item, &read))
+                .collect(),
+            _ => self.read(&key, value, read).into_iter().collect(),
+        })
     }
 
     /// The tables of a list such as `[[server]]`, each with its key and origin.

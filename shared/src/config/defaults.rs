@@ -47,6 +47,16 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     // A reload that takes a listener away says that nobody new shall come, not that those who are there shall go:
     // what nginx does too, as long as its old workers may live.
     ("stream.on_reload", Default::Text("keep")),
+    // nginx: proxy_protocol off.
+    ("stream.proxy_protocol", Default::Flag(false)),
+    // nginx: proxy_protocol_timeout 30s.
+    ("stream.proxy_protocol_timeout", Default::Text("30s")),
+    // nginx: ssl_preread off.
+    ("stream.ssl_preread", Default::Flag(false)),
+    // nginx: preread_buffer_size 16k.
+    ("stream.preread_buffer_size", Default::Text("16k")),
+    // nginx: preread_timeout 30s.
+    ("stream.preread_timeout", Default::Text("30s")),
     // nginx: off, unless a file says where.
     ("stream.access_log", Default::Text("off")),
 ];

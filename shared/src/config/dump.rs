@@ -7,7 +7,8 @@ use std::time::Duration;
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
 use super::{
-    Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, Server, Stream, Target, Template,
+    Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target,
+    Template, Variable,
 };
 use super::{access_log, cpus, expand};
 
@@ -68,7 +69,9 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         write_listen(out, http)?;
     }
     writeln!(out, "\n[stream]")?;
-    write_stream(out, &config.stream)?;
+    write_stream(out, config, &config.stream)?;
+    write_maps(out, config)?;
+    write_zones(out, config)?;
     write_log_formats(out, config)?;
     for upstream in config
         .upstreams
@@ -126,17 +129,22 @@ fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt:
                 .map_or("", |upstream| upstream.name.as_str());
             writeln!(out, "proxy_pass = {}", quoted(&expand::escape(name)))?;
         }
-        Action::Proxy(Target::Variable(template)) => write_template(out, template)?,
+        Action::Proxy(Target::Variable(template)) => write_template(out, config, template)?,
     }
-    write_stream(out, &server.stream)
+    write_stream(out, config, &server.stream)
 }
 
 fn write_listen(out: &mut String, server: &Server) -> std::fmt::Result {
+    let http = server.action == Action::Http;
     writeln!(out, "listen = [")?;
     for listen in &server.listen {
+        let header = match http {
+            true => String::new(),
+            false => format!(", proxy_protocol = {}", listen.proxy_protocol),
+        };
         writeln!(
             out,
-            "  {{ address = {}, backlog = {} }},",
+            "  {{ address = {}, backlog = {}{header} }},",
             quoted(&listen.address.to_string()),
             listen.backlog
         )?;
@@ -145,7 +153,8 @@ fn write_listen(out: &mut String, server: &Server) -> std::fmt::Result {
     Ok(())
 }
 
-fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
+fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt::Result {
+    let zones = &config.limit_zones;
     writeln!(out, "ebpf_enable = {}", stream.ebpf_enable)?;
     writeln!(
         out,
@@ -180,12 +189,88 @@ fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
         "on_reload = {}",
         quoted(on_reload.map_or("", |(name, _)| name))
     )?;
+    let version = match stream.proxy_protocol {
+        None => "false".to_owned(),
+        Some(ProxyProtocol::V1) => quoted("v1"),
+        Some(ProxyProtocol::V2) => quoted("v2"),
+    };
+    writeln!(out, "proxy_protocol = {version}")?;
+    writeln!(
+        out,
+        "proxy_protocol_timeout = {}",
+        quoted(&write_duration(stream.proxy_protocol_timeout))
+    )?;
+    writeln!(out, "set_real_ip_from = {}", list(&stream.set_real_ip_from))?;
+    writeln!(out, "access = {}", list(&stream.access))?;
+    let limits: Vec<String> = stream.limit_conn.iter().map(|limit| limit.text(zones)).collect();
+    writeln!(out, "limit_conn = {}", list(&limits))?;
+    let rates: Vec<String> = stream
+        .limit_conn_rate
+        .iter()
+        .map(|rate| rate.text(zones))
+        .collect();
+    writeln!(out, "limit_conn_rate = {}", list(&rates))?;
+    writeln!(out, "ssl_preread = {}", stream.ssl_preread)?;
+    let (size, timeout) = (stream.preread_buffer_size, stream.preread_timeout);
+    writeln!(out, "preread_buffer_size = {}", quoted(&write_size(size)))?;
+    writeln!(out, "preread_timeout = {}", quoted(&write_duration(timeout)))?;
     let log = access_log::write_log(stream.access_log.as_deref(), quoted);
     writeln!(out, "access_log = {log}")
 }
 
+fn write_zones(out: &mut String, config: &Config) -> std::fmt::Result {
+    for zone in &config.limit_zones {
+        let (name, key) = (quoted(&zone.name), quoted(&plain(config, &zone.key)));
+        writeln!(out, "\n[[limit_conn_zone]]\nname = {name}\nkey = {key}")?;
+    }
+    Ok(())
+}
+
+fn write_maps(out: &mut String, config: &Config) -> std::fmt::Result {
+    for map in &config.maps {
+        writeln!(out, "\n[[map]]\nsource = {}", quoted(&plain(config, &map.source)))?;
+        writeln!(
+            out,
+            "variable = {}\nhostnames = {}\nvalues = [",
+            quoted(&format!("${}", map.name)),
+            map.hostnames
+        )?;
+        let line = |pattern: &str, value: &Template| match plain(config, value) {
+            value if value.is_empty() => quoted(&format!("{pattern} \"\"")),
+            value => quoted(&format!("{pattern} {value}")),
+        };
+        for entry in &map.entries {
+            writeln!(out, "  {},", line(&expand::escape(&entry.text), &entry.value))?;
+        }
+        writeln!(out, "  {},\n]", line("default", &map.default))?;
+    }
+    Ok(())
+}
+
+/// A template that was written without `set`, so that no literal in it can run into a variable's name.
+fn plain(config: &Config, template: &Template) -> String {
+    let part = |part: &Part| match part {
+        Part::Literal(literal) => expand::escape(literal),
+        Part::Variable(variable) => format!("${}", name_of(config, *variable)),
+    };
+    template.0.iter().map(part).collect()
+}
+
+fn name_of(config: &Config, variable: Variable) -> &str {
+    match variable {
+        Variable::Map(map) => config.maps.get(map).map_or("", |map| map.name.as_str()),
+        other => variable_name(other),
+    }
+}
+
+/// A list of texts.
+fn list<T: ToString>(items: &[T]) -> String {
+    let items: Vec<String> = items.iter().map(|item| quoted(&item.to_string())).collect();
+    format!("[{}]", items.join(", "))
+}
+
 /// A literal that would lengthen the name of the variable before it goes into a variable of its own.
-fn write_template(out: &mut String, template: &Template) -> std::fmt::Result {
+fn write_template(out: &mut String, config: &Config, template: &Template) -> std::fmt::Result {
     let mut text = String::new();
     let mut set = Vec::new();
     let mut after_variable = false;
@@ -201,7 +286,7 @@ fn write_template(out: &mut String, template: &Template) -> std::fmt::Result {
             }
             Part::Literal(literal) => text.push_str(&expand::escape(literal)),
             Part::Variable(variable) => {
-                let _ = write!(text, "${}", variable_name(*variable));
+                let _ = write!(text, "${}", name_of(config, *variable));
             }
         }
         after_variable = matches!(part, Part::Variable(_));

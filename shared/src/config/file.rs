@@ -51,6 +51,8 @@ pub(super) const ROOT: &[Key] = &[
     shaped("stream", Shape::Table(STREAM)),
     shaped("upstream", Shape::Tables(UPSTREAM)),
     shaped("server", Shape::Tables(SERVER)),
+    shaped("limit_conn_zone", Shape::Tables(LIMIT_CONN_ZONE)),
+    shaped("map", Shape::Tables(MAP)),
 ];
 
 /// `[stream]`: what every server inherits.
@@ -64,8 +66,28 @@ pub(super) const STREAM: &[Key] = &[
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
+    value("proxy_protocol"),
+    value("proxy_protocol_timeout"),
+    value("set_real_ip_from"),
+    value("access"),
+    value("limit_conn"),
+    value("limit_conn_rate"),
+    value("ssl_preread"),
+    value("preread_buffer_size"),
+    value("preread_timeout"),
     shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
+
+/// `[[map]]`.
+const MAP: &[Key] = &[
+    value("source"),
+    value("variable"),
+    value("hostnames"),
+    value("values"),
+];
+
+/// `[[limit_conn_zone]]`.
+const LIMIT_CONN_ZONE: &[Key] = &[value("name"), value("key")];
 
 /// `[http]`.
 const HTTP: &[Key] = &[shaped(
@@ -91,7 +113,7 @@ const PEER: &[Key] = &[value("address"), value("weight")];
 
 /// `[[server]]`: its own keys, then those of [`STREAM`].
 const SERVER: &[Key] = &[
-    shaped("listen", Shape::Mixed(&[value("address"), value("backlog")])),
+    shaped("listen", Shape::Mixed(LISTEN)),
     value("proxy_pass"),
     shaped("set", Shape::Free),
     value("ebpf_status_return"),
@@ -104,13 +126,27 @@ const SERVER: &[Key] = &[
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
+    value("proxy_protocol"),
+    value("proxy_protocol_timeout"),
+    value("set_real_ip_from"),
+    value("access"),
+    value("limit_conn"),
+    value("limit_conn_rate"),
+    value("ssl_preread"),
+    value("preread_buffer_size"),
+    value("preread_timeout"),
     shaped("access_log", Shape::Mixed(ACCESS_LOG)),
 ];
 
-/// Names that users of the nginx module bring along, with ours.
+/// An entry of a server's `listen` that is a table.
+const LISTEN: &[Key] = &[value("address"), value("backlog"), value("proxy_protocol")];
+
+/// Names that users of nginx and of its module bring along, with ours.
 const FORMER_NAMES: &[(&str, &str)] = &[
     ("ebpf_proxy_timeout", "proxy_timeout"),
     ("ebpf_proxy_buffer_size", "proxy_buffer_size"),
+    ("allow", "access"),
+    ("deny", "access"),
 ];
 
 pub(super) fn find(keys: &[Key], name: &str) -> Option<Key> {

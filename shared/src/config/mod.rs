@@ -6,6 +6,7 @@
 //! The way of a value: `source` (text, place, `expand`, `include`) → `layer` (defaults, file, environment, command line) →
 //! `check` and `servers` (with `valid`, `units`, `address`, `cpus`, `template`) → [`Config`] → `dump`.
 
+mod access;
 mod access_log;
 mod address;
 mod check;
@@ -17,6 +18,9 @@ mod expand;
 mod file;
 mod include;
 mod layer;
+mod limit;
+mod map;
+mod network;
 mod servers;
 mod source;
 mod template;
@@ -31,8 +35,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
+pub use limit::{LimitConn, LimitRate, LimitZone};
+pub use map::{MapEntry, Pattern, VariableMap};
+pub use network::Network;
 
 /// Reads, merges and checks a configuration: the file with what it includes, over it the environment
 /// (`CULVERT_STREAM__PROXY_TIMEOUT=5s`), over that `overrides` (`stream.proxy_timeout=5s`, the last one counts).
@@ -96,6 +104,10 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// What `[stream]` says, for sessions whose server is gone.
     pub stream: Stream,
+    /// Variables that are made from others.
+    pub maps: Vec<VariableMap>,
+    /// What sessions are counted by.
+    pub limit_zones: Vec<LimitZone>,
     /// Servers, in file order.
     pub servers: Vec<Server>,
 }
@@ -201,6 +213,8 @@ pub struct Listen {
     pub address: SocketAddr,
     /// The accept queue's length, in connections.
     pub backlog: u32,
+    /// Connections begin with a PROXY header.
+    pub proxy_protocol: bool,
 }
 
 /// What a server does with a connection.
@@ -250,6 +264,26 @@ pub enum Variable {
     ServerPort,
     /// The host's name.
     Hostname,
+    /// The client's address in the PROXY header, without port.
+    ProxyProtocolAddr,
+    /// The client's port in the PROXY header.
+    ProxyProtocolPort,
+    /// The address that the client connected to, as the PROXY header says it, without port.
+    ProxyProtocolServerAddr,
+    /// The port that the client connected to, as the PROXY header says it.
+    ProxyProtocolServerPort,
+    /// The address that connected here, whatever a PROXY header says, without port.
+    RealipRemoteAddr,
+    /// The port that connected here.
+    RealipRemotePort,
+    /// The server that the TLS hello asks for.
+    SslPrereadServerName,
+    /// The protocols that the TLS hello offers, separated by commas.
+    SslPrereadAlpnProtocols,
+    /// The highest version of TLS that the hello offers.
+    SslPrereadProtocol,
+    /// What the map at this index of [`Config::maps`] gives.
+    Map(usize),
 }
 
 /// Settings of `[stream]` that a server inherits.
@@ -273,8 +307,35 @@ pub struct Stream {
     pub ebpf_backlog_size: u32,
     /// What becomes of a session whose listener or peer is gone after a reload.
     pub on_reload: OnReload,
+    /// Send the upstream a PROXY header of this version.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// How long a client may take to send its PROXY header.
+    pub proxy_protocol_timeout: Duration,
+    /// Whose PROXY headers are believed.
+    pub set_real_ip_from: Vec<Network>,
+    /// Who may connect.
+    pub access: Vec<Rule>,
+    /// How many sessions a key may have at once.
+    pub limit_conn: Vec<LimitConn>,
+    /// How fast the connections of a key may come.
+    pub limit_conn_rate: Vec<LimitRate>,
+    /// Look at the client's TLS hello before its peer is chosen.
+    pub ssl_preread: bool,
+    /// How long a TLS hello may be, in bytes.
+    pub preread_buffer_size: usize,
+    /// How long a client may take to send it.
+    pub preread_timeout: Duration,
     /// Where a line is written for each ended session; equal ones of a configuration are the same value.
     pub access_log: Option<Arc<AccessLog>>,
+}
+
+/// A version of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    /// A line of text.
+    V1,
+    /// Binary.
+    V2,
 }
 
 /// A log with a line for each ended session.
@@ -342,7 +403,7 @@ pub enum LogVariable {
     Msec,
     /// `TCP`.
     Protocol,
-    /// 200, 500 or 502, as in nginx.
+    /// 200, 400, 403, 500, 502 or 503, as in nginx.
     Status,
     /// Bytes sent to the client.
     BytesSent,

@@ -14,7 +14,8 @@ use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
-    Action, Address, Balance, Listen, OnReload, Part, Peer, Server, Stream, Target, Template, Upstream,
+    Action, Address, Balance, LimitZone, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target,
+    Template, Upstream, VariableMap,
 };
 use super::{address, defaults, units};
 
@@ -23,6 +24,8 @@ const BACKLOG_MAX: u32 = 1 << 20;
 
 /// Two buffers of this size for each relayed session are 128 MiB: enough for any link.
 const BUFFER_MAX_BYTES: usize = 64 << 20;
+/// Looked at anew with each segment that arrives, so it must not be long. A hello with everything is below 16 KiB.
+const PREREAD_MAX_BYTES: usize = 64 << 10;
 /// Less than one full segment of the loopback device would pause at each of them.
 const BACKLOG_SIZE_MIN_BYTES: usize = 64 << 10;
 /// Sequence numbers are compared in 32 bits, signed.
@@ -39,16 +42,25 @@ pub(super) struct Servers<'c, 'a> {
     check: &'c mut Check<'a>,
     /// The named groups, then the unnamed ones.
     upstreams: Vec<Upstream>,
+    zones: &'c [LimitZone],
+    maps: &'c [VariableMap],
     /// Every address that is listened on, with the key and the place of its listener.
     listeners: HashMap<SocketAddr, (String, OriginId)>,
     access_logs: AccessLogs,
 }
 
 impl<'c, 'a> Servers<'c, 'a> {
-    pub(super) fn new(check: &'c mut Check<'a>, upstreams: Vec<Upstream>, access_logs: AccessLogs) -> Self {
+    pub(super) fn new(
+        check: &'c mut Check<'a>,
+        upstreams: Vec<Upstream>,
+        (zones, maps): (&'c [LimitZone], &'c [VariableMap]),
+        access_logs: AccessLogs,
+    ) -> Self {
         Servers {
             check,
             upstreams,
+            zones,
+            maps,
             listeners: HashMap::new(),
             access_logs,
         }
@@ -73,6 +85,15 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_timer_period: hour,
             ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
             on_reload: OnReload::Keep,
+            proxy_protocol: None,
+            proxy_protocol_timeout: hour,
+            set_real_ip_from: Vec::new(),
+            access: Vec::new(),
+            limit_conn: Vec::new(),
+            limit_conn_rate: Vec::new(),
+            ssl_preread: false,
+            preread_buffer_size: 1,
+            preread_timeout: hour,
             access_log: None,
         };
         let inherited = self.stream(inherited, "stream", &stand_in);
@@ -115,6 +136,8 @@ impl<'c, 'a> Servers<'c, 'a> {
         let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
         let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
         let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
+        let preread = |given: Given| units::size(given, 1..=PREREAD_MAX_BYTES);
+        let zones = self.zones;
         let check = &mut self.check;
         let Stream {
             ebpf_enable,
@@ -126,6 +149,15 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_timer_period,
             ebpf_backlog_size,
             on_reload,
+            proxy_protocol,
+            proxy_protocol_timeout,
+            ref set_real_ip_from,
+            ref access,
+            ref limit_conn,
+            ref limit_conn_rate,
+            ssl_preread,
+            preread_buffer_size,
+            preread_timeout,
             ref access_log,
         } = *inherited;
         let access_log = self.access_logs.of_table(check, table, key, access_log);
@@ -157,6 +189,37 @@ impl<'c, 'a> Servers<'c, 'a> {
             on_reload: check
                 .at(table, key, "on_reload", valid::on_reload)
                 .unwrap_or(on_reload),
+            proxy_protocol: check
+                .at(table, key, "proxy_protocol", valid::proxy_protocol)
+                .unwrap_or(proxy_protocol),
+            proxy_protocol_timeout: check
+                .at(table, key, "proxy_protocol_timeout", timeout)
+                .unwrap_or(proxy_protocol_timeout),
+            set_real_ip_from: check
+                .list(table, key, "set_real_ip_from", |given| {
+                    Network::read(valid::text(given, "\"10.0.0.0/8\"")?)
+                })
+                .unwrap_or_else(|| set_real_ip_from.clone()),
+            access: check
+                .list(table, key, "access", |given| {
+                    Rule::read(valid::text(given, "\"deny 10.0.0.0/8\"")?)
+                })
+                .unwrap_or_else(|| access.clone()),
+            limit_conn: check
+                .limit_conn(table, key, zones)
+                .unwrap_or_else(|| limit_conn.clone()),
+            limit_conn_rate: check
+                .limit_conn_rate(table, key, zones)
+                .unwrap_or_else(|| limit_conn_rate.clone()),
+            ssl_preread: check
+                .at(table, key, "ssl_preread", valid::boolean)
+                .unwrap_or(ssl_preread),
+            preread_buffer_size: check
+                .at(table, key, "preread_buffer_size", preread)
+                .unwrap_or(preread_buffer_size),
+            preread_timeout: check
+                .at(table, key, "preread_timeout", timeout)
+                .unwrap_or(preread_timeout),
             access_log,
         }
     }
@@ -186,7 +249,7 @@ impl<'c, 'a> Servers<'c, 'a> {
         }
         let mut listen = Vec::new();
         for (key, item) in items {
-            let backlog = match &item.kind {
+            let (backlog, proxy_protocol) = match &item.kind {
                 ValueKind::Table(table) => {
                     if !table.contains_key("address") {
                         let at = self.check.findings.origin_of(item);
@@ -196,14 +259,16 @@ impl<'c, 'a> Servers<'c, 'a> {
                     let backlog = self.check.at(table, &key, "backlog", |given| {
                         valid::number(given, 1..=BACKLOG_MAX)
                     });
+                    let proxy_protocol = self.check.at(table, &key, "proxy_protocol", valid::boolean);
                     if let Some(address) = table.get("address") {
-                        self.bind(&join(&key, "address"), address, backlog, &mut listen);
+                        let options = (backlog, proxy_protocol);
+                        self.bind(&join(&key, "address"), address, options, &mut listen);
                     }
                     continue;
                 }
-                _ => None,
+                _ => (None, None),
             };
-            self.bind(&key, item, backlog, &mut listen);
+            self.bind(&key, item, (backlog, proxy_protocol), &mut listen);
         }
         listen
     }
@@ -213,7 +278,13 @@ impl<'c, 'a> Servers<'c, 'a> {
     /// Only equal addresses clash: every listener is bound with SO_REUSEPORT by the same user, and then Linux lets
     /// a wildcard and an address of the same port stand side by side and gives a connection to the closer match
     /// (`inet_csk_get_port`, `inet_lhash2_lookup`). IPv6 listeners take no IPv4 connections (nginx: ipv6only=on).
-    fn bind(&mut self, key: &str, value: &Value, backlog: Option<u32>, listen: &mut Vec<Listen>) {
+    fn bind(
+        &mut self,
+        key: &str,
+        value: &Value,
+        (backlog, proxy_protocol): (Option<u32>, Option<bool>),
+        listen: &mut Vec<Listen>,
+    ) {
         let world = self.check.world;
         let addresses = self.check.read(key, value, |given| match given.kind {
             ValueKind::I64(port) => address::listener_port(*port),
@@ -232,6 +303,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             listen.push(Listen {
                 address,
                 backlog: backlog.unwrap_or(defaults::BACKLOG),
+                proxy_protocol: proxy_protocol.unwrap_or(false),
             });
         }
     }
@@ -305,7 +377,9 @@ impl<'c, 'a> Servers<'c, 'a> {
         let names: Vec<&str> = set.keys().copied().collect();
         for name in names {
             // Blanking whatever is to blame ends this: an empty value is right.
-            while let Err(Unresolved { within, fault }) = template::resolve(&format!("${name}"), &set) {
+            while let Err(Unresolved { within, fault }) =
+                template::resolve(&format!("${name}"), &set, self.maps)
+            {
                 let blamed = within.and_then(|blamed| values.get_key_value(blamed.as_str()));
                 let Some((blamed, value)) = blamed else { break };
                 self.check
@@ -318,9 +392,10 @@ impl<'c, 'a> Servers<'c, 'a> {
     }
 
     fn target(&mut self, key: &str, value: &Value, set: &Set) -> Target {
+        let maps = self.maps;
         let resolved = self.check.read(key, value, |given| {
             let text = valid::text(given, "\"127.0.0.1:8000\"")?;
-            template::resolve(text, &set.values).map_err(|unresolved| unresolved.fault)
+            template::resolve(text, &set.values, maps).map_err(|unresolved| unresolved.fault)
         });
         let parts = match resolved {
             // With a blanked variable it leads somewhere else than it should.

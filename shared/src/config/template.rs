@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::diagnostic::Fault;
 use super::file::nearest;
-use super::{Part, Template, Variable};
+use super::{Part, Template, Variable, VariableMap};
 
 /// More than any upstream's name or address: stops values that double each other.
 const LONGEST_BYTES: usize = 4096;
@@ -17,6 +17,15 @@ pub(super) const SESSION_VARIABLES: &[(&str, Variable)] = &[
     ("server_addr", Variable::ServerAddr),
     ("server_port", Variable::ServerPort),
     ("hostname", Variable::Hostname),
+    ("proxy_protocol_addr", Variable::ProxyProtocolAddr),
+    ("proxy_protocol_port", Variable::ProxyProtocolPort),
+    ("proxy_protocol_server_addr", Variable::ProxyProtocolServerAddr),
+    ("proxy_protocol_server_port", Variable::ProxyProtocolServerPort),
+    ("realip_remote_addr", Variable::RealipRemoteAddr),
+    ("realip_remote_port", Variable::RealipRemotePort),
+    ("ssl_preread_server_name", Variable::SslPrereadServerName),
+    ("ssl_preread_alpn_protocols", Variable::SslPrereadAlpnProtocols),
+    ("ssl_preread_protocol", Variable::SslPrereadProtocol),
 ];
 
 /// The session variable of that name.
@@ -49,10 +58,14 @@ pub(super) struct Unresolved {
 }
 
 /// Substitutes the values of `set` in `text`, and theirs in turn.
-pub(super) fn resolve(text: &str, set: &BTreeMap<&str, &str>) -> Result<Template, Unresolved> {
+pub(super) fn resolve(
+    text: &str,
+    set: &BTreeMap<&str, &str>,
+    maps: &[VariableMap],
+) -> Result<Template, Unresolved> {
     let mut parts = Vec::new();
     let mut within = Vec::new();
-    match append(text, set, &mut within, &mut 0, &mut parts) {
+    match append(text, (set, maps), &mut within, &mut 0, &mut parts) {
         Ok(()) => Ok(Template(parts)),
         Err(fault) => Err(Unresolved {
             within: within.last().map(|&name| name.to_owned()),
@@ -63,7 +76,7 @@ pub(super) fn resolve(text: &str, set: &BTreeMap<&str, &str>) -> Result<Template
 
 fn append<'a>(
     text: &'a str,
-    set: &BTreeMap<&'a str, &'a str>,
+    (set, maps): (&BTreeMap<&'a str, &'a str>, &[VariableMap]),
     within: &mut Vec<&'a str>,
     length: &mut usize,
     parts: &mut Vec<Part>,
@@ -104,19 +117,27 @@ fn append<'a>(
                 return Err(Fault::new(what, "break the circle"));
             }
             within.push(name);
-            append(value, set, within, length, parts)?;
+            append(value, (set, maps), within, length, parts)?;
             within.pop();
+        } else if let Some(map) = maps.iter().position(|map| map.name == name) {
+            parts.push(Part::Variable(Variable::Map(map)));
         } else {
-            return Err(undefined(name, set));
+            return Err(undefined(name, set, maps));
         }
         rest = after;
     }
     Ok(())
 }
 
-fn undefined(name: &str, set: &BTreeMap<&str, &str>) -> Fault {
+fn undefined(name: &str, set: &BTreeMap<&str, &str>, maps: &[VariableMap]) -> Fault {
     let builtin = SESSION_VARIABLES.iter().map(|(name, _)| *name);
-    let remedy = match nearest(name, set.keys().copied().chain(builtin.clone())) {
+    let remedy = match nearest(
+        name,
+        set.keys()
+            .copied()
+            .chain(maps.iter().map(|map| map.name.as_str()))
+            .chain(builtin.clone()),
+    ) {
         Some(near) => format!("did you mean ${near}?"),
         None => {
             let known: Vec<String> = builtin.map(|name| format!("${name}")).collect();
@@ -134,7 +155,7 @@ mod tests {
     use super::*;
 
     fn resolved(text: &str, set: &[(&str, &str)]) -> Result<Template, String> {
-        resolve(text, &set.iter().copied().collect()).map_err(|unresolved| unresolved.fault.what)
+        resolve(text, &set.iter().copied().collect(), &[]).map_err(|unresolved| unresolved.fault.what)
     }
 
     fn literal(text: &str) -> Part {
@@ -171,7 +192,7 @@ mod tests {
         let mut set: BTreeMap<&str, &str> = doubling.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
         set.insert("v64", "x");
         assert!(
-            resolve("$v0", &set)
+            resolve("$v0", &set, &[])
                 .expect_err("too long")
                 .fault
                 .what

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use config::ValueKind;
 
-use super::OnReload;
 use super::diagnostic::Fault;
+use super::{OnReload, ProxyProtocol};
 
 /// One value as given.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +113,19 @@ pub(super) fn on_reload(given: Given) -> Result<OnReload, Fault> {
     found
         .map(|(_, what)| *what)
         .ok_or_else(|| Fault::new("neither \"keep\" nor \"close\"", REMEDY))
+}
+
+/// The version of the PROXY header that is sent, if one is.
+pub(super) fn proxy_protocol(given: Given) -> Result<Option<ProxyProtocol>, Fault> {
+    const REMEDY: &str = "allowed: false, \"v1\" (or true), \"v2\"";
+    match given.str() {
+        Some("v1") => Ok(Some(ProxyProtocol::V1)),
+        Some("v2") => Ok(Some(ProxyProtocol::V2)),
+        Some(_) if !given.loose => Err(Fault::new("unknown version of the PROXY protocol", REMEDY)),
+        _ => boolean(given)
+            .map(|on| on.then_some(ProxyProtocol::V1))
+            .map_err(|fault| Fault::new(fault.what, REMEDY)),
+    }
 }
 
 /// Text that is not empty.

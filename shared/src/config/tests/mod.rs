@@ -136,6 +136,15 @@ fn the_least_configuration_has_every_default() {
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
         on_reload: OnReload::Keep,
+        proxy_protocol: None,
+        proxy_protocol_timeout: Duration::from_secs(30),
+        set_real_ip_from: Vec::new(),
+        access: Vec::new(),
+        limit_conn: Vec::new(),
+        limit_conn_rate: Vec::new(),
+        ssl_preread: false,
+        preread_buffer_size: 16 * 1024,
+        preread_timeout: Duration::from_secs(30),
         access_log: None,
     };
     let expected = Config {
@@ -156,10 +165,13 @@ fn the_least_configuration_has_every_default() {
             peers,
         }],
         stream: stream.clone(),
+        maps: Vec::new(),
+        limit_zones: Vec::new(),
         servers: vec![Server {
             listen: vec![Listen {
                 address: ([0, 0, 0, 0], 8080).into(),
                 backlog: 511,
+                proxy_protocol: false,
             }],
             action: Action::Proxy(Target::Upstream(0)),
             stream,

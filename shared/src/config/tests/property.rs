@@ -9,18 +9,63 @@ fn stream() -> impl Strategy<Value = Stream> {
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
     let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
-    (any::<[bool; 4]>(), times, sizes, access_log()).prop_map(|(flags, times, sizes, access_log)| Stream {
-        ebpf_enable: flags[0],
-        proxy_timeout: times.0,
-        proxy_connect_timeout: times.1,
-        proxy_buffer_size: sizes.0,
-        proxy_half_close: flags[1],
-        tcp_nodelay: flags[2],
-        ebpf_timer_period: times.2,
-        ebpf_backlog_size: sizes.1,
-        on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
-        access_log,
-    })
+    let versions = prop::option::of(prop::sample::select(vec![ProxyProtocol::V1, ProxyProtocol::V2]));
+    let networks = prop::collection::vec(network(), 0..3);
+    let whom = prop::option::of(network());
+    let rule = (any::<bool>(), whom).prop_map(|(allow, whom)| Rule { allow, whom });
+    let access = prop::collection::vec(rule, 0..3);
+    let header = (versions, millis(1..=year), networks, access);
+    let limit = (0usize..2, 1u32..=65_535).prop_map(|(zone, connections)| LimitConn { zone, connections });
+    let rate =
+        (0usize..2, 1u32..=60_000, any::<bool>(), 0u32..=65_535).prop_map(|(zone, each, minute, burst)| {
+            LimitRate {
+                zone,
+                connections: each,
+                period: Duration::from_secs(if minute { 60 } else { 1 }),
+                burst,
+            }
+        });
+    let hello = (1usize..=64 << 10, millis(1..=year));
+    let limits = (
+        prop::collection::vec(limit, 0..3),
+        prop::collection::vec(rate, 0..3),
+    );
+    (
+        any::<[bool; 5]>(),
+        times,
+        sizes,
+        header,
+        limits,
+        hello,
+        access_log(),
+    )
+        .prop_map(
+            |(flags, times, sizes, header, limits, hello, access_log)| Stream {
+                ebpf_enable: flags[0],
+                proxy_timeout: times.0,
+                proxy_connect_timeout: times.1,
+                proxy_buffer_size: sizes.0,
+                proxy_half_close: flags[1],
+                tcp_nodelay: flags[2],
+                ebpf_timer_period: times.2,
+                ebpf_backlog_size: sizes.1,
+                on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
+                proxy_protocol: header.0,
+                proxy_protocol_timeout: header.1,
+                set_real_ip_from: header.2,
+                access: header.3,
+                limit_conn: limits.0,
+                limit_conn_rate: limits.1,
+                ssl_preread: flags[4],
+                preread_buffer_size: hello.0,
+                preread_timeout: hello.1,
+                access_log,
+            },
+        )
+}
+
+fn network() -> impl Strategy<Value = Network> {
+    (any::<std::net::IpAddr>(), 0u8..=32).prop_map(|(ip, bits)| Network::new(ip, bits).expect("few bits"))
 }
 
 /// One of a few formats, so that logs share them; each name stands for one format.
@@ -65,6 +110,28 @@ fn peer_address() -> impl Strategy<Value = Address> {
         (any::<std::net::IpAddr>(), 1u16..).prop_map(|(ip, port)| Address::Tcp((ip, port).into())),
         "/[ -~é]{0,40}".prop_map(|path| Address::Unix(path.into())),
     ]
+}
+
+/// One map of each kind of pattern, the second made from the first.
+fn maps() -> Vec<VariableMap> {
+    let text = r#"
+        [[server]]
+        listen = 81
+        proxy_pass = "127.0.0.1:80"
+        [[map]]
+        source = "$ssl_preread_server_name"
+        variable = "$one"
+        hostnames = true
+        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "~^w{1} v", "~*[A-Z] u", "default w"]
+        [[map]]
+        source = "$one-$server_port"
+        variable = "$two"
+        values = ["\\\\*.b $one", "* star"]
+    "#;
+    let directory = Directory::new();
+    load_with(&Fake::default(), &directory, text, &[])
+        .expect("right maps")
+        .maps
 }
 
 /// Where a server leads, before indexes are known.
@@ -116,7 +183,7 @@ prop_compose! {
             let listen = (0..listeners).map(|n| {
                 port += 1;
                 let ip: std::net::IpAddr = if n == 0 { [127, 0, 0, 1].into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
-                Listen { address: (ip, port).into(), backlog }
+                Listen { address: (ip, port).into(), backlog, proxy_protocol: backlog % 2 == 0 }
             }).collect();
             let action = match way {
                 Way::Status => Action::Status,
@@ -145,7 +212,7 @@ prop_compose! {
         }
         if http {
             let stream = Stream { access_log: None, ..stream.clone() };
-            let listen = vec![Listen { address: ([127, 0, 0, 1], 9).into(), backlog: 5 }];
+            let listen = vec![Listen { address: ([127, 0, 0, 1], 9).into(), backlog: 5, proxy_protocol: false }];
             built.push(Server { listen, action: Action::Http, stream });
         }
         Config {
@@ -162,6 +229,14 @@ prop_compose! {
             },
             upstreams,
             stream,
+            maps: maps(),
+            limit_zones: vec![
+                LimitZone { name: "one".into(), key: Template(vec![Part::Variable(Variable::RemoteAddr)]) },
+                LimitZone {
+                    name: "two".into(),
+                    key: Template(vec![Part::Literal("x-".into()), Part::Variable(Variable::ServerPort), Part::Literal("-y".into())]),
+                },
+            ],
             servers: built,
         }
     }

@@ -1,0 +1,137 @@
+//! Looking a value up in a `[[map]]`. Pure.
+//!
+//! In nginx's order: the text itself, the longest mask that begins with an asterisk, the longest that ends with one, the
+//! first regular expression that fits, the default.
+
+use std::collections::HashMap;
+
+use culvert_shared::config::{Pattern, Template, VariableMap};
+use regex::Regex;
+
+/// A map made ready for looking things up.
+pub struct Lookup {
+    /// What is looked up.
+    pub source: Template,
+    values: Vec<Template>,
+    default: Template,
+    hostnames: bool,
+    exact: HashMap<String, usize>,
+    below: HashMap<String, usize>,
+    beginnings: HashMap<String, usize>,
+    regexes: Vec<(Regex, usize)>,
+}
+
+impl Lookup {
+    /// From the configuration.
+    pub fn new(map: &VariableMap) -> Lookup {
+        let mut lookup = Lookup {
+            source: map.source.clone(),
+            values: map.entries.iter().map(|entry| entry.value.clone()).collect(),
+            default: map.default.clone(),
+            hostnames: map.hostnames,
+            exact: HashMap::new(),
+            below: HashMap::new(),
+            beginnings: HashMap::new(),
+            regexes: Vec::new(),
+        };
+        for (value, entry) in map.entries.iter().enumerate() {
+            match &entry.pattern {
+                Pattern::Exact(text) => _ = lookup.exact.insert(text.clone(), value),
+                Pattern::Below(name) => _ = lookup.below.insert(name.clone(), value),
+                Pattern::Domain(name) => {
+                    // The name by itself, where it stands too, is the closer match.
+                    lookup.exact.entry(name.clone()).or_insert(value);
+                    lookup.below.entry(name.clone()).or_insert(value);
+                }
+                Pattern::Beginning(name) => _ = lookup.beginnings.insert(name.clone(), value),
+                Pattern::Regex(regex) => lookup.regexes.push((regex.clone(), value)),
+            }
+        }
+        lookup
+    }
+
+    /// The value for a text.
+    pub fn find(&self, text: &str) -> &Template {
+        let small = text.to_ascii_lowercase();
+        let name = match self.hostnames {
+            true => small.strip_suffix('.').unwrap_or(&small),
+            false => &small,
+        };
+        let dots = || name.match_indices('.').map(|(at, _)| at);
+        let found = self
+            .exact
+            .get(name)
+            .or_else(|| {
+                dots()
+                    .filter(|at| *at > 0)
+                    .find_map(|at| self.below.get(&name[at + 1..]))
+            })
+            .or_else(|| dots().rev().find_map(|at| self.beginnings.get(&name[..at])))
+            .copied()
+            .or_else(|| {
+                let fits = self.regexes.iter().find(|(regex, _)| regex.is_match(text));
+                fits.map(|(_, value)| *value)
+            });
+        found.map_or(&self.default, |value| &self.values[value])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use culvert_shared::config::{MapEntry, Part};
+
+    fn template(text: &str) -> Template {
+        Template(vec![Part::Literal(text.into())])
+    }
+
+    fn lookup(patterns: Vec<Pattern>) -> Lookup {
+        let entry = |(number, pattern): (usize, Pattern)| MapEntry {
+            text: String::new(),
+            pattern,
+            value: template(&number.to_string()),
+        };
+        Lookup::new(&VariableMap {
+            name: "v".into(),
+            source: Template(Vec::new()),
+            hostnames: true,
+            entries: patterns.into_iter().enumerate().map(entry).collect(),
+            default: template("default"),
+        })
+    }
+
+    #[test]
+    fn the_closest_pattern_counts_in_nginxs_order() {
+        let regex = |text: &str| Pattern::Regex(Regex::new(text).unwrap());
+        let lookup = lookup(vec![
+            regex("^a"),
+            Pattern::Below("example.org".into()),
+            Pattern::Below("b.example.org".into()),
+            Pattern::Beginning("www.example".into()),
+            Pattern::Beginning("www.example.co".into()),
+            Pattern::Exact("www.example.org".into()),
+            Pattern::Domain("example.net".into()),
+            regex("^a.*z$"),
+            Pattern::Exact("".into()),
+        ]);
+        for (text, expected) in [
+            ("www.example.org", "5"),
+            ("WWW.Example.Org.", "5"),
+            ("a.example.org", "1"),
+            ("a.b.example.org", "2"),
+            ("b.example.org", "1"),
+            ("example.org", "default"),
+            (".example.org", "default"),
+            ("www.example.com", "3"),
+            ("www.example.co.uk", "4"),
+            ("example.net", "6"),
+            ("x.y.example.net", "6"),
+            ("abcz", "0"),
+            ("Abcz", "default"),
+            ("", "8"),
+            ("...", "default"),
+        ] {
+            assert_eq!(lookup.find(text), &template(expected), "{text:?}");
+        }
+    }
+}
