@@ -24,7 +24,7 @@ const FLOWS: usize = 3;
 
 // Offsets in `struct flow` (c/abi.h).
 const NEXT_SEQ: usize = 32;
-const LANE: usize = 72;
+const LANE: usize = 68;
 
 fn map(maps: &SlotMaps, place: usize) -> MapHandle {
     let fd: RawFd = maps.fds()[place];
