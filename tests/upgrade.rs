@@ -113,6 +113,7 @@ fn an_upgraded_master_still_reloads_replaces_workers_and_stops() {
 
     proxy.reload();
     ping(&mut client, 3, 3).expect("the session after a reload");
+    proxy.wait("the old workers are gone", |s| s.workers().len() == 2);
     for worker in pids(&proxy) {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker), Signal::SIGKILL)
             .expect("killing a worker");
@@ -340,7 +341,8 @@ fn what_comes_while_the_new_program_is_asked_is_done() {
     proxy.signal(Signal::SIGUSR2);
     pause(300);
     let killed = pids(&proxy)[0];
-    nix::sys::signal::let _ = kill(nix::unistd::Pid::from_raw(killed), Signal::SIGKILL);
+    // It may be gone by itself just now.
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(killed), Signal::SIGKILL);
     proxy.signal(Signal::SIGHUP);
     proxy.signal(Signal::SIGUSR2);
     proxy.wait("the worker is replaced", |s| s.number("/worker_restarts") == 1);
