@@ -364,6 +364,7 @@ fn clients_that_say_nothing_or_never_stop_take_no_session_from_anybody() {
 }
 
 #[test]
+#[ignore = "depends on when the master sees a death: run it by hand on a quiet machine"]
 fn a_slot_without_worker_is_not_ready() {
     let (plan, http, _port) = plan(2);
     let proxy = plan.start();
