@@ -52,6 +52,19 @@ impl<'a> Session<'a> {
         })
     }
 
+    /// Gives what is left to do its own time.
+    pub(super) fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+        for socket in [
+            &mut self.client,
+            &mut self.downstream,
+            &mut self.upstream,
+            &mut self.server,
+        ] {
+            socket.deadline = deadline;
+        }
+    }
+
     /// Hands both sockets to the kernel.
     pub(super) fn join(&self, backlog_bytes: u32, lane: LaneNumber) -> Result<()> {
         let terms = Terms {

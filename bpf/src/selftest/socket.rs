@@ -27,7 +27,7 @@ pub struct Socket {
     name: &'static str,
     /// Bytes read from it so far.
     received: usize,
-    deadline: Instant,
+    pub(super) deadline: Instant,
 }
 
 impl Socket {
