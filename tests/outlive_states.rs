@@ -363,6 +363,28 @@ fn a_copied_session_whose_reader_has_stopped_comes_through_a_reload() {
 }
 
 #[test]
+fn a_copied_session_ends_in_a_reset_when_its_worker_dies_with_bytes_of_it_in_its_hands() {
+    let mut plan = Plan::new();
+    let front = Front::new(&mut plan, "127.0.0.1", "ebpf_enable = false");
+    let proxy = plan.start();
+    for towards in Towards::BOTH {
+        let worker = proxy.worker();
+        let (client, server) = front.open();
+        let (writer, mut reader) = match towards {
+            Towards::Upstream => (client, server),
+            Towards::Downstream => (server, client),
+        };
+        let writing = Writer::start(&writer, 28, 32 * MIB, 64 * 1024);
+        writing.wait_for_stall();
+        proxy.wait("it is kept", |s| s.number("/sessions/kept") == 1);
+        kill(Pid::from_raw(worker), Signal::SIGKILL).expect("killing the worker");
+        receive(&mut reader, 28).must_be_a_prefix_and_a_reset(32 * MIB);
+        writing.join_failed();
+    }
+    assert_eq!(proxy.settle().number("/closes/worker_died"), 2);
+}
+
+#[test]
 fn a_session_that_is_too_young_ends_in_a_reset_at_both_ends_when_its_worker_dies() {
     let mut plan = Plan::new();
     let front = Front::new(&mut plan, "127.0.0.1", "");
