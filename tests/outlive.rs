@@ -5,11 +5,14 @@
 mod harness;
 
 use std::cell::RefCell;
+use std::net::TcpStream;
 use std::time::Duration;
 
 use harness::load::{Load, Sizes};
+use harness::pattern::ping;
 use harness::random::Random;
-use harness::{Plan, Proxy};
+use harness::sockets::{Deaf, connect};
+use harness::{Plan, Proxy, Upstream};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -112,4 +115,29 @@ fn worker_connections_may_change_and_no_connection_is_lost() {
         now = count;
     });
     load.finish(&proxy, "worker_connections");
+}
+
+#[test]
+fn what_a_slot_that_goes_was_still_connecting_is_handed_over() {
+    const SESSIONS: usize = 40;
+    let deaf = Deaf::new();
+    let mut plan = Plan::new().workers(2);
+    let front = plan.server(deaf.address);
+    let proxy = plan.start();
+    let mut clients: Vec<TcpStream> = (0..SESSIONS).map(|_| connect(front)).collect();
+    proxy.wait("both workers are connecting", |s| {
+        s.active() == SESSIONS as u64 && s.workers().iter().all(|worker| worker.sessions > 0)
+    });
+    proxy.edit("worker_processes = 2\n", "worker_processes = 1\n");
+    proxy.reload();
+    proxy.wait("one worker has all of them", |s| {
+        s.workers().len() == 1 && s.active() == SESSIONS as u64
+    });
+    let upstream = Upstream::on(deaf.hear(), harness::upstream::echo);
+    for client in &mut clients {
+        ping(client, 1, 2).expect("an echo once the upstream answers");
+    }
+    drop(clients);
+    assert_eq!(proxy.settle().number("/closes/finished"), SESSIONS as u64);
+    drop(upstream);
 }
