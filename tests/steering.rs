@@ -184,9 +184,12 @@ fn a_session_whose_marks_were_lost_is_marked_anew() {
     };
     bulk(BULK);
     // Writing the size of the table clears it (rps_sock_flow_sysctl, Linux 6.12).
-    write(TABLE, SET[0]);
-    let lost = bulk(1000);
-    assert_eq!(lost, 0.0, "the marks were lost");
+    // They may be made anew before anything is sent: then once more.
+    let lost = (0..20).any(|_| {
+        write(TABLE, SET[0]);
+        bulk(1000) == 0.0
+    });
+    assert!(lost, "the marks were lost");
     for _ in 0..10 {
         pause(20);
         bulk(1000);
