@@ -39,8 +39,10 @@ fn with_own_binary(plan: Plan) -> (Plan, PathBuf) {
     (plan.binary(binary.clone()), binary)
 }
 
+/// The workers that serve; one that has just left may still be listed beside them.
 fn pids(proxy: &Proxy) -> Vec<i32> {
-    proxy.status().workers().iter().map(|w| w.pid).collect()
+    let workers = proxy.status().workers();
+    workers.iter().filter(|w| !w.draining).map(|w| w.pid).collect()
 }
 
 /// Upgrades to a new copy, and waits until it has taken over.
