@@ -5,13 +5,14 @@ use std::collections::HashMap;
 
 use anyhow::{Result, bail};
 use culvert_shared::config::Config;
-use culvert_shared::counters::{MAX_LISTENERS, MAX_PEERS};
+use culvert_shared::counters::{MAX_GROUPS, MAX_LISTENERS, MAX_PEERS};
 
 /// The rows given so far.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
     listeners: HashMap<String, usize>,
     peers: HashMap<String, usize>,
+    groups: HashMap<String, usize>,
 }
 
 /// The rows of one configuration.
@@ -21,6 +22,8 @@ pub struct Assigned {
     pub listeners: Vec<Vec<usize>>,
     /// For each upstream, for each of its peers.
     pub peers: Vec<Vec<usize>>,
+    /// For each upstream.
+    pub groups: Vec<usize>,
 }
 
 impl Rows {
@@ -50,6 +53,10 @@ impl Rows {
                 rows.push(row(&mut self.peers, name, MAX_PEERS, "peers")?);
             }
             assigned.peers.push(rows);
+            let name = upstream.name.clone();
+            assigned
+                .groups
+                .push(row(&mut self.groups, name, MAX_GROUPS, "upstreams")?);
         }
         Ok(assigned)
     }
@@ -88,7 +95,8 @@ mod tests {
             first,
             Assigned {
                 listeners: vec![vec![0], vec![1]],
-                peers: vec![vec![0, 1]]
+                peers: vec![vec![0, 1]],
+                groups: vec![0]
             }
         );
 
@@ -102,7 +110,8 @@ mod tests {
             second,
             Assigned {
                 listeners: vec![vec![2], vec![1]],
-                peers: vec![vec![1, 2]]
+                peers: vec![vec![1, 2]],
+                groups: vec![0]
             }
         );
     }

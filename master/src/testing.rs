@@ -40,10 +40,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                 balance: Balance::RoundRobin,
                 peers: peers
                     .iter()
-                    .map(|peer| Peer {
-                        address: Address::Tcp(address(peer)),
-                        weight: 1,
-                    })
+                    .map(|peer| Peer::new(Address::Tcp(address(peer))))
                     .collect(),
             })
             .collect(),

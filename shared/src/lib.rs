@@ -7,5 +7,6 @@ pub mod counters;
 pub mod ids;
 pub mod logging;
 pub mod message;
+pub mod peers;
 pub mod sessions;
 pub mod sys;

@@ -300,6 +300,7 @@ impl Worker {
         WorkerRow::down(&self.gauges().sessions);
         WorkerRow::down(&self.gauges().listener_active[session.listener]);
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
+            self.board[0].peers[row].begin_transit(1, clock::now_ms());
             WorkerRow::down(&self.gauges().peer_active[row]);
         }
         if let Some(seat) = session.seat {

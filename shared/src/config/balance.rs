@@ -1,0 +1,82 @@
+//! `balance`: how a group chooses among its peers, in nginx's words, both ways.
+
+use std::collections::BTreeMap;
+
+use super::diagnostic::Fault;
+use super::template::{self, variable_name};
+use super::valid::{self, Given};
+use super::{Balance, Metric, Part, Template};
+
+const REMEDY: &str = "allowed: \"round_robin\", \"least_conn\", \"least_time\", \"random\", \"random two\" (or \"random two \
+                      least_time\"), \"source\", \"hash $remote_addr\", \"hash $remote_addr consistent\"";
+
+/// What a person wrote.
+pub(super) fn read(given: Given) -> Result<Balance, Fault> {
+    let text = valid::text(given, "\"round_robin\"")?;
+    let words: Vec<&str> = text.split_whitespace().collect();
+    match words.as_slice() {
+        ["round_robin"] => Ok(Balance::RoundRobin),
+        ["least_conn"] => Ok(Balance::LeastConn),
+        // nginx has a word for what is measured; of a stream that nobody reads it can only be this.
+        ["least_time"] | ["least_time", "connect"] => Ok(Balance::LeastTime),
+        ["random"] => Ok(Balance::Random),
+        ["random", "two"] | ["random", "two", "least_conn"] => Ok(Balance::RandomTwo(Metric::Connections)),
+        ["random", "two", "least_time"] => Ok(Balance::RandomTwo(Metric::Time)),
+        ["source"] => Ok(Balance::Source),
+        ["hash", key] => hash(key, false),
+        ["hash", key, "consistent"] => hash(key, true),
+        ["hash"] => Err(Fault::new(
+            "a hash without a key",
+            "write \"hash $remote_addr consistent\"",
+        )),
+        ["hash", ..] => Err(Fault::new(
+            "not a hash's key and its way",
+            "write \"hash $remote_addr\" or \"hash $remote_addr consistent\", the key without spaces",
+        )),
+        _ => Err(Fault::new("unknown way of balancing", REMEDY)),
+    }
+}
+
+fn hash(key: &str, consistent: bool) -> Result<Balance, Fault> {
+    let key = template::resolve(key, &BTreeMap::new()).map_err(|unresolved| unresolved.fault)?;
+    if !key.0.iter().any(|part| matches!(part, Part::Variable(_))) {
+        return Err(Fault::new(
+            "the key has no $variable, so all sessions would go to one server",
+            "write for example \"hash $remote_addr\"",
+        ));
+    }
+    Ok(Balance::Hash { key, consistent })
+}
+
+impl std::fmt::Display for Balance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&write(self))
+    }
+}
+
+/// What [`read`] takes for the same.
+pub(super) fn write(balance: &Balance) -> String {
+    match balance {
+        Balance::RoundRobin => "round_robin".to_owned(),
+        Balance::LeastConn => "least_conn".to_owned(),
+        Balance::LeastTime => "least_time".to_owned(),
+        Balance::Random => "random".to_owned(),
+        Balance::RandomTwo(Metric::Connections) => "random two least_conn".to_owned(),
+        Balance::RandomTwo(Metric::Time) => "random two least_time".to_owned(),
+        Balance::Source => "source".to_owned(),
+        Balance::Hash { key, consistent } => {
+            let way = if *consistent { " consistent" } else { "" };
+            format!("hash {}{way}", text_of(key))
+        }
+    }
+}
+
+/// A key is one word with its variables in it; a literal behind a variable never begins with a letter of a name,
+/// because it was read from such a word.
+fn text_of(key: &Template) -> String {
+    let parts = key.0.iter().map(|part| match part {
+        Part::Literal(text) => super::expand::escape(text),
+        Part::Variable(variable) => format!("${}", variable_name(*variable)),
+    });
+    parts.collect()
+}
