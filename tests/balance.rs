@@ -235,3 +235,82 @@ fn a_lone_peer_is_tried_however_often_it_fails() {
     let _upstream = Upstream::on(listener, harness::upstream::echo);
     ping(&mut connect(front), 7, 2).expect("an answer at once");
 }
+
+/// Three peers that refuse, then one that answers; all in one group.
+fn far_away(answers: SocketAddr) -> (Vec<Port>, String) {
+    let claims: Vec<Port> = (0..3).map(|_| Port::claim()).collect();
+    let mut lines: Vec<String> = claims
+        .iter()
+        .map(|claim| at(claim.on("127.0.0.1"), ", max_fails = 0"))
+        .collect();
+    lines.push(at(answers, ""));
+    (claims, group("round_robin", &lines))
+}
+
+#[test]
+fn early_bytes_reach_the_peer_that_finally_answers_exactly_once() {
+    let upstream = Upstream::sink("127.0.0.1", 5);
+    let (_claims, group) = far_away(upstream.address);
+    let mut plan = Plan::new().tables(&group);
+    let front = plan.server("group");
+    let proxy = plan.start();
+    let mut client = connect(front);
+    send(&mut client, 5, 0, 3_000_000).expect("sending");
+    client.shutdown(std::net::Shutdown::Write).expect("ending");
+    let received = upstream.result();
+    assert_eq!(
+        (received.bytes, received.wrong_at),
+        (3_000_000, None),
+        "{received:?}"
+    );
+    let _ = client.read_to_end(&mut Vec::new());
+    let status = proxy.settle();
+    assert_eq!(status.carried().to_upstream, 3_000_000);
+    assert!(
+        status.sockmap().to_upstream > 0,
+        "the kernel carried nothing: {:#}",
+        status.json()
+    );
+    assert!(
+        proxy.log().contains("attempt 3: failed to connect"),
+        "{}",
+        proxy.log()
+    );
+}
+
+#[test]
+fn a_session_makes_as_many_attempts_as_it_may() {
+    let upstream = greeter(1);
+    for (setting, attempts) in [
+        ("proxy_next_upstream = false", 1),
+        ("proxy_next_upstream_tries = 2", 2),
+        ("proxy_next_upstream_tries = 4", 3),
+    ] {
+        let (_claims, group) = far_away(upstream.address);
+        let mut plan = Plan::new().stream(setting).tables(&group);
+        let front = plan.server("group");
+        let proxy = plan.start();
+        assert_eq!(visit(front).is_some(), attempts == 3, "{setting}");
+        let status = proxy.status();
+        let failures: u64 = (0..3)
+            .filter_map(|index| peer(&status, index, "connect_failures").as_u64())
+            .sum();
+        assert_eq!(failures, attempts, "{setting}");
+    }
+}
+
+#[test]
+fn no_attempt_begins_after_proxy_next_upstream_timeout() {
+    let (deaf, other) = (harness::sockets::Deaf::new(), greeter(1));
+    let lines = [at(deaf.address, ""), at(other.address, "")];
+    for (limit, is_answered) in [("100ms", false), ("0", true)] {
+        let settings =
+            format!("proxy_connect_timeout = \"300ms\"\nproxy_next_upstream_timeout = \"{limit}\"");
+        let mut plan = Plan::new()
+            .stream(&settings)
+            .tables(&group("round_robin", &lines));
+        let front = plan.server("group");
+        let _proxy = plan.start();
+        assert_eq!(visit(front).is_some(), is_answered, "{limit}");
+    }
+}

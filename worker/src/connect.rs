@@ -41,6 +41,7 @@ impl Worker {
         match self.router.route(target, &session.ends) {
             Ok(Route::Group(group)) => {
                 session.tried = Some((group, Vec::new()));
+                session.connecting_since_ms = clock::now_ms();
                 if self.groups[group].key().is_some()
                     && let Some(local) = sockets::local_address(session.downstream.as_fd())
                 {
@@ -93,9 +94,30 @@ impl Worker {
                         return self.out_of(session, errno);
                     }
                     self.note_failure(session, &address.to_string(), Some(row), errno);
+                    if !self.may_try_again(session) {
+                        return Next::Close(CloseReason::ConnectFailed);
+                    }
                 }
             }
         }
+    }
+
+    /// Whether the session goes on to another peer after a failed attempt: as `proxy_next_upstream`, its tries and
+    /// its timeout say, and only if there are peers that it has not tried.
+    fn may_try_again(&self, session: &Session) -> bool {
+        let Some((group, tried)) = &session.tried else {
+            return false;
+        };
+        let settings = &session.settings;
+        let (tries, limit) = (
+            settings.proxy_next_upstream_tries as usize,
+            settings.proxy_next_upstream_timeout,
+        );
+        let spent_ms = clock::now_ms().saturating_sub(session.connecting_since_ms);
+        settings.proxy_next_upstream
+            && tried.len() < self.groups[*group].len()
+            && (tries == 0 || tried.len() < tries)
+            && (limit.is_zero() || u128::from(spent_ms) < limit.as_millis())
     }
 
     /// No peer of the group is left to be tried.
@@ -196,15 +218,9 @@ impl Worker {
         };
         self.note_failure(session, &name, row, errno);
         match errno {
-            Errno::ETIMEDOUT
-                if session
-                    .tried
-                    .as_ref()
-                    .is_none_or(|(group, tried)| tried.len() >= self.groups[*group].len()) =>
-            {
-                Next::Close(CloseReason::ConnectTimeout)
-            }
-            _ => self.connect_next(token, session),
+            _ if self.may_try_again(session) => self.connect_next(token, session),
+            Errno::ETIMEDOUT => Next::Close(CloseReason::ConnectTimeout),
+            _ => Next::Close(CloseReason::ConnectFailed),
         }
     }
 

@@ -212,6 +212,8 @@ pub struct Session {
     pub upstream: Option<Upstream>,
     /// The group and the peers of it that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
+    /// When its first attempt began.
+    pub connecting_since_ms: u64,
     /// When the last attempt began, in nanoseconds of the worker's clock.
     pub attempt_ns: u64,
     /// How far it is.
@@ -254,6 +256,7 @@ impl Session {
             is_status: false,
             upstream: None,
             tried: None,
+            connecting_since_ms: now_ms,
             attempt_ns: 0,
             phase: Phase::Streaming,
             streams: [Stream::new(), Stream::new()],

@@ -33,6 +33,10 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.proxy_timeout", Default::Text("10m")),
     // nginx: proxy_connect_timeout 60s.
     ("stream.proxy_connect_timeout", Default::Text("60s")),
+    // nginx: proxy_next_upstream on, without limits (0).
+    ("stream.proxy_next_upstream", Default::Flag(true)),
+    ("stream.proxy_next_upstream_tries", Default::Number(0)),
+    ("stream.proxy_next_upstream_timeout", Default::Text("0")),
     // nginx: proxy_buffer_size 16k.
     ("stream.proxy_buffer_size", Default::Text("16k")),
     // nginx says off and so loses what still flows the other way; a proxy must not cut a half-closed stream.

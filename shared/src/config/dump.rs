@@ -141,6 +141,17 @@ fn write_stream(out: &mut String, stream: &Stream) -> std::fmt::Result {
         "proxy_connect_timeout = {}",
         quoted(&write_duration(stream.proxy_connect_timeout))
     )?;
+    writeln!(out, "proxy_next_upstream = {}", stream.proxy_next_upstream)?;
+    writeln!(
+        out,
+        "proxy_next_upstream_tries = {}",
+        stream.proxy_next_upstream_tries
+    )?;
+    writeln!(
+        out,
+        "proxy_next_upstream_timeout = {}",
+        quoted(&write_duration(stream.proxy_next_upstream_timeout))
+    )?;
     writeln!(
         out,
         "proxy_buffer_size = {}",

@@ -313,6 +313,12 @@ pub struct Stream {
     pub proxy_timeout: Duration,
     /// How long connecting to a peer may take.
     pub proxy_connect_timeout: Duration,
+    /// Try the next peer when one cannot be connected to.
+    pub proxy_next_upstream: bool,
+    /// Attempts that one session makes at most; 0: as many as there are peers.
+    pub proxy_next_upstream_tries: u32,
+    /// After which time no further attempt is begun; 0: no limit.
+    pub proxy_next_upstream_timeout: Duration,
     /// User-space copy buffer, in bytes, for each direction.
     pub proxy_buffer_size: usize,
     /// Pass an end of stream on and keep the other direction open.

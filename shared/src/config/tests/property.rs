@@ -9,10 +9,14 @@ fn stream() -> impl Strategy<Value = Stream> {
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
     let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
-    (any::<[bool; 4]>(), times, sizes).prop_map(|(flags, times, sizes)| Stream {
+    let next = (0u32..=65_535, millis(0..=year));
+    (any::<[bool; 5]>(), times, sizes, next).prop_map(|(flags, times, sizes, next)| Stream {
         ebpf_enable: flags[0],
         proxy_timeout: times.0,
         proxy_connect_timeout: times.1,
+        proxy_next_upstream: flags[4],
+        proxy_next_upstream_tries: next.0,
+        proxy_next_upstream_timeout: next.1,
         proxy_buffer_size: sizes.0,
         proxy_half_close: flags[1],
         tcp_nodelay: flags[2],
