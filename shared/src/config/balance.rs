@@ -71,11 +71,11 @@ pub(super) fn write(balance: &Balance) -> String {
     }
 }
 
-/// A key is one word with its variables in it; a literal behind a variable never begins with a letter of a name,
-/// because it was read from such a word.
+/// A key is one word with its variables in it: a literal behind a variable never begins with a letter of a name, and
+/// none holds a dollar.
 fn text_of(key: &Template) -> String {
     let parts = key.0.iter().map(|part| match part {
-        Part::Literal(text) => super::expand::escape(text),
+        Part::Literal(text) => text.clone(),
         Part::Variable(variable) => format!("${}", variable_name(*variable)),
     });
     parts.collect()

@@ -65,7 +65,7 @@ fn balance() -> impl Strategy<Value = Balance> {
         Balance::RoundRobin,
         Balance::LeastConn,
         Balance::Hash {
-            key: key("${x}-"),
+            key: key("{x}-"),
             consistent: true,
         },
         Balance::Hash {
