@@ -124,8 +124,8 @@ fn max_conns_holds_for_the_whole_program_and_across_a_reload() {
     proxy.reload();
     proxy.wait("the sessions have moved", |s| s.number("/sessions/adopted") == 8);
     assert!(visit(front).is_none(), "all places are still taken");
-    let status = proxy.status();
-    assert_eq!(peer(&status, 0, "active"), 5, "{:#}", status.json());
+    // For an instant a session that moves counts twice, never not at all.
+    proxy.wait("five sessions are counted", |s| peer(s, 0, "active") == 5);
     let gone = held
         .iter()
         .position(|(_, seed)| *seed == 2)
