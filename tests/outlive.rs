@@ -124,10 +124,13 @@ fn what_a_slot_that_goes_was_still_connecting_is_handed_over() {
     let mut plan = Plan::new().workers(2);
     let front = plan.server(deaf.address);
     let proxy = plan.start();
-    let mut clients: Vec<TcpStream> = (0..SESSIONS).map(|_| connect(front)).collect();
-    proxy.wait("both workers are connecting", |s| {
-        s.active() == SESSIONS as u64 && s.workers().iter().all(|worker| worker.sessions > 0)
-    });
+    let mut clients: Vec<TcpStream> = Vec::new();
+    // In steps, so that no worker is given more than its share before its sessions are counted (accept.bpf.c).
+    while clients.len() < SESSIONS {
+        clients.extend((0..SESSIONS / 4).map(|_| connect(front)));
+        proxy.wait("they are connecting", |s| s.active() == clients.len() as u64);
+    }
+    assert!(proxy.status().workers().iter().all(|worker| worker.sessions > 0));
     proxy.edit("worker_processes = 2\n", "worker_processes = 1\n");
     proxy.reload();
     proxy.wait("one worker has all of them", |s| {

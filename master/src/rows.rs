@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use anyhow::{Result, bail};
 use culvert_shared::config::Config;
-use culvert_shared::counters::{MAX_LISTENERS, MAX_PEERS};
+use culvert_shared::counters::{MAX_GROUPS, MAX_LISTENERS, MAX_PEERS};
 use serde::{Deserialize, Serialize};
 
 /// The rows given so far.
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 pub struct Rows {
     listeners: HashMap<String, usize>,
     peers: HashMap<String, usize>,
+    groups: HashMap<String, usize>,
 }
 
 /// The rows of one configuration.
@@ -22,6 +23,8 @@ pub struct Assigned {
     pub listeners: Vec<Vec<usize>>,
     /// For each upstream, for each of its peers.
     pub peers: Vec<Vec<usize>>,
+    /// For each upstream.
+    pub groups: Vec<usize>,
 }
 
 impl Rows {
@@ -51,6 +54,10 @@ impl Rows {
                 rows.push(row(&mut self.peers, name, MAX_PEERS, "peers")?);
             }
             assigned.peers.push(rows);
+            let name = upstream.name.clone();
+            assigned
+                .groups
+                .push(row(&mut self.groups, name, MAX_GROUPS, "upstreams")?);
         }
         Ok(assigned)
     }
@@ -89,7 +96,8 @@ mod tests {
             first,
             Assigned {
                 listeners: vec![vec![0], vec![1]],
-                peers: vec![vec![0, 1]]
+                peers: vec![vec![0, 1]],
+                groups: vec![0]
             }
         );
 
@@ -103,7 +111,8 @@ mod tests {
             second,
             Assigned {
                 listeners: vec![vec![2], vec![1]],
-                peers: vec![vec![1, 2]]
+                peers: vec![vec![1, 2]],
+                groups: vec![0]
             }
         );
     }

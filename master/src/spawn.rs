@@ -65,6 +65,7 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
         ..
     } = blueprint;
     let row = free_row(&board[0])?;
+    board[0].worker_rows.fetch_max(row as u32 + 1, Relaxed);
     let (ours, theirs) = fdpass::pair()?;
     let stores = generation.stores.of_slot(slot);
     let maps = stores.first().and_then(|own| own.maps.as_ref());
@@ -159,6 +160,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         lookout,
         listeners,
         peer_rows: generation.assigned.peers.clone(),
+        group_rows: generation.assigned.groups.clone(),
         board: Arc::clone(board),
         limits: Arc::clone(&generation.limits),
         stores,

@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use crate::access_log::Files;
@@ -343,7 +344,7 @@ impl Master {
         self.take_mail();
         let worker = self.workers.swap_remove(at);
         self.bury_sessions(&worker);
-        self.board[0].workers[worker.row].clear();
+        self.board[0].clear_worker(worker.row, now_ms());
         let (slot, how) = (worker.slot, ending(status));
         if worker.is_leaving() {
             return log::info!("worker {slot} (process {pid}) is gone: {how}");
@@ -437,6 +438,12 @@ impl Master {
             .map(|(_, row)| u64::from(row.sessions.load(Relaxed)))
             .sum()
     }
+}
+
+/// The clock that workers read.
+fn now_ms() -> u64 {
+    // CLOCK_MONOTONIC exists on every Linux.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| Duration::from(time).as_millis() as u64)
 }
 
 /// How a process ended, in words.

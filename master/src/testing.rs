@@ -14,6 +14,9 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         ebpf_enable: false,
         proxy_timeout: Duration::from_secs(600),
         proxy_connect_timeout: Duration::from_secs(60),
+        proxy_next_upstream: true,
+        proxy_next_upstream_tries: 0,
+        proxy_next_upstream_timeout: Duration::ZERO,
         proxy_buffer_size: 16 * 1024,
         proxy_half_close: true,
         tcp_nodelay: true,
@@ -50,10 +53,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                 balance: Balance::RoundRobin,
                 peers: peers
                     .iter()
-                    .map(|peer| Peer {
-                        address: Address::Tcp(address(peer)),
-                        weight: 1,
-                    })
+                    .map(|peer| Peer::new(Address::Tcp(address(peer))))
                     .collect(),
             })
             .collect(),

@@ -8,6 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::ids::Direction;
+pub use crate::peers::{GroupRow, PeerRow};
 use crate::sys::shm::Shareable;
 
 /// Worker processes that can exist at once, old generations included.
@@ -16,10 +17,12 @@ pub const MAX_WORKERS: usize = 512;
 pub const MAX_LISTENERS: usize = 1024;
 /// Peers that the program can have had since its start.
 pub const MAX_PEERS: usize = 4096;
+/// Upstream groups that the program can have had since its start.
+pub const MAX_GROUPS: usize = 1024;
 
 /// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
 /// it whenever a field or a reason changes its place or meaning.
-const LAYOUT: &str = "culvert counters, layout 1";
+const LAYOUT: &str = "culvert counters, layout 2";
 
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
@@ -150,12 +153,16 @@ pub struct Board {
     pub fallbacks: [AtomicU64; FallbackReason::COUNT],
     /// Ended sessions, by [`CloseReason`].
     pub closes: [AtomicU64; CloseReason::COUNT],
+    /// Worker rows that were ever taken, counted from the first: those behind are empty.
+    pub worker_rows: AtomicU32,
     /// One row for each worker process.
     pub workers: [WorkerRow; MAX_WORKERS],
     /// One row for each listener; the master gives the places.
     pub listeners: [ListenerRow; MAX_LISTENERS],
     /// One row for each peer of each upstream; the master gives the places.
     pub peers: [PeerRow; MAX_PEERS],
+    /// One row for each upstream group; the master gives the places.
+    pub groups: [GroupRow; MAX_GROUPS],
 }
 
 // SAFETY: only atomics, in a `repr(C)` layout; all zeros is a valid value.
@@ -203,23 +210,13 @@ pub struct ListenerRow {
     pub bytes: [AtomicU64; 2],
 }
 
-/// The counters of one peer.
-#[repr(C)]
-pub struct PeerRow {
-    /// Connections established.
-    pub connected: AtomicU64,
-    /// Attempts that failed.
-    pub connect_failures: AtomicU64,
-    /// Bytes of ended sessions, by direction.
-    pub bytes: [AtomicU64; 2],
-}
-
 /// How the board is laid out, for two binaries to compare.
 pub fn layout() -> String {
     let rows = [
         size_of::<WorkerRow>(),
         size_of::<ListenerRow>(),
         size_of::<PeerRow>(),
+        size_of::<GroupRow>(),
     ];
     format!(
         "{LAYOUT}, {} bytes with rows of {rows:?}, {} fallback and {} close reasons",
@@ -299,11 +296,26 @@ impl Board {
             .sum()
     }
 
-    /// Sessions that living workers hold for a peer.
-    pub fn peer_active(&self, peer: usize) -> u64 {
-        self.live_workers()
-            .map(|(_, row)| u64::from(row.peer_active[peer].load(Relaxed)))
-            .sum()
+    /// Sessions that the program holds for a peer, those included that are between two workers.
+    pub fn peer_active(&self, peer: usize, now_ms: u64) -> u64 {
+        let rows = self.worker_rows.load(Relaxed) as usize;
+        let held = self.workers[..rows.min(MAX_WORKERS)]
+            .iter()
+            .map(|row| u64::from(row.peer_active[peer].load(Relaxed)));
+        held.sum::<u64>() + u64::from(self.peers[peer].in_transit(now_ms))
+    }
+
+    /// Frees the row of a worker that is gone. The sessions that it had count as being between two workers: some
+    /// of them will be adopted.
+    pub fn clear_worker(&self, row: usize, now_ms: u64) {
+        let worker = &self.workers[row];
+        for (peer, gauge) in self.peers.iter().zip(&worker.peer_active) {
+            match gauge.load(Relaxed) {
+                0 => {}
+                sessions => peer.begin_transit(sessions, now_ms),
+            }
+        }
+        worker.clear();
     }
 }
 

@@ -9,5 +9,6 @@ pub mod ids;
 pub mod limits;
 pub mod logging;
 pub mod message;
+pub mod peers;
 pub mod sessions;
 pub mod sys;

@@ -156,10 +156,11 @@ impl Proxy {
         }
     }
 
-    /// The one worker's process id.
+    /// The process id of the one worker that serves.
     #[track_caller]
     pub fn worker(&self) -> i32 {
-        let workers = self.status().workers();
+        let mut workers = self.status().workers();
+        workers.retain(|worker| !worker.draining);
         assert_eq!(workers.len(), 1, "one worker: {workers:?}");
         workers[0].pid
     }

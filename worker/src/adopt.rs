@@ -190,6 +190,7 @@ impl Worker {
         WorkerRow::up(&self.gauges().listener_active[session.listener]);
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
             WorkerRow::up(&self.gauges().peer_active[row]);
+            self.board[0].peers[row].end_transit();
         }
     }
 

@@ -1,61 +1,288 @@
-//! Which peer of an upstream group a session goes to. Pure; one state for each group and worker.
+//! Which peer of a group comes next, and what failed or successful attempts mean for it: nginx's rules, on state
+//! that is common to all workers (`culvert_shared::peers`). No I/O; time and chance are passed in.
 
-/// Smooth weighted round robin: each peer gains its weight, the one with the most is taken and pays the
-/// sum back, so that heavy peers are spread among light ones (nginx, ngx_http_upstream_get_peer).
-pub struct RoundRobin {
-    weights: Vec<i64>,
-    current: Vec<i64>,
-}
-
-impl RoundRobin {
-    /// A group of peers with these weights, each at least 1.
-    pub fn new(weights: impl Iterator<Item = u32>) -> RoundRobin {
-        let weights: Vec<i64> = weights.map(i64::from).collect();
-        RoundRobin {
-            current: vec![0; weights.len()],
-            weights,
-        }
-    }
-
-    /// The index of the next peer, leaving out those already tried; `None` when none is left.
-    pub fn pick(&mut self, tried: &[usize]) -> Option<usize> {
-        let mut best: Option<usize> = None;
-        let mut sum = 0;
-        for (peer, weight) in self.weights.iter().enumerate() {
-            if tried.contains(&peer) {
-                continue;
-            }
-            self.current[peer] += weight;
-            sum += weight;
-            if best.is_none_or(|best| self.current[peer] > self.current[best]) {
-                best = Some(peer);
-            }
-        }
-        self.current[best?] -= sum;
-        best
-    }
-
-    /// Whether every peer has been tried.
-    pub fn is_last(&self, tried: &[usize]) -> bool {
-        (0..self.weights.len()).all(|peer| tried.contains(&peer))
-    }
-}
-
+mod choose;
+mod ring;
 #[cfg(test)]
-mod tests {
-    use super::*;
+mod tests;
 
-    #[test]
-    fn sessions_follow_the_weights_and_heavy_peers_are_spread_out() {
-        let mut group = RoundRobin::new([5, 1, 1].into_iter());
-        let picks: Vec<usize> = (0..7).filter_map(|_| group.pick(&[])).collect();
-        assert_eq!(picks, [0, 0, 1, 0, 2, 0, 0]);
+use std::sync::atomic::Ordering::Relaxed;
+
+use culvert_shared::config::{Balance, Part, Peer, Template, Upstream, Variable};
+use culvert_shared::counters::{Board, PeerRow, WorkerRow};
+
+use ring::Ring;
+
+/// One group as one configuration has it.
+pub struct Group {
+    method: Method,
+    peers: Vec<Member>,
+    /// Its row on the board.
+    row: usize,
+    /// A lone peer is never taken out, as with nginx.
+    is_single: bool,
+    /// How many sessions each peer has matters.
+    counts: bool,
+}
+
+enum Method {
+    RoundRobin,
+    LeastConn,
+    LeastTime,
+    Random,
+    RandomTwo(culvert_shared::config::Metric),
+    Hash(Template),
+    Ring(Template, Ring),
+}
+
+struct Member {
+    row: usize,
+    weight: u32,
+    backup: bool,
+    down: bool,
+    /// `u32::MAX`: no limit.
+    max_conns: u32,
+    max_fails: u32,
+    fail_timeout_ms: u64,
+    slow_start_ms: u64,
+}
+
+/// What a choice needs besides the group.
+pub struct Scene<'a> {
+    /// The board.
+    pub board: &'a Board,
+    /// The choosing worker's row.
+    pub worker: usize,
+    /// The time.
+    pub now_ms: u64,
+}
+
+/// What came of a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pick {
+    /// This one; the session is counted in at it.
+    Peer(usize),
+    /// There are peers, and all have as many sessions as they take.
+    Full,
+    /// None is left to be tried.
+    Nobody,
+}
+
+/// What an attempt has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The peer is out for its `fail_timeout`.
+    TakenOut,
+    /// It is alive again.
+    Revived,
+}
+
+/// The state of a peer, as the status document has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It takes sessions.
+    Up,
+    /// The operator has taken it out.
+    Down,
+    /// Failed attempts have.
+    Unavailable,
+}
+
+impl Health {
+    /// nginx's word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Health::Up => "up",
+            Health::Down => "down",
+            Health::Unavailable => "unavail",
+        }
+    }
+}
+
+impl Group {
+    /// A group whose state lies in these rows.
+    pub fn new(upstream: &Upstream, row: usize, peer_rows: &[usize]) -> Group {
+        let member = |(peer, row): (&Peer, &usize)| Member {
+            row: *row,
+            weight: peer.weight,
+            backup: peer.backup,
+            down: peer.down,
+            max_conns: if peer.max_conns == 0 {
+                u32::MAX
+            } else {
+                peer.max_conns
+            },
+            max_fails: peer.max_fails,
+            fail_timeout_ms: peer.fail_timeout.as_millis() as u64,
+            slow_start_ms: peer.slow_start.as_millis() as u64,
+        };
+        let ring = || {
+            let peers = upstream.peers.iter().enumerate();
+            Ring::new(peers.filter(|(_, peer)| !peer.backup))
+        };
+        let method = match &upstream.balance {
+            Balance::RoundRobin => Method::RoundRobin,
+            Balance::LeastConn => Method::LeastConn,
+            Balance::LeastTime => Method::LeastTime,
+            Balance::Random => Method::Random,
+            Balance::RandomTwo(metric) => Method::RandomTwo(*metric),
+            Balance::Hash {
+                key,
+                consistent: true,
+            } => Method::Ring(key.clone(), ring()),
+            Balance::Hash {
+                key,
+                consistent: false,
+            } => Method::Hash(key.clone()),
+            Balance::Source => Method::Ring(Template(vec![Part::Variable(Variable::RemoteAddr)]), ring()),
+        };
+        let counts = matches!(
+            method,
+            Method::LeastConn | Method::LeastTime | Method::RandomTwo(_)
+        ) || upstream.peers.iter().any(|peer| peer.max_conns != 0);
+        Group {
+            method,
+            peers: upstream.peers.iter().zip(peer_rows).map(member).collect(),
+            row,
+            is_single: upstream.peers.len() == 1,
+            counts,
+        }
     }
 
-    #[test]
-    fn a_tried_peer_is_left_out_until_none_is_left() {
-        let mut group = RoundRobin::new([1, 1].into_iter());
-        assert_eq!(group.pick(&[0]), Some(1));
-        assert_eq!(group.pick(&[0, 1]), None);
+    /// What the session's key is made of, if the group goes by one.
+    pub fn key(&self) -> Option<&Template> {
+        match &self.method {
+            Method::Hash(key) | Method::Ring(key, _) => Some(key),
+            _ => None,
+        }
+    }
+
+    /// Chooses a peer that was not tried yet, and counts the session in at it. `random` is any number.
+    pub fn pick(&self, scene: &Scene<'_>, tried: &[usize], key: &str, random: u64) -> Pick {
+        let _held = scene.board.groups[self.row].lock.take(scene.worker);
+        let active = if self.counts {
+            self.active(scene)
+        } else {
+            Vec::new()
+        };
+        let mut ready = Vec::with_capacity(self.peers.len());
+        let mut full = false;
+        for backup in [false, true] {
+            for (index, peer) in self.peers.iter().enumerate() {
+                if peer.backup != backup || peer.down || tried.contains(&index) || self.is_out(scene, index) {
+                    continue;
+                }
+                match active.get(index) {
+                    Some(active) if *active >= u64::from(peer.max_conns) => full = true,
+                    _ => ready.push(index),
+                }
+            }
+            if let Some(peer) = self.choose(scene, &ready, &active, key, random) {
+                return self.take(scene, peer);
+            }
+        }
+        if full {
+            return Pick::Full;
+        }
+        // Nobody is left but those that have failed: rather than refuse everybody for fail_timeout, they are
+        // all taken for alive.
+        for (index, peer) in self.peers.iter().enumerate() {
+            if self.is_out(scene, index) && !peer.down && !tried.contains(&index) {
+                self.board_row(scene, index).fails.store(0, Relaxed);
+                match active.get(index) {
+                    Some(active) if *active >= u64::from(peer.max_conns) => full = true,
+                    _ => ready.push(index),
+                }
+            }
+        }
+        match self.choose(scene, &ready, &active, key, random) {
+            Some(peer) => self.take(scene, peer),
+            None if full => Pick::Full,
+            None => Pick::Nobody,
+        }
+    }
+
+    /// An attempt has failed.
+    pub fn failed(&self, scene: &Scene<'_>, index: usize) -> Option<Change> {
+        let peer = &self.peers[index];
+        if self.is_single || peer.max_fails == 0 {
+            return None;
+        }
+        let _held = scene.board.groups[self.row].lock.take(scene.worker);
+        let row = self.board_row(scene, index);
+        let fails = row.fails.load(Relaxed).saturating_add(1);
+        row.fails.store(fails, Relaxed);
+        row.failed_ms.store(scene.now_ms, Relaxed);
+        row.checked_ms.store(scene.now_ms, Relaxed);
+        let penalty = row
+            .penalty
+            .load(Relaxed)
+            .saturating_add(peer.weight / peer.max_fails);
+        row.penalty.store(penalty.min(peer.weight), Relaxed);
+        (fails == peer.max_fails).then_some(Change::TakenOut)
+    }
+
+    /// An attempt has succeeded, after so long.
+    pub fn connected(&self, scene: &Scene<'_>, index: usize, took_us: u64) -> Option<Change> {
+        let row = self.board_row(scene, index);
+        row.note_connect_time(took_us);
+        let fails = row.fails.load(Relaxed);
+        // As with nginx, a success counts once the peer was let in for a try after the failure's time was over.
+        if fails == 0 || row.failed_ms.load(Relaxed) >= row.checked_ms.load(Relaxed) {
+            return None;
+        }
+        row.fails.store(0, Relaxed);
+        let max_fails = self.peers[index].max_fails;
+        if max_fails == 0 || fails < max_fails {
+            return None;
+        }
+        row.live_since_ms.store(scene.now_ms, Relaxed);
+        Some(Change::Revived)
+    }
+
+    /// How a peer is.
+    pub fn health(&self, scene: &Scene<'_>, index: usize) -> Health {
+        if self.peers[index].down {
+            Health::Down
+        } else if self.is_out(scene, index) {
+            Health::Unavailable
+        } else {
+            Health::Up
+        }
+    }
+
+    /// How many attempts a session can make at most.
+    pub fn len(&self) -> usize {
+        self.peers.len()
+    }
+
+    fn board_row<'a>(&self, scene: &Scene<'a>, index: usize) -> &'a PeerRow {
+        &scene.board.peers[self.peers[index].row]
+    }
+
+    /// Whether failed attempts have taken it out.
+    fn is_out(&self, scene: &Scene<'_>, index: usize) -> bool {
+        let (peer, row) = (&self.peers[index], self.board_row(scene, index));
+        let age_ms = scene.now_ms.saturating_sub(row.checked_ms.load(Relaxed));
+        !self.is_single
+            && peer.max_fails > 0
+            && row.fails.load(Relaxed) >= peer.max_fails
+            && age_ms <= peer.fail_timeout_ms
+    }
+
+    /// The sessions of each peer, in the whole program.
+    fn active(&self, scene: &Scene<'_>) -> Vec<u64> {
+        let active = |peer: &Member| scene.board.peer_active(peer.row, scene.now_ms);
+        self.peers.iter().map(active).collect()
+    }
+
+    fn take(&self, scene: &Scene<'_>, index: usize) -> Pick {
+        let (peer, row) = (&self.peers[index], self.board_row(scene, index));
+        if scene.now_ms.saturating_sub(row.checked_ms.load(Relaxed)) > peer.fail_timeout_ms {
+            row.checked_ms.store(scene.now_ms, Relaxed);
+        }
+        // Under the lock, so that nobody else has counted the same place as free.
+        WorkerRow::up(&scene.board.workers[scene.worker].peer_active[peer.row]);
+        Pick::Peer(index)
     }
 }

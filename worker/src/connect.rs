@@ -10,6 +10,7 @@ use culvert_shared::sys::socket;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, connect};
 
+use crate::balance::{Change, Pick, Scene};
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
@@ -38,6 +39,12 @@ impl Worker {
         match self.router.route(target, &session.ends) {
             Ok(Route::Group(group)) => {
                 session.tried = Some((group, Vec::new()));
+                session.connecting_since_ms = clock::now_ms();
+                if self.groups[group].key().is_some()
+                    && let Some(local) = sockets::local_address(session.downstream.as_fd())
+                {
+                    session.ends.local = local;
+                }
                 self.connect_next(token, session)
             }
             Ok(Route::Address(address)) => match self.open(token, session, &address, None) {
@@ -58,21 +65,86 @@ impl Worker {
     /// Connects to the next peer of the session's group, if there is one.
     fn connect_next(&mut self, token: Token, session: &mut Session) -> Next {
         loop {
-            let Some((group, tried)) = &mut session.tried else {
+            let Some((group, tried)) = &session.tried else {
                 return Next::Close(CloseReason::ConnectFailed);
             };
-            let Some(peer) = self.groups[*group].pick(tried) else {
-                return Next::Close(CloseReason::ConnectFailed);
+            let group = *group;
+            let key = match self.groups[group].key() {
+                Some(key) => self.router.expand(key, &session.ends),
+                None => String::new(),
             };
-            tried.push(peer);
-            let row = self.peer_rows[*group][peer];
-            let address = self.config.upstreams[*group].peers[peer].address.clone();
+            let random = self.next_random();
+            let peer = match self.groups[group].pick(&self.scene(), tried, &key, random) {
+                Pick::Peer(peer) => peer,
+                Pick::Full | Pick::Nobody => return self.no_peer(session, group),
+            };
+            if let Some((_, tried)) = &mut session.tried {
+                tried.push(peer);
+            }
+            let row = self.peer_rows[group][peer];
+            let address = self.config.upstreams[group].peers[peer].address.clone();
             match self.open(token, session, &address, Some(row)) {
                 Ok(next) => return next,
-                Err(errno) if is_ours(errno) => return self.out_of(session, errno),
-                Err(errno) => self.note_failure(session, &address.to_string(), Some(row), errno),
+                Err(errno) => {
+                    WorkerRow::down(&self.gauges().peer_active[row]);
+                    if is_ours(errno) {
+                        return self.out_of(session, errno);
+                    }
+                    self.note_failure(session, &address.to_string(), Some(row), errno);
+                    if !self.may_try_again(session) {
+                        return Next::Close(CloseReason::ConnectFailed);
+                    }
+                }
             }
         }
+    }
+
+    /// Whether the session goes on to another peer after a failed attempt: as `proxy_next_upstream`, its tries and
+    /// its timeout say, and only if there are peers that it has not tried.
+    fn may_try_again(&self, session: &Session) -> bool {
+        let Some((group, tried)) = &session.tried else {
+            return false;
+        };
+        let settings = &session.settings;
+        let (tries, limit) = (
+            settings.proxy_next_upstream_tries as usize,
+            settings.proxy_next_upstream_timeout,
+        );
+        let spent_ms = clock::now_ms().saturating_sub(session.connecting_since_ms);
+        settings.proxy_next_upstream
+            && tried.len() < self.groups[*group].len()
+            && (tries == 0 || tried.len() < tries)
+            && (limit.is_zero() || u128::from(spent_ms) < limit.as_millis())
+    }
+
+    /// No peer of the group is left to be tried.
+    fn no_peer(&self, session: &Session, group: usize) -> Next {
+        Board::add(&self.board[0].groups[self.group_rows[group]].refused, 1);
+        log::error!(
+            "session {}: no peer of upstream {} is left for client {}",
+            session.number,
+            self.config.upstreams[group].name,
+            session.client()
+        );
+        Next::Close(CloseReason::ConnectFailed)
+    }
+
+    /// What a choice of a peer needs to know.
+    pub(crate) fn scene(&self) -> Scene<'_> {
+        Scene {
+            board: &self.board[0],
+            worker: self.row,
+            now_ms: clock::now_ms(),
+        }
+    }
+
+    /// A number that follows from the ones before, and looks as if it did not (xorshift64).
+    fn next_random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        // The low bits of a multiple are as good as its high bits.
+        self.random.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
     fn open(
@@ -113,9 +185,6 @@ impl Worker {
             name: address.to_string(),
             row,
         });
-        if let Some(row) = row {
-            WorkerRow::up(&self.gauges().peer_active[row]);
-        }
         session.phase = Phase::Connecting { deadline_ms };
         self.keep_again(session);
         Ok(if under_way {
@@ -149,15 +218,9 @@ impl Worker {
         };
         self.note_failure(session, &name, row, errno);
         match errno {
-            Errno::ETIMEDOUT
-                if session
-                    .tried
-                    .as_ref()
-                    .is_none_or(|(group, tried)| self.groups[*group].is_last(tried)) =>
-            {
-                Next::Close(CloseReason::ConnectTimeout)
-            }
-            _ => self.connect_next(token, session),
+            _ if self.may_try_again(session) => self.connect_next(token, session),
+            Errno::ETIMEDOUT => Next::Close(CloseReason::ConnectTimeout),
+            _ => Next::Close(CloseReason::ConnectFailed),
         }
     }
 
@@ -176,12 +239,25 @@ impl Worker {
         if let Some(row) = row {
             Board::add(&self.board[0].peers[row].connect_failures, 1);
         }
+        let attempt = session.tried.as_ref().map_or(1, |(_, tried)| tried.len());
         log::warn!(
-            "session {}: failed to connect to {name} for client {}: {}",
+            "session {}: attempt {attempt}: failed to connect to {name} for client {}: {}",
             session.number,
             session.client(),
             errno.desc()
         );
+        if let Some((group, tried)) = &session.tried
+            && let Some(peer) = tried.last()
+            && self.groups[*group].failed(&self.scene(), *peer) == Some(Change::TakenOut)
+        {
+            let peer = &self.config.upstreams[*group].peers[*peer];
+            log::warn!(
+                "upstream {}: peer {name} is taken out for {:?}, max_fails = {} is reached",
+                self.config.upstreams[*group].name,
+                peer.fail_timeout,
+                peer.max_fails
+            );
+        }
     }
 
     fn connected(&mut self, token: Token, session: &mut Session) -> Next {
@@ -193,6 +269,19 @@ impl Worker {
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
             Board::add(&self.board[0].peers[row].connected, 1);
         }
+        if let Some((group, tried)) = session.tried.take()
+            && let Some(peer) = tried.last()
+        {
+            let took_us = clock::now_ns().saturating_sub(session.connect_began_ns) / 1000;
+            if self.groups[group].connected(&self.scene(), *peer, took_us) == Some(Change::Revived) {
+                let upstream = &self.config.upstreams[group];
+                log::info!(
+                    "upstream {}: peer {} is alive again",
+                    upstream.name,
+                    upstream.peers[*peer].address
+                );
+            }
+        }
         session.phase = Phase::Streaming;
         let now_ns = clock::now_ns();
         session.connect_us = Some(now_ns.saturating_sub(session.connect_began_ns) / 1000);
@@ -200,7 +289,6 @@ impl Worker {
             .connect_duration
             .count(session.connect_us.unwrap_or(0));
         session.last_active_ms = now_ns / 1_000_000;
-        session.tried = None;
         self.begin_streaming(token, session)
     }
 }

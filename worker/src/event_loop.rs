@@ -23,7 +23,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::accept::{Intake, Listening};
 use crate::access_log::AccessLogs;
-use crate::balance::RoundRobin;
+use crate::balance::Group;
 use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
@@ -92,7 +92,11 @@ pub struct Worker {
     pub(crate) listeners: Vec<Listening>,
     pub(crate) intake: Intake,
     pub(crate) router: Router,
-    pub(crate) groups: Vec<RoundRobin>,
+    pub(crate) groups: Vec<Group>,
+    /// The row of each group.
+    pub(crate) group_rows: Vec<usize>,
+    /// The last number of a row that looks like chance.
+    pub(crate) random: u64,
     pub(crate) table: Table<Session>,
     pub(crate) wheel: Wheel,
     /// Sessions whose turn's budget ran out before their sockets did.
@@ -150,16 +154,16 @@ impl Worker {
         let hostname =
             nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());
         let access_logs = AccessLogs::new(&start.config, start.access_logs, start.slot, &hostname);
-        let weights =
-            |peers: &[culvert_shared::config::Peer]| RoundRobin::new(peers.iter().map(|peer| peer.weight));
+        let rows_of_groups = start.group_rows.iter().zip(&start.peer_rows);
+        let groups = start.config.upstreams.iter().zip(rows_of_groups);
         Ok(Worker {
             router: Router::new(&start.config.upstreams, hostname).with_maps(&start.config.maps),
-            groups: start
-                .config
-                .upstreams
-                .iter()
-                .map(|group| weights(&group.peers))
+            groups: groups
+                .map(|(group, (row, peers))| Group::new(group, *row, peers))
                 .collect(),
+            group_rows: start.group_rows,
+            // Never zero, and another for each worker.
+            random: clock::now_ns() ^ u64::from(start.owner.0) << 40 | 1,
             settings: start
                 .config
                 .servers

@@ -312,10 +312,21 @@ impl Worker {
             }
         };
         mark(Kept::LetGo);
+        let rows = || {
+            let upstreams = sessions
+                .iter()
+                .filter_map(|(_, session)| session.upstream.as_ref());
+            upstreams
+                .filter_map(|upstream| upstream.row)
+                .map(|row| &self.board[0].peers[row])
+        };
+        // Before the master hears of it: they may have arrived before this process goes on.
+        rows().for_each(|peer| peer.begin_transit(1, clock::now_ms()));
         let ids = seats().map(|seat| seat.id).collect();
         let sent = fdpass::send(self.control.as_fd(), &ToMaster::Over(ids).encode(), &[]);
         if sent.is_err() {
             mark(Kept::Yes);
+            rows().for_each(|peer| peer.end_transit());
         }
         sent
     }

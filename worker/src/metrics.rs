@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use culvert_shared::counters::{CloseReason, FallbackReason, HISTOGRAM_US, Histogram};
 use culvert_shared::ids::Direction;
 
+use crate::clock;
 use crate::event_loop::Worker;
 
 /// Text in the making.
@@ -308,7 +309,7 @@ impl Worker {
     }
 
     fn upstream_metrics(&self, page: &mut Page) {
-        let board = &self.board[0];
+        let (board, now_ms) = (&self.board[0], clock::now_ms());
         // An address may stand twice in a group; a sample may not.
         let mut peers: BTreeMap<(&str, String), Vec<usize>> = BTreeMap::new();
         for (group, rows) in self.config.upstreams.iter().zip(&self.peer_rows) {
@@ -333,7 +334,9 @@ impl Worker {
         let help = "Attempts to connect that failed.";
         all(name, COUNTER, help, &|row| load(&rows[row].connect_failures));
         let name = "culvert_upstream_sessions_active";
-        all(name, GAUGE, "Open sessions.", &|row| board.peer_active(row));
+        all(name, GAUGE, "Open sessions.", &|row| {
+            board.peer_active(row, now_ms)
+        });
         let name = "culvert_upstream_sent_bytes_total";
         all(name, COUNTER, "Bytes to peers, over ended sessions.", &|row| {
             load(&rows[row].bytes[0])

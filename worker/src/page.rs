@@ -166,6 +166,10 @@ fn upstreams(page: &mut String, status: &Value) {
             rows.push(vec![
                 plain(text(group, "/name")),
                 plain(text(peer, "/address")),
+                match text(peer, "/state") {
+                    up if up == "up" => plain(up),
+                    other => (other, "bad"),
+                },
                 right(number(peer, "/weight").to_string()),
                 right(count(number(peer, "/active"))),
                 right(count(number(peer, "/connected"))),
@@ -178,6 +182,7 @@ fn upstreams(page: &mut String, status: &Value) {
     let columns = [
         "upstream",
         "peer",
+        "state",
         "#weight",
         "#open",
         "#connected",

@@ -99,7 +99,7 @@ impl Router {
             .map(|address| Route::Address(Address::Tcp(address)))
     }
 
-    /// A template's value.
+    /// The text that a template gives for a session.
     pub fn expand(&self, template: &Template, ends: &Ends) -> String {
         let mut value = String::new();
         for part in &template.0 {

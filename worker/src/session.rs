@@ -245,6 +245,8 @@ pub struct Session {
     pub connect_began_ns: u64,
     /// How long that took; `None` before it is done.
     pub connect_us: Option<u64>,
+    /// When its first attempt began.
+    pub connecting_since_ms: u64,
     /// How far it is.
     pub phase: Phase,
     /// Its directions, by [`Direction`].
@@ -295,6 +297,7 @@ impl Session {
             failed_peers: Vec::new(),
             connect_began_ns: 0,
             connect_us: None,
+            connecting_since_ms: now_ms,
             phase: Phase::Streaming,
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],

@@ -31,6 +31,8 @@ pub struct WorkerStart {
     pub listeners: Vec<Listener>,
     /// Rows on the board: for each upstream, for each of its peers.
     pub peer_rows: Vec<Vec<usize>>,
+    /// Rows on the board: for each upstream.
+    pub group_rows: Vec<usize>,
     /// The board.
     pub board: Arc<Shared<Board>>,
     /// What limits count.

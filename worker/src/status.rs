@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use culvert_shared::busy::{BUSIEST, BusySession};
-use culvert_shared::config::Address;
+use culvert_shared::config::Peer;
 use culvert_shared::counters::{CloseReason, FallbackReason, PeerRow};
 use culvert_shared::ids::Direction;
 use serde_json::{Map, Value, json};
 
+use crate::balance::{Group, Scene};
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
@@ -200,29 +201,42 @@ impl Worker {
     }
 
     fn upstream_status(&self) -> Vec<Value> {
-        let groups = self.config.upstreams.iter().zip(&self.peer_rows);
+        let scene = self.scene();
+        let groups = self.config.upstreams.iter().zip(&self.groups);
         groups
-            .map(|(group, rows)| {
-                let peers = group.peers.iter().zip(rows);
+            .zip(self.peer_rows.iter().zip(&self.group_rows))
+            .map(|((config, group), (rows, group_row))| {
+                let peers = config.peers.iter().zip(rows).enumerate();
                 let peers: Vec<Value> = peers
-                    .map(|(peer, row)| self.peer_status(&peer.address, peer.weight, *row))
+                    .map(|(index, (peer, row))| peer_status(&scene, group, index, peer, *row))
                     .collect();
-                json!({ "name": group.name, "peers": peers })
+                let row = &scene.board.groups[*group_row];
+                json!({
+                    "name": config.name,
+                    "balance": self.config.balance_of(config),
+                    "refused": load(&row.refused),
+                    "peers": peers,
+                })
             })
             .collect()
     }
+}
 
-    fn peer_status(&self, address: &Address, weight: u32, row: usize) -> Value {
-        let peer: &PeerRow = &self.board[0].peers[row];
-        json!({
-            "address": address.to_string(),
-            "weight": weight,
-            "active": self.board[0].peer_active(row),
-            "connected": load(&peer.connected),
-            "connect_failures": load(&peer.connect_failures),
-            "bytes": by_direction(|way| load(&peer.bytes[way.index()])),
-        })
-    }
+fn peer_status(scene: &Scene<'_>, group: &Group, index: usize, peer: &Peer, row: usize) -> Value {
+    let counters: &PeerRow = &scene.board.peers[row];
+    json!({
+        "address": peer.address.to_string(),
+        "weight": peer.weight,
+        "backup": peer.backup,
+        "state": group.health(scene, index).name(),
+        "active": scene.board.peer_active(row, scene.now_ms),
+        "max_conns": peer.max_conns,
+        "fails": counters.fails.load(Relaxed),
+        "connected": load(&counters.connected),
+        "connect_failures": load(&counters.connect_failures),
+        "connect_time_us": load(&counters.connect_us),
+        "bytes": by_direction(|way| load(&counters.bytes[way.index()])),
+    })
 }
 
 fn load(counter: &AtomicU64) -> u64 {

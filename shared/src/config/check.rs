@@ -13,8 +13,8 @@ use super::servers::Servers;
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Address, Balance, Config, ErrorLog, FlowSteering, LogTarget, Peer, Upstream, User};
-use super::{address, cpus, defaults, units};
+use super::{Config, ErrorLog, FlowSteering, LogTarget, User};
+use super::{cpus, units};
 
 /// Kernels know up to 8192 CPUs; more than half of that is a slip of the finger.
 const WORKERS_MAX: u32 = 4096;
@@ -24,9 +24,6 @@ const CONNECTIONS_MAX: u32 = 1 << 20;
 
 /// More memory than a worker's kernel side can sensibly take.
 const BACKLOG_TOTAL_MAX_BYTES: usize = 1 << 40;
-
-/// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
-const WEIGHT_MAX: u32 = 65_535;
 
 /// Nothing that a proxy waits for takes longer.
 pub(super) const YEAR: Duration = Duration::from_secs(365 * 86_400);
@@ -76,8 +73,8 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         })
         .unwrap_or_default();
     let error_log = check.error_log(root);
-    let upstreams = check.upstreams(root);
     let maps = check.maps(root);
+    let upstreams = check.upstreams(root, &maps);
     let limit_zones = check.limit_zones(root, &maps);
     let access_logs = AccessLogs::read(&mut check, root);
     let (upstreams, stream, servers) =
@@ -279,105 +276,6 @@ impl Check<'_> {
             level: level.unwrap_or(log::LevelFilter::Info),
         }
     }
-
-    fn upstreams(&mut self, root: &Map<String, Value>) -> Vec<Upstream> {
-        let mut found: Vec<(Upstream, OriginId)> = Vec::new();
-        for (key, at, table) in self.tables(root, "upstream") {
-            let name_key = join(&key, "name");
-            if !table.contains_key("name") {
-                self.findings.report(
-                    at,
-                    &name_key,
-                    "missing, an [[upstream]] needs a name for proxy_pass",
-                );
-            }
-            let name = self.at(table, &key, "name", |given| {
-                valid::text(given, "\"backend\"").and_then(upstream_name)
-            });
-            let same = name.and_then(|name| found.iter().position(|(before, _)| before.name == name));
-            if let Some(index) = same {
-                let place = self.place(found[index].1);
-                let what = format!("already the name of upstream[{index}] at {place}");
-                self.at(table, &key, "name", |_| {
-                    Err::<(), _>(Fault::new(what, "give each upstream a name of its own"))
-                });
-            }
-            self.at(table, &key, "balance", |given| {
-                match valid::text(given, "\"round_robin\"")? {
-                    "round_robin" => Ok(()),
-                    _ => Err(Fault::new("unknown way of balancing", "allowed: \"round_robin\"")),
-                }
-            });
-            let name_at = table.get("name").map_or(at, |name| self.findings.origin_of(name));
-            let peers = self.peers(&key, at, table);
-            let name = name.unwrap_or_default().to_owned();
-            found.push((
-                Upstream {
-                    name,
-                    balance: Balance::RoundRobin,
-                    peers,
-                },
-                name_at,
-            ));
-        }
-        found.into_iter().map(|(upstream, _)| upstream).collect()
-    }
-
-    /// The peers of one upstream.
-    fn peers(&mut self, key: &str, at: OriginId, table: &Map<String, Value>) -> Vec<Peer> {
-        let key = join(key, "server");
-        let Some(value) = table.get("server") else {
-            self.findings.report(
-                at,
-                &key,
-                "missing, an upstream needs at least one server = [\"host:port\"]",
-            );
-            return Vec::new();
-        };
-        let items: Vec<(String, &Value)> = match &value.kind {
-            ValueKind::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(n, item)| (format!("{key}[{n}]"), item))
-                .collect(),
-            _ => vec![(key.clone(), value)],
-        };
-        if items.is_empty() {
-            self.read(&key, value, |_| {
-                Err::<(), _>(Fault::new("empty", "give at least one \"host:port\""))
-            });
-        }
-        let world = self.world;
-        let mut peers = Vec::new();
-        for (key, item) in items {
-            let (addresses, weight) = match &item.kind {
-                ValueKind::Table(table) => {
-                    if !table.contains_key("address") {
-                        let at = self.findings.origin_of(item);
-                        self.findings.report(
-                            at,
-                            &join(&key, "address"),
-                            "missing, a server needs an address",
-                        );
-                    }
-                    let weight = self.at(table, &key, "weight", |given| {
-                        valid::number(given, 1..=WEIGHT_MAX)
-                    });
-                    let addresses = self.at(table, &key, "address", |given| peer_addresses(given, world));
-                    (addresses, weight)
-                }
-                _ => (self.read(&key, item, |given| peer_addresses(given, world)), None),
-            };
-            let weight = weight.unwrap_or(defaults::WEIGHT);
-            peers.extend(
-                addresses
-                    .into_iter()
-                    .flatten()
-                    .map(|address| Peer { address, weight }),
-            );
-        }
-        peers
-    }
 }
 
 fn user(given: Given, world: &dyn World) -> Result<User, Fault> {
@@ -393,19 +291,4 @@ fn user(given: Given, world: &dyn World) -> Result<User, Fault> {
             "see getent passwd",
         )),
     }
-}
-
-/// A name that can be told from an address and from a variable.
-fn upstream_name(name: &str) -> Result<&str, Fault> {
-    match name
-        .chars()
-        .all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | '.'))
-    {
-        true => Ok(name),
-        false => Err(Fault::new("not a name", "a name has letters, digits, _, - and .")),
-    }
-}
-
-fn peer_addresses(given: Given, world: &dyn World) -> Result<Vec<Address>, Fault> {
-    address::peers(valid::text(given, "\"127.0.0.1:8000\"")?, world)
 }

@@ -33,6 +33,10 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.proxy_timeout", Default::Text("10m")),
     // nginx: proxy_connect_timeout 60s.
     ("stream.proxy_connect_timeout", Default::Text("60s")),
+    // nginx: proxy_next_upstream on, without limits (0).
+    ("stream.proxy_next_upstream", Default::Flag(true)),
+    ("stream.proxy_next_upstream_tries", Default::Number(0)),
+    ("stream.proxy_next_upstream_timeout", Default::Text("0")),
     // nginx: proxy_buffer_size 16k.
     ("stream.proxy_buffer_size", Default::Text("16k")),
     // nginx says off and so loses what still flows the other way; a proxy must not cut a half-closed stream.
@@ -94,6 +98,11 @@ pub(super) const LOG_FLUSH: std::time::Duration = std::time::Duration::from_secs
 
 /// Share of a peer that names none: all equal, as with nginx.
 pub(super) const WEIGHT: u32 = 1;
+
+/// Failed attempts that take a peer out, and for how long: nginx's.
+pub(super) const MAX_FAILS: u32 = 1;
+/// See [`MAX_FAILS`].
+pub(super) const FAIL_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Length of an accept queue, in connections: nginx's on Linux. The kernel caps it at net.core.somaxconn.
 pub(super) const BACKLOG: u32 = 511;

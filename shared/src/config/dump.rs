@@ -4,13 +4,13 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use super::template::{is_name_char, variable_name};
+use super::template::{is_name_char, name_of};
 use super::units::{write_duration, write_size};
 use super::{
-    Action, Balance, Config, FlowSteering, LogTarget, OnReload, Part, ProxyProtocol, Server, Stream, Target,
-    Template, Variable,
+    Action, Config, FlowSteering, LogTarget, OnReload, Part, Peer, ProxyProtocol, Server, Stream, Target,
+    Template,
 };
-use super::{access_log, cpus, expand};
+use super::{access_log, balance, cpus, expand};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
 /// of upstreams are resolved, `${VAR}`, `set` and `include` are replaced by what they stand for.
@@ -79,14 +79,12 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         .filter(|upstream| !is_address(&upstream.name))
     {
         writeln!(out, "\n[[upstream]]\nname = {}", quoted(&upstream.name))?;
-        let balance = match upstream.balance {
-            Balance::RoundRobin => "round_robin",
-        };
-        writeln!(out, "balance = {}\nserver = [", quoted(balance))?;
-        for peer in &upstream.peers {
-            let address = quoted(&expand::escape(&peer.address.to_string()));
-            writeln!(out, "  {{ address = {address}, weight = {} }},", peer.weight)?;
-        }
+        writeln!(
+            out,
+            "balance = {}\nserver = [",
+            quoted(&balance::write(&upstream.balance, &config.maps))
+        )?;
+        upstream.peers.iter().try_for_each(|peer| write_peer(out, peer))?;
         writeln!(out, "]")?;
     }
     let mut servers = config
@@ -114,6 +112,29 @@ fn write_log_formats(out: &mut String, config: &Config) -> std::fmt::Result {
         written.push(format.name.clone());
     }
     Ok(())
+}
+
+fn write_peer(out: &mut String, peer: &Peer) -> std::fmt::Result {
+    let Peer {
+        weight,
+        backup,
+        down,
+        max_conns,
+        max_fails,
+        ..
+    } = peer;
+    let address = quoted(&expand::escape(&peer.address.to_string()));
+    let fail_timeout = quoted(&write_duration(peer.fail_timeout));
+    write!(
+        out,
+        "  {{ address = {address}, weight = {weight}, backup = {backup}, down = {down}, max_conns = {max_conns}, \
+         max_fails = {max_fails}, fail_timeout = {fail_timeout}"
+    )?;
+    // Not every way of balancing knows it.
+    if !peer.slow_start.is_zero() {
+        write!(out, ", slow_start = {}", quoted(&write_duration(peer.slow_start)))?;
+    }
+    writeln!(out, " }},")
 }
 
 fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt::Result {
@@ -165,6 +186,17 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
         out,
         "proxy_connect_timeout = {}",
         quoted(&write_duration(stream.proxy_connect_timeout))
+    )?;
+    writeln!(out, "proxy_next_upstream = {}", stream.proxy_next_upstream)?;
+    writeln!(
+        out,
+        "proxy_next_upstream_tries = {}",
+        stream.proxy_next_upstream_tries
+    )?;
+    writeln!(
+        out,
+        "proxy_next_upstream_timeout = {}",
+        quoted(&write_duration(stream.proxy_next_upstream_timeout))
     )?;
     writeln!(
         out,
@@ -251,16 +283,9 @@ fn write_maps(out: &mut String, config: &Config) -> std::fmt::Result {
 fn plain(config: &Config, template: &Template) -> String {
     let part = |part: &Part| match part {
         Part::Literal(literal) => expand::escape(literal),
-        Part::Variable(variable) => format!("${}", name_of(config, *variable)),
+        Part::Variable(variable) => format!("${}", name_of(&config.maps, *variable)),
     };
     template.0.iter().map(part).collect()
-}
-
-fn name_of(config: &Config, variable: Variable) -> &str {
-    match variable {
-        Variable::Map(map) => config.maps.get(map).map_or("", |map| map.name.as_str()),
-        other => variable_name(other),
-    }
 }
 
 /// A list of texts.
@@ -286,7 +311,7 @@ fn write_template(out: &mut String, config: &Config, template: &Template) -> std
             }
             Part::Literal(literal) => text.push_str(&expand::escape(literal)),
             Part::Variable(variable) => {
-                let _ = write!(text, "${}", name_of(config, *variable));
+                let _ = write!(text, "${}", name_of(&config.maps, *variable));
             }
         }
         after_variable = matches!(part, Part::Variable(_));

@@ -60,6 +60,9 @@ pub(super) const STREAM: &[Key] = &[
     value("ebpf_enable"),
     value("proxy_timeout"),
     value("proxy_connect_timeout"),
+    value("proxy_next_upstream"),
+    value("proxy_next_upstream_tries"),
+    value("proxy_next_upstream_timeout"),
     value("proxy_buffer_size"),
     value("proxy_half_close"),
     value("tcp_nodelay"),
@@ -109,7 +112,16 @@ const UPSTREAM: &[Key] = &[
 ];
 
 /// An entry of an upstream's `server` that is a table.
-const PEER: &[Key] = &[value("address"), value("weight")];
+const PEER: &[Key] = &[
+    value("address"),
+    value("weight"),
+    value("backup"),
+    value("down"),
+    value("max_conns"),
+    value("max_fails"),
+    value("fail_timeout"),
+    value("slow_start"),
+];
 
 /// `[[server]]`: its own keys, then those of [`STREAM`].
 const SERVER: &[Key] = &[
@@ -120,6 +132,9 @@ const SERVER: &[Key] = &[
     value("ebpf_enable"),
     value("proxy_timeout"),
     value("proxy_connect_timeout"),
+    value("proxy_next_upstream"),
+    value("proxy_next_upstream_tries"),
+    value("proxy_next_upstream_timeout"),
     value("proxy_buffer_size"),
     value("proxy_half_close"),
     value("tcp_nodelay"),
@@ -259,9 +274,8 @@ mod tests {
             "unknown key here, it belongs at the top level"
         );
         assert_eq!(
-            unknown_key(PEER, "max_fails"),
-            "unknown key, known here: address, weight"
+            unknown_key(PEER, "priority"),
+            "unknown key, known here: address, weight, backup, down, max_conns, max_fails, fail_timeout, slow_start"
         );
-        assert_eq!(unknown_key(PEER, ""), "unknown key, known here: address, weight");
     }
 }

@@ -4,11 +4,12 @@
 //! the whole, `defaults` holds every default with its reason. Nothing outside this folder sees a raw value.
 //!
 //! The way of a value: `source` (text, place, `expand`, `include`) → `layer` (defaults, file, environment, command line) →
-//! `check` and `servers` (with `valid`, `units`, `address`, `cpus`, `template`) → [`Config`] → `dump`.
+//! `check`, `upstreams` and `servers` (with `valid`, `units`, `address`, `cpus`, `template`) → [`Config`] → `dump`.
 
 mod access;
 mod access_log;
 mod address;
+mod balance;
 mod check;
 mod cpus;
 mod defaults;
@@ -27,6 +28,7 @@ mod template;
 #[cfg(test)]
 mod tests;
 mod units;
+mod upstreams;
 mod valid;
 mod world;
 
@@ -151,10 +153,36 @@ pub enum LogTarget {
 }
 
 /// How an upstream group chooses a peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Balance {
     /// Smooth weighted round robin (nginx's default).
     RoundRobin,
+    /// The fewest sessions for its weight.
+    LeastConn,
+    /// By a hash of the key.
+    Hash {
+        /// What is hashed.
+        key: Template,
+        /// On a ring (ketama), so that a peer more or less moves few keys.
+        consistent: bool,
+    },
+    /// By chance, by weight.
+    Random,
+    /// Of two by chance the better one.
+    RandomTwo(Metric),
+    /// The shortest time to connect for its weight and sessions.
+    LeastTime,
+    /// By the client's address, on a ring.
+    Source,
+}
+
+/// What makes one of two peers the better one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metric {
+    /// Fewer sessions.
+    Connections,
+    /// Less time to connect.
+    Time,
 }
 
 /// A named group of peers.
@@ -175,6 +203,34 @@ pub struct Peer {
     pub address: Address,
     /// Share of the sessions, at least 1.
     pub weight: u32,
+    /// Takes sessions only when no other peer does.
+    pub backup: bool,
+    /// Takes none; the operator says so.
+    pub down: bool,
+    /// Sessions that it takes at once, from the whole program; 0: no limit.
+    pub max_conns: u32,
+    /// Failed attempts within `fail_timeout` that take it out for as long; 0: none do.
+    pub max_fails: u32,
+    /// See `max_fails`.
+    pub fail_timeout: Duration,
+    /// How long its weight grows back when it is alive again; 0: it is there at once.
+    pub slow_start: Duration,
+}
+
+impl Peer {
+    /// A peer with the defaults.
+    pub fn new(address: Address) -> Peer {
+        Peer {
+            address,
+            weight: defaults::WEIGHT,
+            backup: false,
+            down: false,
+            max_conns: 0,
+            max_fails: defaults::MAX_FAILS,
+            fail_timeout: defaults::FAIL_TIMEOUT,
+            slow_start: Duration::ZERO,
+        }
+    }
 }
 
 /// An address to connect to.
@@ -239,11 +295,11 @@ pub enum Target {
 }
 
 /// A value with `$variables`: parts in order. A server's `set` values are already substituted.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Template(pub Vec<Part>);
 
 /// One part of a [`Template`].
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
     /// Text as it is.
     Literal(String),
@@ -295,6 +351,12 @@ pub struct Stream {
     pub proxy_timeout: Duration,
     /// How long connecting to a peer may take.
     pub proxy_connect_timeout: Duration,
+    /// Try the next peer when one cannot be connected to.
+    pub proxy_next_upstream: bool,
+    /// Attempts that one session makes at most; 0: as many as there are peers.
+    pub proxy_next_upstream_tries: u32,
+    /// After which time no further attempt is begun; 0: no limit.
+    pub proxy_next_upstream_timeout: Duration,
     /// User-space copy buffer, in bytes, for each direction.
     pub proxy_buffer_size: usize,
     /// Pass an end of stream on and keep the other direction open.
@@ -448,6 +510,11 @@ pub enum LogVariable {
 }
 
 impl Config {
+    /// How an upstream chooses among its peers, in the words of the file.
+    pub fn balance_of(&self, upstream: &Upstream) -> String {
+        balance::write(&upstream.balance, &self.maps)
+    }
+
     /// Every access log, once, in the order in which they stand.
     pub fn access_logs(&self) -> Vec<Arc<AccessLog>> {
         let mut logs: Vec<Arc<AccessLog>> = Vec::new();

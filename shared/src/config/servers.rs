@@ -14,7 +14,7 @@ use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
-    Action, Address, Balance, LimitZone, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target,
+    Action, Balance, LimitZone, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target,
     Template, Upstream, VariableMap,
 };
 use super::{address, defaults, units};
@@ -30,6 +30,9 @@ const PREREAD_MAX_BYTES: usize = 64 << 10;
 const BACKLOG_SIZE_MIN_BYTES: usize = 64 << 10;
 /// Sequence numbers are compared in 32 bits, signed.
 const BACKLOG_SIZE_MAX_BYTES: usize = 1 << 30;
+
+/// More peers than a program can have counters for.
+const TRIES_MAX: u32 = 65_535;
 
 /// More often than this, looking at idle sessions would itself be work.
 const TIMER_PERIOD_MIN: Duration = Duration::from_millis(10);
@@ -79,6 +82,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_enable: true,
             proxy_timeout: hour,
             proxy_connect_timeout: hour,
+            proxy_next_upstream: true,
+            proxy_next_upstream_tries: 0,
+            proxy_next_upstream_timeout: Duration::ZERO,
             proxy_buffer_size: 1,
             proxy_half_close: true,
             tcp_nodelay: true,
@@ -133,6 +139,9 @@ impl<'c, 'a> Servers<'c, 'a> {
     fn stream(&mut self, table: &Map<String, Value>, key: &str, inherited: &Stream) -> Stream {
         let millisecond = Duration::from_millis(1);
         let timeout = |given: Given| units::duration(given, millisecond..=YEAR);
+        // 0 means: no limit, both as with nginx.
+        let limit = |given: Given| units::duration(given, Duration::ZERO..=YEAR);
+        let tries = |given: Given| valid::number(given, 0..=TRIES_MAX);
         let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
         let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
         let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
@@ -143,6 +152,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_enable,
             proxy_timeout,
             proxy_connect_timeout,
+            proxy_next_upstream,
+            proxy_next_upstream_tries,
+            proxy_next_upstream_timeout,
             proxy_buffer_size,
             proxy_half_close,
             tcp_nodelay,
@@ -171,6 +183,15 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_connect_timeout: check
                 .at(table, key, "proxy_connect_timeout", timeout)
                 .unwrap_or(proxy_connect_timeout),
+            proxy_next_upstream: check
+                .at(table, key, "proxy_next_upstream", valid::boolean)
+                .unwrap_or(proxy_next_upstream),
+            proxy_next_upstream_tries: check
+                .at(table, key, "proxy_next_upstream_tries", tries)
+                .unwrap_or(proxy_next_upstream_tries),
+            proxy_next_upstream_timeout: check
+                .at(table, key, "proxy_next_upstream_timeout", limit)
+                .unwrap_or(proxy_next_upstream_timeout),
             proxy_buffer_size: check
                 .at(table, key, "proxy_buffer_size", buffer)
                 .unwrap_or(proxy_buffer_size),
@@ -420,10 +441,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             true => address::peers(&name, world),
             false => Err(no_upstream(&name, &names)),
         });
-        let peers = peers.into_iter().flatten().map(|address: Address| Peer {
-            address,
-            weight: defaults::WEIGHT,
-        });
+        let peers = peers.into_iter().flatten().map(Peer::new);
         self.upstreams.push(Upstream {
             name,
             balance: Balance::RoundRobin,

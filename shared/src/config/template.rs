@@ -44,6 +44,14 @@ pub(super) fn variable_name(variable: Variable) -> &'static str {
         .map_or("", |(name, _)| name)
 }
 
+/// The name of a variable, be it a map's.
+pub(super) fn name_of(maps: &[VariableMap], variable: Variable) -> &str {
+    match variable {
+        Variable::Map(map) => maps.get(map).map_or("", |map| map.name.as_str()),
+        other => variable_name(other),
+    }
+}
+
 /// Whether a character may stand in a variable's name.
 pub(super) fn is_name_char(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_'

@@ -122,14 +122,14 @@ const SERVER: &str = "[[server]]\nlisten = 8080\nproxy_pass = \"127.0.0.1:80\"\n
 fn the_least_configuration_has_every_default() {
     let config = loaded(SERVER);
     let address: SocketAddr = ([127, 0, 0, 1], 80).into();
-    let peers = vec![Peer {
-        address: Address::Tcp(address),
-        weight: 1,
-    }];
+    let peers = vec![Peer::new(Address::Tcp(address))];
     let stream = Stream {
         ebpf_enable: true,
         proxy_timeout: Duration::from_secs(600),
         proxy_connect_timeout: Duration::from_secs(60),
+        proxy_next_upstream: true,
+        proxy_next_upstream_tries: 0,
+        proxy_next_upstream_timeout: Duration::ZERO,
         proxy_buffer_size: 16_384,
         proxy_half_close: true,
         tcp_nodelay: true,

@@ -9,6 +9,7 @@ fn stream() -> impl Strategy<Value = Stream> {
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
     let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
+    let next = (0u32..=65_535, millis(0..=year));
     let versions = prop::option::of(prop::sample::select(vec![ProxyProtocol::V1, ProxyProtocol::V2]));
     let networks = prop::collection::vec(network(), 0..3);
     let whom = prop::option::of(network());
@@ -31,19 +32,22 @@ fn stream() -> impl Strategy<Value = Stream> {
         prop::collection::vec(rate, 0..3),
     );
     (
-        any::<[bool; 5]>(),
+        any::<[bool; 6]>(),
         times,
-        sizes,
+        (sizes, next),
         header,
         limits,
         hello,
         access_log(),
     )
         .prop_map(
-            |(flags, times, sizes, header, limits, hello, access_log)| Stream {
+            |(flags, times, (sizes, next), header, limits, hello, access_log)| Stream {
                 ebpf_enable: flags[0],
                 proxy_timeout: times.0,
                 proxy_connect_timeout: times.1,
+                proxy_next_upstream: flags[5],
+                proxy_next_upstream_tries: next.0,
+                proxy_next_upstream_timeout: next.1,
                 proxy_buffer_size: sizes.0,
                 proxy_half_close: flags[1],
                 tcp_nodelay: flags[2],
@@ -134,6 +138,53 @@ fn maps() -> Vec<VariableMap> {
         .maps
 }
 
+prop_compose! {
+    fn peer()(
+        address in peer_address(),
+        weight in 1u32..=2_000,
+        flags in any::<[bool; 2]>(),
+        limits in (0u32..=1 << 30, 0u32..=65_535),
+        times in (1u64..=1_000_000, 0u64..=1_000_000),
+    ) -> Peer {
+        Peer {
+            address,
+            weight,
+            backup: flags[0],
+            down: flags[1],
+            max_conns: limits.0,
+            max_fails: limits.1,
+            fail_timeout: Duration::from_millis(times.0),
+            slow_start: Duration::from_millis(times.1),
+        }
+    }
+}
+
+fn balance() -> impl Strategy<Value = Balance> {
+    let key = |text: &str| {
+        Template(vec![
+            Part::Literal(text.to_owned()),
+            Part::Variable(Variable::RemoteAddr),
+        ])
+    };
+    prop::sample::select(vec![
+        Balance::RoundRobin,
+        Balance::LeastConn,
+        Balance::Hash {
+            key: key("{x}-"),
+            consistent: true,
+        },
+        Balance::Hash {
+            key: key("é"),
+            consistent: false,
+        },
+        Balance::Random,
+        Balance::RandomTwo(Metric::Connections),
+        Balance::RandomTwo(Metric::Time),
+        Balance::LeastTime,
+        Balance::Source,
+    ])
+}
+
 /// Where a server leads, before indexes are known.
 #[derive(Clone, Debug)]
 enum Way {
@@ -166,15 +217,18 @@ prop_compose! {
         flow_steering in prop::sample::select(vec![FlowSteering::Off, FlowSteering::Rfs]),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
-        groups in prop::collection::vec(prop::collection::vec((peer_address(), 1u32..=65_535), 1..4), 1..4),
+        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4)), 1..4),
         stream in stream(),
         http in any::<bool>(),
         servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
     ) -> Config {
-        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, peers)| Upstream {
-            name: format!("group-{n}.é"),
-            balance: Balance::RoundRobin,
-            peers: peers.into_iter().map(|(address, weight)| Peer { address, weight }).collect(),
+        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers))| {
+            peers[0].backup = false;
+            let grows = matches!(balance, Balance::RoundRobin | Balance::LeastConn | Balance::LeastTime);
+            for peer in peers.iter_mut().filter(|_| !grows) {
+                peer.slow_start = Duration::ZERO;
+            }
+            Upstream { name: format!("group-{n}.é"), balance, peers }
         }).collect();
         let named = upstreams.len();
         let mut port = 1000;
@@ -191,7 +245,7 @@ prop_compose! {
                 Way::Direct(address) => {
                     let name = address.to_string();
                     let index = upstreams.iter().position(|upstream| upstream.name == name).unwrap_or_else(|| {
-                        let peers = vec![Peer { address: Address::Tcp(address), weight: 1 }];
+                        let peers = vec![Peer::new(Address::Tcp(address))];
                         upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers });
                         upstreams.len() - 1
                     });

@@ -1,0 +1,191 @@
+//! `[[upstream]]`: groups, their peers, and how a peer is chosen.
+
+use std::time::Duration;
+
+use config::{Map, Value, ValueKind};
+
+use super::check::{Check, YEAR};
+use super::diagnostic::{Fault, OriginId};
+use super::source::join;
+use super::valid::{self, Given};
+use super::world::World;
+use super::{Address, Balance, Peer, Upstream, VariableMap};
+use super::{address, balance, units};
+
+/// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
+const WEIGHT_MAX: u32 = 65_535;
+
+/// Each unit of weight is 160 points of 8 bytes on a consistent hash's ring: 10 MiB for each worker.
+const RING_WEIGHT_MAX: u64 = 8_192;
+
+/// As many sessions as all workers of the largest host can hold.
+const CONNS_MAX: u32 = 1 << 30;
+
+impl Check<'_> {
+    pub(super) fn upstreams(&mut self, root: &Map<String, Value>, maps: &[VariableMap]) -> Vec<Upstream> {
+        let mut found: Vec<(Upstream, OriginId)> = Vec::new();
+        for (key, at, table) in self.tables(root, "upstream") {
+            let name_key = join(&key, "name");
+            if !table.contains_key("name") {
+                self.findings.report(
+                    at,
+                    &name_key,
+                    "missing, an [[upstream]] needs a name for proxy_pass",
+                );
+            }
+            let name = self.at(table, &key, "name", |given| {
+                valid::text(given, "\"backend\"").and_then(upstream_name)
+            });
+            let same = name.and_then(|name| found.iter().position(|(before, _)| before.name == name));
+            if let Some(index) = same {
+                let place = self.place(found[index].1);
+                let what = format!("already the name of upstream[{index}] at {place}");
+                self.at(table, &key, "name", |_| {
+                    Err::<(), _>(Fault::new(what, "give each upstream a name of its own"))
+                });
+            }
+            let balance = self.at(table, &key, "balance", |given| balance::read(given, maps));
+            let name_at = table.get("name").map_or(at, |name| self.findings.origin_of(name));
+            let balance = balance.unwrap_or(Balance::RoundRobin);
+            let peers = self.peers(&key, at, table, &balance);
+            let name = name.unwrap_or_default().to_owned();
+            found.push((Upstream { name, balance, peers }, name_at));
+        }
+        found.into_iter().map(|(upstream, _)| upstream).collect()
+    }
+
+    /// The peers of one upstream.
+    fn peers(&mut self, key: &str, at: OriginId, table: &Map<String, Value>, balance: &Balance) -> Vec<Peer> {
+        let list_key = join(key, "server");
+        let key = list_key.clone();
+        let Some(value) = table.get("server") else {
+            self.findings.report(
+                at,
+                &key,
+                "missing, an upstream needs at least one server = [\"host:port\"]",
+            );
+            return Vec::new();
+        };
+        let items: Vec<(String, &Value)> = match &value.kind {
+            ValueKind::Array(items) => items
+                .iter()
+                .enumerate()
+                .map(|(n, item)| (format!("{key}[{n}]"), item))
+                .collect(),
+            _ => vec![(key.clone(), value)],
+        };
+        if items.is_empty() {
+            self.read(&key, value, |_| {
+                Err::<(), _>(Fault::new("empty", "give at least one \"host:port\""))
+            });
+        }
+        let world = self.world;
+        let mut peers = Vec::new();
+        for (key, item) in items {
+            let (addresses, like) = match &item.kind {
+                ValueKind::Table(table) => {
+                    if !table.contains_key("address") {
+                        let at = self.findings.origin_of(item);
+                        self.findings.report(
+                            at,
+                            &join(&key, "address"),
+                            "missing, a server needs an address",
+                        );
+                    }
+                    let addresses = self.at(table, &key, "address", |given| peer_addresses(given, world));
+                    (addresses, self.peer(&key, table, balance))
+                }
+                _ => (
+                    self.read(&key, item, |given| peer_addresses(given, world)),
+                    Peer::new(Address::Unix(Default::default())),
+                ),
+            };
+            let addresses = addresses.into_iter().flatten();
+            peers.extend(addresses.map(|address| Peer {
+                address,
+                ..like.clone()
+            }));
+        }
+        self.check_together(&list_key, value, &peers, balance);
+        peers
+    }
+
+    /// What a server's table says besides its address.
+    fn peer(&mut self, key: &str, table: &Map<String, Value>, balance: &Balance) -> Peer {
+        let mut peer = Peer::new(Address::Unix(Default::default()));
+        let wait = |given: Given| units::duration(given, Duration::from_millis(1)..=YEAR);
+        let set = self.at(table, key, "weight", |given| valid::number(given, 1..=WEIGHT_MAX));
+        peer.weight = set.unwrap_or(peer.weight);
+        peer.backup = self.at(table, key, "backup", valid::boolean).unwrap_or(false);
+        peer.down = self.at(table, key, "down", valid::boolean).unwrap_or(false);
+        // 0 means: no limit, as with nginx.
+        let set = self.at(table, key, "max_conns", |given| {
+            valid::number(given, 0..=CONNS_MAX)
+        });
+        peer.max_conns = set.unwrap_or(0);
+        // 0 means: failures take nothing out, as with nginx.
+        let set = self.at(table, key, "max_fails", |given| {
+            valid::number(given, 0..=WEIGHT_MAX)
+        });
+        peer.max_fails = set.unwrap_or(peer.max_fails);
+        peer.fail_timeout = self
+            .at(table, key, "fail_timeout", wait)
+            .unwrap_or(peer.fail_timeout);
+        let by_key_or_chance = matches!(
+            balance,
+            Balance::Hash { .. } | Balance::Source | Balance::Random | Balance::RandomTwo(_)
+        );
+        let slow_start = self.at(table, key, "slow_start", |given| {
+            let read = units::duration(given, Duration::ZERO..=YEAR)?;
+            match by_key_or_chance && !read.is_zero() {
+                true => Err(Fault::new(
+                    format!("balance = \"{}\" knows no slow start", balance::kind(balance)),
+                    "remove it, or balance by round_robin, least_conn or least_time",
+                )),
+                false => Ok(read),
+            }
+        });
+        peer.slow_start = slow_start.unwrap_or_default();
+        peer
+    }
+
+    /// What only all peers of a group together show.
+    fn check_together(&mut self, key: &str, value: &Value, peers: &[Peer], balance: &Balance) {
+        if !peers.is_empty() && peers.iter().all(|peer| peer.backup) {
+            self.read(key, value, |_| {
+                Err::<(), _>(Fault::new(
+                    "all servers are backups, of nothing",
+                    "leave backup out for at least one",
+                ))
+            });
+        }
+        let on_a_ring = matches!(balance, Balance::Hash { consistent: true, .. } | Balance::Source);
+        let weight: u64 = peers.iter().map(|peer| u64::from(peer.weight)).sum();
+        if on_a_ring && weight > RING_WEIGHT_MAX {
+            self.read(key, value, |_| {
+                Err::<(), _>(Fault::new(
+                    format!(
+                        "the weights add up to {weight}, balance = \"{}\" has room for {RING_WEIGHT_MAX}",
+                        balance::kind(balance)
+                    ),
+                    "divide all of them by the same number",
+                ))
+            });
+        }
+    }
+}
+
+/// A name that can be told from an address and from a variable.
+fn upstream_name(name: &str) -> Result<&str, Fault> {
+    match name
+        .chars()
+        .all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | '.'))
+    {
+        true => Ok(name),
+        false => Err(Fault::new("not a name", "a name has letters, digits, _, - and .")),
+    }
+}
+
+fn peer_addresses(given: Given, world: &dyn World) -> Result<Vec<Address>, Fault> {
+    address::peers(valid::text(given, "\"127.0.0.1:8000\"")?, world)
+}

@@ -1,0 +1,178 @@
+//! What all workers know of peers and of the groups that they form: health, load, whose turn it is. It lies on
+//! the board, so that it is one and the same for the whole program, and outlives workers and reloads.
+//!
+//! Places and plain numbers; which peer is chosen is decided by the worker (`balance`). Times are milliseconds of
+//! CLOCK_MONOTONIC, which all processes share.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
+
+/// How often a lock is tried, with a turn for others between, before its holder is taken for stopped: it is held
+/// for about a microsecond, so this is thousands of times too long.
+const LOCK_PATIENCE: u32 = 20_000;
+
+/// For how long a session that is between two workers counts: adopting takes milliseconds. It lapses, so that
+/// one that nobody adopts does not count for ever.
+const TRANSIT_MS: u64 = 2_000;
+
+/// One peer.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct PeerRow {
+    /// Connections established.
+    pub connected: AtomicU64,
+    /// Attempts that failed.
+    pub connect_failures: AtomicU64,
+    /// Bytes of ended sessions, by direction.
+    pub bytes: [AtomicU64; 2],
+    /// Attempts that failed since it was last seen alive: nginx's count for `max_fails`.
+    pub fails: AtomicU32,
+    /// By how much its weight is lowered because of failures; each pick takes one off.
+    pub penalty: AtomicU32,
+    /// When an attempt last failed.
+    pub failed_ms: AtomicU64,
+    /// When it was last tried after a failure.
+    pub checked_ms: AtomicU64,
+    /// Since when it has been alive again, for `slow_start`; 0: it was never out.
+    pub live_since_ms: AtomicU64,
+    /// What it has been passed over for, in smooth weighted round robin.
+    pub turn: AtomicI64,
+    /// How long connecting takes: a moving average in microseconds; 0: never connected.
+    pub connect_us: AtomicU64,
+    /// Sessions that are between two workers.
+    transit: AtomicU32,
+    /// Until when they count.
+    transit_until_ms: AtomicU64,
+}
+
+impl PeerRow {
+    /// Sessions are on their way from one worker to another.
+    pub fn begin_transit(&self, sessions: u32, now_ms: u64) {
+        if self.transit_until_ms.swap(now_ms + TRANSIT_MS, Relaxed) <= now_ms {
+            self.transit.store(0, Relaxed);
+        }
+        self.transit.fetch_add(sessions, Relaxed);
+    }
+
+    /// One of them has arrived.
+    pub fn end_transit(&self) {
+        let lower = |sessions: u32| sessions.checked_sub(1);
+        // Nothing is lowered where it has lapsed.
+        let _ = self.transit.fetch_update(Relaxed, Relaxed, lower);
+    }
+
+    /// How many are on their way.
+    pub fn in_transit(&self, now_ms: u64) -> u32 {
+        match now_ms < self.transit_until_ms.load(Relaxed) {
+            true => self.transit.load(Relaxed),
+            false => 0,
+        }
+    }
+
+    /// Takes a connection's duration into the average: an eighth of it counts at once, as with TCP's round trips.
+    pub fn note_connect_time(&self, took_us: u64) {
+        let took = took_us.max(1);
+        let mean = match self.connect_us.load(Relaxed) {
+            0 => took,
+            mean => (7 * mean + took).div_ceil(8),
+        };
+        self.connect_us.store(mean, Relaxed);
+    }
+}
+
+/// One group of peers.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct GroupRow {
+    /// Held while a peer is chosen, so that workers choose one after the other.
+    pub lock: Lock,
+    /// Sessions for which no peer was to be had.
+    pub refused: AtomicU64,
+}
+
+/// A lock between processes. It never sleeps in the kernel, and a holder that died or was stopped holds nobody up
+/// for long: what it guards must make sense at every instant.
+#[derive(Debug, Default)]
+#[repr(transparent)]
+pub struct Lock(AtomicU32);
+
+impl Lock {
+    /// Takes it for the worker with this row, and holds it as long as the value lives.
+    pub fn take(&self, worker_row: usize) -> Held<'_> {
+        let own = worker_row as u32 + 1;
+        let mut tries = 0;
+        while let Err(holder) = self.0.compare_exchange(0, own, Acquire, Relaxed) {
+            tries += 1;
+            if tries > LOCK_PATIENCE && self.0.compare_exchange(holder, own, Acquire, Relaxed).is_ok() {
+                break;
+            }
+            match tries % 64 {
+                0 => std::thread::yield_now(),
+                _ => std::hint::spin_loop(),
+            }
+        }
+        Held { lock: self, own }
+    }
+}
+
+/// A lock that is held.
+pub struct Held<'a> {
+    lock: &'a Lock,
+    own: u32,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        // If it was taken away meanwhile, it is another's to release.
+        let _ = self.lock.0.compare_exchange(self.own, 0, Release, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_lets_one_in_at_a_time() {
+        let lock = Lock::default();
+        let sum = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for row in 0..4 {
+                let (lock, sum) = (&lock, &sum);
+                scope.spawn(move || {
+                    for _ in 0..10_000 {
+                        let _held = lock.take(row);
+                        sum.store(sum.load(Relaxed) + 1, Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.load(Relaxed), 40_000);
+    }
+
+    #[test]
+    fn a_lock_whose_holder_died_is_taken_over() {
+        let lock = Lock::default();
+        std::mem::forget(lock.take(3));
+        drop(lock.take(5));
+        assert_eq!(lock.0.load(Relaxed), 0);
+        // The row of the dead one may be its successor's.
+        std::mem::forget(lock.take(3));
+        drop(lock.take(3));
+        assert_eq!(lock.0.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn a_session_between_two_workers_counts_until_it_arrives_or_is_given_up() {
+        let peer = PeerRow::default();
+        peer.begin_transit(3, 1_000);
+        peer.end_transit();
+        assert_eq!(peer.in_transit(1_500), 2);
+        assert_eq!(peer.in_transit(1_000 + TRANSIT_MS), 0);
+        peer.begin_transit(1, 9_000);
+        assert_eq!(peer.in_transit(9_000), 1, "what was given up counts no more");
+        peer.end_transit();
+        peer.end_transit();
+        assert_eq!(peer.in_transit(9_000), 0);
+    }
+}
