@@ -47,8 +47,9 @@ mod at {
     pub const CONNECT_TOOK: usize = 23;
     pub const HOLDS: usize = 24;
     pub const HEADER: usize = 26;
-    pub const NAME_LEN: usize = 32;
-    pub const NAME: usize = 33;
+    pub const RATES: usize = 32;
+    pub const NAME_LEN: usize = 34;
+    pub const NAME: usize = 35;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -128,6 +129,8 @@ pub struct SavedStream {
     pub read_bytes: u64,
     /// Bytes that user space wrote to the target.
     pub written_bytes: u64,
+    /// Bytes per second that it may carry; 0: without limit. Stays what it was when the session began.
+    pub rate: u64,
 }
 
 /// Who carries the bytes of a session.
@@ -372,6 +375,7 @@ impl Saved {
         for (way, stream) in self.streams.iter().enumerate() {
             words[at::READ + way] = stream.read_bytes;
             words[at::WRITTEN + way] = stream.written_bytes;
+            words[at::RATES + way] = stream.rate;
         }
         words[at::TIMEOUT] = self.settings.proxy_timeout_ms;
         words[at::PERIOD] = self.settings.timer_period_ms;
@@ -402,6 +406,7 @@ impl Saved {
                 buffers: (bits >> BUFFERS_SHIFT & 3) as u8,
                 read_bytes: words[at::READ + way],
                 written_bytes: words[at::WRITTEN + way],
+                rate: words[at::RATES + way],
             }
         };
         let carrier = match flags >> CARRIER_SHIFT & 0xff {
@@ -600,13 +605,14 @@ mod tests {
     }
 
     fn stream() -> impl Strategy<Value = SavedStream> {
-        (0u8..4, any::<bool>(), 0u8..4, any::<u64>(), any::<u64>()).prop_map(
-            |(way, source_ended, buffers, read_bytes, written_bytes)| SavedStream {
+        (0u8..4, any::<bool>(), 0u8..4, any::<[u64; 3]>()).prop_map(
+            |(way, source_ended, buffers, numbers)| SavedStream {
                 way,
                 source_ended,
                 buffers,
-                read_bytes,
-                written_bytes,
+                read_bytes: numbers[0],
+                written_bytes: numbers[1],
+                rate: numbers[2],
             },
         )
     }

@@ -16,6 +16,7 @@ use culvert_shared::sys::socket;
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
+use crate::pace::Pace;
 use crate::proxy_protocol::Addresses;
 use crate::route::Ends;
 use crate::session::{Awaited, Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
@@ -165,7 +166,7 @@ impl Worker {
             }
             // What is there already is found by trying.
             for side in [Side::Downstream, Side::Upstream] {
-                if session.interest(side) == Interest::Data {
+                if session.interest(side) != Interest::End {
                     session.ready[side.index()].readable = true;
                     session.ready[side.index()].writable = true;
                 }
@@ -325,6 +326,7 @@ fn revive_stream(saved: SavedStream) -> Stream {
     stream.buffers = buffers_of(saved.buffers);
     stream.read_bytes = saved.read_bytes;
     stream.written_bytes = saved.written_bytes;
+    stream.pace = Pace::new(saved.rate, clock::now_ns());
     stream
 }
 
