@@ -410,7 +410,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
             socket::cookie(downstream_fd).ok()?,
             socket::cookie(upstream_fd).ok()?,
         ],
-        client: session.client(),
+        client: session.ends.remote,
         header: session
             .ends
             .header

@@ -14,6 +14,7 @@ use nix::libc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{self, MsgFlags, Shutdown, SockaddrStorage, getsockopt, setsockopt, sockopt};
 
+use crate::proxy_protocol::canonical;
 use crate::table::{Side, Token};
 
 /// What a session waits for on one socket.
@@ -151,14 +152,15 @@ pub fn peer_address(fd: BorrowedFd<'_>) -> Option<SocketAddr> {
 }
 
 fn internet(address: SockaddrStorage) -> Option<SocketAddr> {
-    let v4 = address
+    let found = address
         .as_sockaddr_in()
         .map(|address| SocketAddr::V4((*address).into()));
-    v4.or_else(|| {
+    let found = found.or_else(|| {
         address
             .as_sockaddr_in6()
             .map(|address| SocketAddr::V6((*address).into()))
-    })
+    });
+    found.map(canonical)
 }
 
 /// What the host lets a process without rights ask for.
