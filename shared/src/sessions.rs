@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
+use crate::config::ProxyProtocol;
 use crate::counters::FallbackReason;
 use crate::ids::Owner;
 use crate::limits::MAX_HOLDS;
@@ -16,7 +17,7 @@ use crate::sys::shm::Shareable;
 
 /// The version of this layout: another binary may go on with a table if it has the same ([`layout`]). Change it
 /// whenever a word or a bit changes its place or meaning.
-const LAYOUT: &str = "culvert sessions, layout 2";
+const LAYOUT: &str = "culvert sessions, layout 3";
 
 /// How a record is laid out, for two binaries to compare.
 pub fn layout() -> String {
@@ -41,12 +42,13 @@ mod at {
     pub const TIMEOUT: usize = 18;
     pub const PERIOD: usize = 19;
     pub const SIZES: usize = 20;
-    pub const CONNECTING: usize = 21;
+    pub const DEADLINE: usize = 21;
     pub const CONNECT_BEGAN: usize = 22;
     pub const CONNECT_TOOK: usize = 23;
     pub const HOLDS: usize = 24;
-    pub const NAME_LEN: usize = 26;
-    pub const NAME: usize = 27;
+    pub const HEADER: usize = 26;
+    pub const NAME_LEN: usize = 32;
+    pub const NAME: usize = 33;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -62,6 +64,9 @@ pub struct Record {
     /// Not 0: user space holds bytes of the session, or is writing this record. If its worker dies now,
     /// nobody can say what was delivered.
     busy: AtomicU32,
+    /// How often a worker has begun to take the session over since one was last done with it.
+    attempts: AtomicU32,
+    padding: AtomicU32,
     words: [AtomicU64; at::END],
 }
 
@@ -81,6 +86,29 @@ pub enum Kept {
     Closing = 2,
     /// Its worker has let go of it in good order.
     LetGo = 3,
+}
+
+/// How often it is tried to take a session over. A worker may be killed in the middle of it once; a session at which
+/// two die may be what kills them.
+const MOST_ATTEMPTS: u32 = 2;
+
+/// How far a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Its client is to send a PROXY header. It has no upstream yet: both its sockets are the client's.
+    Header = 0,
+    /// The same, and its client is to send a TLS hello.
+    Hello = 1,
+    /// Its peer is being connected to.
+    Connecting = 2,
+    /// Bytes move.
+    Streaming = 3,
+}
+
+impl Stage {
+    /// All of them.
+    pub const ALL: [Stage; 4] = [Stage::Header, Stage::Hello, Stage::Connecting, Stage::Streaming];
 }
 
 /// A place of a worker slot: the index of its record, and of its pair in the slot's maps.
@@ -122,12 +150,20 @@ pub struct Saved {
     pub started_ms: u64,
     /// When user space last saw a byte move, on the same clock.
     pub last_active_ms: u64,
-    /// Until when it may be connecting, on the same clock; 0: it is connected.
-    pub connecting_until_ms: u64,
+    /// How far it is.
+    pub stage: Stage,
+    /// Until when that stage may last, on the same clock; 0 where bytes move.
+    pub deadline_ms: u64,
     /// The cookies of its sockets: downstream, upstream.
     pub cookies: [u64; 2],
-    /// The client's address.
+    /// The client's address, as a PROXY header that is believed names it.
     pub client: SocketAddr,
+    /// What the client's PROXY header names, believed or not: who connected, and what it connected to.
+    pub header: Option<[SocketAddr; 2]>,
+    /// The PROXY header that its peer is to be sent once it is connected.
+    pub owes: Option<ProxyProtocol>,
+    /// It is to be served a status document, and is no proxied session.
+    pub is_status: bool,
     /// The address that the client connected to.
     pub local: SocketAddr,
     /// The listener's row on the board.
@@ -188,6 +224,7 @@ impl Record {
         if taken {
             self.kept.store(Kept::No as u32, Relaxed);
             self.busy.store(0, Relaxed);
+            self.attempts.store(0, Relaxed);
             self.generation.fetch_add(1, Relaxed);
         }
         taken
@@ -218,6 +255,16 @@ impl Record {
     /// Whether its worker let go of it in good order; otherwise it died at any point.
     pub fn was_let_go(&self) -> bool {
         self.kept.load(Acquire) == Kept::LetGo as u32
+    }
+
+    /// A worker begins to take the session over. False: it is not to, others have died at that.
+    pub fn begin_adoption(&self) -> bool {
+        self.attempts.fetch_add(1, Release) < MOST_ATTEMPTS
+    }
+
+    /// The worker that took it over has lived through that.
+    pub fn end_adoption(&self) {
+        self.attempts.store(0, Release);
     }
 
     /// From here on nobody else can say how far the session is, until [`Record::save`].
@@ -264,7 +311,10 @@ const TCP: u64 = 1;
 const JOINED: u64 = 1 << 1;
 const HALF_CLOSE: u64 = 1 << 2;
 const CLOSE_ON_RELOAD: u64 = 1 << 3;
+const STATUS: u64 = 1 << 4;
 const CARRIER_SHIFT: u32 = 8;
+const STAGE_SHIFT: u32 = 16;
+const OWES_SHIFT: u32 = 24;
 const SOURCE_ENDED: u64 = 1 << 2;
 const BUFFERS_SHIFT: u32 = 3;
 /// Bits of a direction in the word of ways: the way in two, then those above, buffers in two.
@@ -287,6 +337,7 @@ impl Saved {
             (JOINED, self.joined),
             (HALF_CLOSE, self.settings.half_close),
             (CLOSE_ON_RELOAD, self.settings.close_on_reload),
+            (STATUS, self.is_status),
         ] {
             flags |= if set { bit } else { 0 };
         }
@@ -295,7 +346,12 @@ impl Saved {
             Carrier::Sockmap => 1,
             Carrier::Fallback(reason) => 2 + reason as u64,
         };
-        flags | carrier << CARRIER_SHIFT
+        let owes = match self.owes {
+            None => 0,
+            Some(ProxyProtocol::V1) => 1,
+            Some(ProxyProtocol::V2) => 2,
+        };
+        flags | carrier << CARRIER_SHIFT | (self.stage as u64) << STAGE_SHIFT | owes << OWES_SHIFT
     }
 
     fn encode(&self) -> [u64; at::END] {
@@ -303,10 +359,13 @@ impl Saved {
         words[at::NUMBER] = self.number;
         words[at::STARTED] = self.started_ms;
         words[at::LAST_ACTIVE] = self.last_active_ms;
-        words[at::CONNECTING] = self.connecting_until_ms;
+        words[at::DEADLINE] = self.deadline_ms;
         words[at::COOKIES..][..2].copy_from_slice(&self.cookies);
         words[at::CLIENT..][..3].copy_from_slice(&address_words(self.client));
         words[at::LOCAL..][..3].copy_from_slice(&address_words(self.local));
+        for (end, address) in self.header.iter().flatten().enumerate() {
+            words[at::HEADER + 3 * end..][..3].copy_from_slice(&address_words(*address));
+        }
         words[at::ROWS] = u64::from(self.listener) | u64::from(self.peer.unwrap_or(u32::MAX)) << 32;
         words[at::FLAGS] = self.flags();
         words[at::WAYS] = ways(&self.streams);
@@ -350,6 +409,10 @@ impl Saved {
             1 => Carrier::Sockmap,
             n => Carrier::Fallback(*FallbackReason::ALL.get(n as usize - 2)?),
         };
+        let header = match words[at::HEADER] {
+            0 => None,
+            _ => Some([address(&words[at::HEADER..])?, address(&words[at::HEADER + 3..])?]),
+        };
         let name_len = usize::try_from(words[at::NAME_LEN])
             .ok()
             .filter(|len| *len <= NAME_BYTES)?;
@@ -359,10 +422,19 @@ impl Saved {
             number: words[at::NUMBER],
             started_ms: words[at::STARTED],
             last_active_ms: words[at::LAST_ACTIVE],
-            connecting_until_ms: words[at::CONNECTING],
+            stage: *Stage::ALL.get((flags >> STAGE_SHIFT & 0xff) as usize)?,
+            deadline_ms: words[at::DEADLINE],
             cookies: [words[at::COOKIES], words[at::COOKIES + 1]],
             client: address(&words[at::CLIENT..])?,
             local: address(&words[at::LOCAL..])?,
+            header,
+            owes: match flags >> OWES_SHIFT & 0xff {
+                0 => None,
+                1 => Some(ProxyProtocol::V1),
+                2 => Some(ProxyProtocol::V2),
+                _ => return None,
+            },
+            is_status: has(STATUS),
             listener: words[at::ROWS] as u32,
             peer: Some(peer).filter(|row| *row != u32::MAX),
             tcp: has(TCP),
@@ -507,6 +579,26 @@ mod tests {
         assert!(!records[0].can_be_taken_over());
     }
 
+    #[test]
+    fn a_session_at_which_two_workers_died_is_not_taken_over_by_a_third() {
+        let records = records(1);
+        let mut places = Places::new(1, Owner(1));
+        let place = places.take(&records).unwrap();
+        for _ in 0..3 {
+            assert!(records[0].begin_adoption());
+            records[0].end_adoption();
+        }
+        assert!(records[0].begin_adoption(), "the first dies at it");
+        assert!(records[0].begin_adoption(), "and the second");
+        assert!(!records[0].begin_adoption());
+        places.give_back(&records, place);
+        places.take(&records).unwrap();
+        assert!(
+            records[0].begin_adoption(),
+            "the next session in the place is another one"
+        );
+    }
+
     fn stream() -> impl Strategy<Value = SavedStream> {
         (0u8..4, any::<bool>(), 0u8..4, any::<u64>(), any::<u64>()).prop_map(
             |(way, source_ended, buffers, read_bytes, written_bytes)| SavedStream {
@@ -537,8 +629,11 @@ mod tests {
         fn what_is_saved_is_what_is_read(
             numbers in any::<[u64; 9]>(),
             small in any::<[u32; 3]>(),
-            bits in any::<[bool; 4]>(),
-            connecting_until_ms in any::<u64>(),
+            bits in any::<[bool; 5]>(),
+            deadline_ms in any::<u64>(),
+            stage in 0usize..4,
+            header in proptest::option::of([socket_address(), socket_address()]),
+            owes in 0usize..3,
             client in socket_address(),
             local in socket_address(),
             peer in proptest::option::of(0u32..4096),
@@ -551,10 +646,14 @@ mod tests {
                 number: numbers[0],
                 started_ms: numbers[1],
                 last_active_ms: numbers[2],
-                connecting_until_ms,
+                stage: Stage::ALL[stage],
+                deadline_ms,
                 cookies: [numbers[3], numbers[4]],
                 client,
                 local,
+                header,
+                owes: [None, Some(ProxyProtocol::V1), Some(ProxyProtocol::V2)][owes],
+                is_status: bits[4],
                 listener: small[0],
                 peer,
                 tcp: bits[0],

@@ -10,14 +10,15 @@ use culvert_shared::config::{Action, OnReload, Stream as Settings, Target};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::SessionId;
-use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream};
+use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream, Stage};
 use culvert_shared::sys::socket;
 
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
+use crate::proxy_protocol::Addresses;
 use crate::route::Ends;
-use crate::session::{Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
+use crate::session::{Awaited, Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
 use crate::sockets::{self, Interest};
 use crate::store::Seat;
 use crate::table::{Side, Token};
@@ -77,6 +78,9 @@ impl Worker {
         if !record.can_be_taken_over() {
             return reset("its worker died while it held bytes of it");
         }
+        if !record.begin_adoption() {
+            return reset("workers have died at taking it over");
+        }
         let Some(saved) = record.read() else {
             return reset("its record makes no sense");
         };
@@ -109,10 +113,12 @@ impl Worker {
             id,
             joined: saved.joined,
             kept: true,
+            stale: false,
         };
         let mut session = revive(saved, downstream, upstream, server, settings, seat);
         session.tried = self.tried_by(&session);
         self.take_in(session, died);
+        record.end_adoption();
         Ok(())
     }
 
@@ -148,8 +154,14 @@ impl Worker {
             if gone {
                 return Next::Close(CloseReason::Removed);
             }
-            if let Phase::Connecting { deadline_ms } = session.phase {
-                return Next::Wait(deadline_ms);
+            match session.phase {
+                Phase::Reading { .. } => return worker.read_ahead(token, session),
+                Phase::Connecting { deadline_ms } => {
+                    // The choice of its next peer may depend on it.
+                    worker.recall_hello(session);
+                    return Next::Wait(deadline_ms);
+                }
+                Phase::Streaming | Phase::Http { .. } => {}
             }
             // What is there already is found by trying.
             for side in [Side::Downstream, Side::Upstream] {
@@ -186,8 +198,10 @@ impl Worker {
                 WorkerRow::up(&self.gauges().offloaded);
             }
         }
-        WorkerRow::up(&self.gauges().sessions);
-        WorkerRow::up(&self.gauges().listener_active[session.listener]);
+        if !session.is_status {
+            WorkerRow::up(&self.gauges().sessions);
+            WorkerRow::up(&self.gauges().listener_active[session.listener]);
+        }
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
             WorkerRow::up(&self.gauges().peer_active[row]);
             self.board[0].peers[row].end_transit();
@@ -204,6 +218,14 @@ impl Worker {
 
     /// Whether the listener or the peer of a session is gone and it is to be closed for that.
     fn is_gone(&self, session: &Session) -> bool {
+        if matches!(session.phase, Phase::Reading { .. }) {
+            // Without a listener nobody knows where it would have to go.
+            return match session.server.map(|server| &self.config.servers[server].action) {
+                Some(Action::Proxy(_)) => session.is_status,
+                Some(Action::Status) => !session.is_status,
+                Some(Action::Http) | None => true,
+            };
+        }
         if session.settings.on_reload == OnReload::Keep {
             return false;
         }
@@ -237,7 +259,14 @@ fn revive(
     settings: Rc<Settings>,
     seat: Seat,
 ) -> Session {
-    let ends = Ends::new(saved.client, saved.local);
+    let mut ends = Ends::new(saved.client, saved.local);
+    if saved.stage != Stage::Streaming {
+        // Afterwards nobody asks for them.
+        ends.peer = sockets::peer_address(downstream.as_fd()).unwrap_or(saved.client);
+        ends.header = saved
+            .header
+            .map(|[source, destination]| Addresses { source, destination });
+    }
     let listener = saved.listener as usize;
     let mut session = Session::new(
         saved.number,
@@ -249,27 +278,42 @@ fn revive(
     );
     session.server = server;
     session.last_active_ms = saved.last_active_ms;
-    if saved.connecting_until_ms > 0 {
-        session.phase = Phase::Connecting {
-            deadline_ms: saved.connecting_until_ms,
-        };
-    }
+    session.is_status = saved.is_status;
+    session.owes = saved.owes;
+    let deadline_ms = saved.deadline_ms;
+    session.phase = match saved.stage {
+        Stage::Header => Phase::Reading {
+            deadline_ms,
+            awaited: Awaited::Header,
+        },
+        Stage::Hello => Phase::Reading {
+            deadline_ms,
+            awaited: Awaited::Hello,
+        },
+        Stage::Connecting => Phase::Connecting { deadline_ms },
+        Stage::Streaming => Phase::Streaming,
+    };
     session.connect_began_ns = saved.connect_began_ns;
-    session.connect_us = Some(saved.connect_us);
+    session.connect_us = Some(saved.connect_us).filter(|_| saved.stage == Stage::Streaming);
     session.streams = saved.streams.map(revive_stream);
     session.holds = tally::revived(&saved.holds);
     session.datapath = match saved.carrier {
+        _ if saved.stage != Stage::Streaming => Datapath::Pending,
         Carrier::Relay => Datapath::Relay,
         Carrier::Sockmap => Datapath::Sockmap,
         Carrier::Fallback(reason) => Datapath::Fallback(reason),
     };
-    session.upstream = Some(Upstream {
-        socket: upstream,
-        tcp: saved.tcp,
-        was_connecting: saved.connecting_until_ms > 0,
-        name: saved.upstream,
-        row: saved.peer.map(|row| row as usize),
-    });
+    session.upstream = match saved.stage {
+        // The second socket is the client's as well.
+        Stage::Header | Stage::Hello => None,
+        Stage::Connecting | Stage::Streaming => Some(Upstream {
+            socket: upstream,
+            tcp: saved.tcp,
+            was_connecting: saved.stage == Stage::Connecting,
+            name: saved.upstream,
+            row: saved.peer.map(|row| row as usize),
+        }),
+    };
     session.seat = Some(seat);
     session
 }
@@ -304,8 +348,6 @@ fn buffers_of(number: u8) -> Buffers {
 fn settings_of(saved: &SavedSettings, stream: &Settings) -> Settings {
     Settings {
         proxy_timeout: Duration::from_millis(saved.proxy_timeout_ms),
-        // One that was to be sent a header has been (see `keep`).
-        proxy_protocol: None,
         ebpf_timer_period: Duration::from_millis(saved.timer_period_ms),
         proxy_buffer_size: saved.buffer_bytes as usize,
         ebpf_backlog_size: saved.backlog_bytes,

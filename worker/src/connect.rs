@@ -31,7 +31,8 @@ impl Worker {
         let Some(Action::Proxy(target)) = action else {
             return Next::Close(CloseReason::NoRoute);
         };
-        if (matches!(target, Target::Variable(_)) || session.settings.proxy_protocol.is_some())
+        session.owes = session.settings.proxy_protocol;
+        if (matches!(target, Target::Variable(_)) || session.owes.is_some())
             && let Some(local) = sockets::local_address(session.downstream.as_fd())
         {
             session.ends.local = local;
@@ -186,8 +187,9 @@ impl Worker {
             row,
         });
         session.phase = Phase::Connecting { deadline_ms };
-        self.keep_again(session);
+        self.keep_again(token, session);
         Ok(if under_way {
+            self.note_young(token, session);
             Next::Wait(deadline_ms)
         } else {
             self.connected(token, session)
@@ -261,6 +263,8 @@ impl Worker {
     }
 
     fn connected(&mut self, token: Token, session: &mut Session) -> Next {
+        // Its record says that it is connecting until all of this is done.
+        self.begin_copying(session);
         match self.send_header(session) {
             Ok(()) => {}
             Err(errno) if is_ours(errno) => return self.out_of(session, errno),
@@ -297,7 +301,7 @@ impl Worker {
     /// Sends the peer the PROXY header that says who the client is. It goes out before a byte of the client's,
     /// once for each attempt that connects.
     fn send_header(&self, session: &mut Session) -> Result<(), Errno> {
-        let (Some(version), Some(upstream)) = (session.settings.proxy_protocol, &session.upstream) else {
+        let (Some(version), Some(upstream)) = (session.owes, &session.upstream) else {
             return Ok(());
         };
         let header = proxy_protocol::write(version, session.ends.remote, session.ends.local);

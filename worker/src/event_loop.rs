@@ -56,7 +56,9 @@ pub(crate) const KEEP_TIMER: u32 = 3;
 pub(crate) const LOG_TIMER: u32 = 4;
 /// The timer that looks for the busiest sessions.
 pub(crate) const BUSY_TIMER: u32 = 5;
-const FIRST_SESSION: u32 = 6;
+/// The timer that ends what this process serves itself and is not done with when it has to leave.
+pub(crate) const SERVICE_TIMER: u32 = 6;
+const FIRST_SESSION: u32 = 7;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -330,6 +332,7 @@ impl Worker {
             KEEP_TIMER => self.keep_due(),
             LOG_TIMER => self.flush_access_logs(),
             BUSY_TIMER => self.tell_busiest(),
+            SERVICE_TIMER => self.end_services(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

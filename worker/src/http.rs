@@ -237,18 +237,33 @@ impl Worker {
 
     /// Ends the connections that wait for a request, so that none keeps a worker that is to leave.
     pub(crate) fn end_idle_http(&mut self) {
+        self.end_own(|session| {
+            session
+                .http
+                .as_ref()
+                .is_some_and(|http| http.request.is_empty() && http.sent == http.answer.len() && !http.closed)
+        });
+    }
+
+    /// Ends what this process answers itself, for clients that are slow to ask or to read.
+    pub(crate) fn end_services(&mut self) {
+        self.end_own(|session| session.is_status);
+    }
+
+    /// Ends those of the sessions that have no upstream which are meant; an answer that is not whole, in a reset.
+    fn end_own(&mut self, is_meant: impl Fn(&Session) -> bool) {
         for token in self.table.tokens() {
             let Some(session) = self.table.take(token) else {
                 continue;
             };
-            let idle = session.http.as_ref().is_some_and(|http| {
-                http.request.is_empty() && http.sent == http.answer.len() && !http.closed
-            });
+            let meant = is_meant(&session);
             self.table.put(token, session);
-            if idle {
+            if meant {
                 self.with_session(token, |worker, session| {
-                    worker.http_connections -= 1;
-                    end_stream(session);
+                    if session.http.is_some() {
+                        worker.http_connections -= 1;
+                        end_stream(session);
+                    }
                     Next::Close(CloseReason::Status)
                 });
             }

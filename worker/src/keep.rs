@@ -10,14 +10,14 @@ use culvert_shared::config::OnReload;
 use culvert_shared::counters::WorkerRow;
 use culvert_shared::ids::Direction;
 use culvert_shared::message::{BATCH, SessionId, ToMaster};
-use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream};
+use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream, Stage};
 use culvert_shared::sys::{fdpass, socket};
 use nix::errno::Errno;
 
 use crate::clock;
 use crate::drive::Next;
-use crate::event_loop::{KEEP_TIMER, Worker};
-use crate::session::{Datapath, Phase, Session, Stream};
+use crate::event_loop::{KEEP_TIMER, SERVICE_TIMER, Worker};
+use crate::session::{Awaited, Datapath, Phase, Session, Stream};
 use crate::store::Seat;
 use crate::table::{Side, Token};
 use crate::tally;
@@ -28,6 +28,8 @@ const KEEP_AFTER_MS: u64 = 1_000;
 const BATCH_EVERY_MS: u64 = 250;
 /// When the master is told again what it had no room to hear.
 const RETRY_MS: u64 = 10;
+/// How long a worker that has handed its sessions over goes on answering status and HTTP requests that it has.
+const SERVICE_PATIENCE_MS: u64 = 500;
 
 /// What the worker has to tell the master of its sessions.
 #[derive(Default)]
@@ -55,8 +57,11 @@ impl Keeping {
 }
 
 impl Worker {
-    /// A session has begun to stream.
-    pub(crate) fn note_young(&mut self, token: Token) {
+    /// A session has begun, and has to be waited for.
+    pub(crate) fn note_young(&mut self, token: Token, session: &mut Session) {
+        if std::mem::replace(&mut session.is_young, true) {
+            return;
+        }
         let due_ms = (clock::now_ms() + KEEP_AFTER_MS).next_multiple_of(BATCH_EVERY_MS);
         if self.keeping.young.is_empty() {
             self.wheel.set(KEEP_TIMER, due_ms);
@@ -76,19 +81,17 @@ impl Worker {
             let Some(mut session) = self.table.take(token) else {
                 continue;
             };
-            if session.phase == Phase::Streaming
-                && can_be_moved(&session)
-                && self.is_room_to_keep()
-                && self.fill_record(&mut session)
-            {
+            session.is_young = false;
+            if can_be_moved(&session) && self.is_room_to_keep() && self.fill_record(&mut session) {
                 old.push((token, session));
             } else {
                 self.table.put(token, session);
             }
         }
         let sent = self.send_to_keep(&mut old);
-        for (token, session) in old.drain(..).rev() {
+        for (token, mut session) in old.drain(..).rev() {
             if sent.is_err() {
+                session.is_young = true;
                 self.keeping.young.push_front((token, now_ms + BATCH_EVERY_MS));
             }
             self.table.put(token, session);
@@ -134,7 +137,7 @@ impl Worker {
         let new: Vec<&mut Box<Session>> = sessions
             .iter_mut()
             .map(|(_, session)| session)
-            .filter(|session| session.seat.is_some_and(|seat| !seat.kept))
+            .filter(|session| session.seat.is_some_and(|seat| !seat.kept || seat.stale))
             .collect();
         if new.is_empty() {
             return Ok(());
@@ -144,12 +147,7 @@ impl Worker {
             .filter_map(|session| session.seat)
             .map(|seat| seat.id)
             .collect();
-        let descriptors: Vec<BorrowedFd<'_>> = new
-            .iter()
-            .flat_map(|session| [Side::Downstream, Side::Upstream].map(|side| session.socket(side)))
-            .flatten()
-            .map(AsFd::as_fd)
-            .collect();
+        let descriptors: Vec<BorrowedFd<'_>> = new.iter().flat_map(|session| both_sockets(session)).collect();
         // Before they are sent: from then on the master may have to judge by it.
         self.mark(&new, Kept::Yes);
         let sent = fdpass::send(self.control.as_fd(), &ToMaster::Keep(ids).encode(), &descriptors);
@@ -158,26 +156,24 @@ impl Worker {
         } else {
             for seat in new.into_iter().filter_map(|session| session.seat.as_mut()) {
                 seat.kept = true;
+                seat.stale = false;
             }
         }
         sent
     }
 
-    /// A session that the master keeps has another upstream socket now: its next peer is being tried.
-    pub(crate) fn keep_again(&mut self, session: &mut Session) {
+    /// A session that the master keeps has another upstream socket now: its first or next peer is being tried.
+    pub(crate) fn keep_again(&mut self, token: Token, session: &mut Session) {
         let Some(seat) = session.seat.filter(|seat| seat.kept) else {
             return;
         };
         let filled = self.fill_record(session);
-        let descriptors: Vec<BorrowedFd<'_>> = [Side::Downstream, Side::Upstream]
-            .into_iter()
-            .filter_map(|side| session.socket(side))
-            .map(AsFd::as_fd)
-            .collect();
         let message = ToMaster::Keep(vec![seat.id]).encode();
-        if !filled || fdpass::send(self.control.as_fd(), &message, &descriptors).is_err() {
+        if !filled || fdpass::send(self.control.as_fd(), &message, &both_sockets(session)).is_err() {
             // The master has the former socket: with that nobody could go on.
             self.stop_keeping(session);
+            session.seat = Some(Seat { stale: true, ..seat });
+            self.note_young(token, session);
         }
     }
 
@@ -204,8 +200,12 @@ impl Worker {
         if let Some(seat) = session.seat.filter(|seat| seat.kept)
             && let Some(record) = self.wards[seat.ward].store.record(seat.id.place)
         {
-            let streams = [0, 1].map(|way| saved_stream(&session.streams[way]));
-            record.save(session.last_active_ms, &streams, session.holds_bytes());
+            if session.phase == Phase::Streaming {
+                let streams = [0, 1].map(|way| saved_stream(&session.streams[way]));
+                record.save(session.last_active_ms, &streams, session.holds_bytes());
+            } else if let Some(saved) = saved(session, seat) {
+                record.fill(&saved, false);
+            }
         }
     }
 
@@ -239,6 +239,8 @@ impl Worker {
     pub(crate) fn hand_over(&mut self) {
         self.keeping.handing_over = true;
         self.drain();
+        self.wheel
+            .set(SERVICE_TIMER, clock::now_ms() + SERVICE_PATIENCE_MS);
         for token in self.table.tokens() {
             self.with_session(token, |worker, session| match session.phase {
                 Phase::Reading { deadline_ms, .. }
@@ -333,8 +335,10 @@ impl Worker {
 
     /// Forgets a session that another worker has now. Its sockets stay open, the master has them.
     fn release(&mut self, token: Token, session: Session) {
-        WorkerRow::down(&self.gauges().sessions);
-        WorkerRow::down(&self.gauges().listener_active[session.listener]);
+        if !session.is_status {
+            WorkerRow::down(&self.gauges().sessions);
+            WorkerRow::down(&self.gauges().listener_active[session.listener]);
+        }
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
             WorkerRow::down(&self.gauges().peer_active[row]);
         }
@@ -370,41 +374,60 @@ impl Worker {
 
 /// Whether another worker could go on with a session, if no byte of it is in this one's hands.
 fn can_be_moved(session: &Session) -> bool {
-    // A header that is still to be sent would be decided anew by the settings that the other worker has.
-    let owes_header =
-        matches!(session.phase, Phase::Connecting { .. }) && session.settings.proxy_protocol.is_some();
-    session.upstream.is_some() && !session.is_status && !owes_header
+    match session.phase {
+        // What is read is in the receive queue until it is there whole.
+        Phase::Reading { .. } => true,
+        Phase::Connecting { .. } | Phase::Streaming => session.upstream.is_some(),
+        Phase::Http { .. } => false,
+    }
+}
+
+/// The sockets of a session; one that has no upstream yet shows its client's twice.
+fn both_sockets(session: &Session) -> [BorrowedFd<'_>; 2] {
+    [Side::Downstream, Side::Upstream].map(|side| session.socket(side).unwrap_or(&session.downstream).as_fd())
 }
 
 fn saved(session: &Session, seat: Seat) -> Option<Saved> {
-    let upstream = session.upstream.as_ref()?;
-    let cookie = |side| {
-        session
-            .socket(side)
-            .and_then(|fd| socket::cookie(fd.as_fd()).ok())
+    let upstream = session.upstream.as_ref();
+    let [downstream_fd, upstream_fd] = both_sockets(session);
+    let (stage, deadline_ms) = match session.phase {
+        Phase::Reading { deadline_ms, awaited } => match awaited {
+            Awaited::Header => (Stage::Header, deadline_ms),
+            Awaited::Hello => (Stage::Hello, deadline_ms),
+        },
+        Phase::Connecting { deadline_ms } => (Stage::Connecting, deadline_ms),
+        Phase::Streaming => (Stage::Streaming, 0),
+        Phase::Http { .. } => return None,
     };
     let settings = &session.settings;
     Some(Saved {
         number: session.number,
         started_ms: session.started_ms,
         last_active_ms: session.last_active_ms,
-        connecting_until_ms: match session.phase {
-            Phase::Connecting { deadline_ms } => deadline_ms.max(1),
-            Phase::Reading { .. } | Phase::Streaming | Phase::Http { .. } => 0,
-        },
-        cookies: [cookie(Side::Downstream)?, cookie(Side::Upstream)?],
+        stage,
+        deadline_ms,
+        cookies: [
+            socket::cookie(downstream_fd).ok()?,
+            socket::cookie(upstream_fd).ok()?,
+        ],
         client: session.client(),
+        header: session
+            .ends
+            .header
+            .map(|header| [header.source, header.destination]),
+        owes: session.owes,
+        is_status: session.is_status,
         local: session.ends.local,
         listener: session.listener as u32,
-        peer: upstream.row.map(|row| row as u32),
-        tcp: upstream.tcp,
+        peer: upstream.and_then(|upstream| upstream.row).map(|row| row as u32),
+        tcp: upstream.is_some_and(|upstream| upstream.tcp),
         joined: seat.joined,
         carrier: match session.datapath {
             Datapath::Sockmap => Carrier::Sockmap,
             Datapath::Fallback(reason) => Carrier::Fallback(reason),
             Datapath::Relay | Datapath::Pending => Carrier::Relay,
         },
-        upstream: upstream.name.clone(),
+        upstream: upstream.map_or(String::new(), |upstream| upstream.name.clone()),
         connect_began_ns: session.connect_began_ns,
         connect_us: session.connect_us.unwrap_or(0),
         streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),

@@ -63,7 +63,7 @@ impl Worker {
         match session.seat.is_some_and(|seat| seat.kept) {
             // The record still says that it is connecting.
             true => drop(self.fill_record(session)),
-            false => self.note_young(token),
+            false => self.note_young(token, session),
         }
         self.stream(token, session)
     }
@@ -275,6 +275,7 @@ impl Ward {
             },
             joined: false,
             kept: false,
+            stale: false,
         })
     }
 

@@ -70,7 +70,7 @@ impl Worker {
         let look = match seen {
             Ok(0) => Err(CloseReason::DownstreamLeftReading),
             Ok(seen) => match awaited {
-                Awaited::Header => look_for_header(session, &glance[..seen]),
+                Awaited::Header => self.look_for_header(session, &glance[..seen]),
                 Awaited::Hello => Ok(look_for_hello(session, &glance[..seen], limit)),
             },
             Err(Errno::EAGAIN) => Ok(Look::Incomplete),
@@ -87,7 +87,10 @@ impl Worker {
                 Next::Close(CloseReason::DownstreamLeftReading)
             }
             Ok(Look::Incomplete) => match self.attend(token, session, Interest::Read) {
-                Ok(()) => Next::Wait(deadline_ms),
+                Ok(()) => {
+                    self.note_young(token, session);
+                    Next::Wait(deadline_ms)
+                }
                 Err(_) => Next::Close(CloseReason::Resource),
             },
             Ok(Look::Bad(why)) => {
@@ -127,9 +130,36 @@ impl Worker {
         session.phase = Phase::Streaming;
         session.last_active_ms = clock::now_ms();
         if session.is_status {
+            // A document is not gone on with by another worker.
+            self.stop_keeping(session);
             self.answer_status(token, session)
         } else {
             self.connect(token, session)
+        }
+    }
+
+    fn look_for_header(&self, session: &mut Session, seen: &[u8]) -> Result<Look, CloseReason> {
+        let header = match proxy_protocol::read(seen) {
+            Read::Header(header) => header,
+            Read::Incomplete => return Ok(Look::Incomplete),
+            Read::Invalid(why) => return Ok(Look::Bad(why)),
+        };
+        // Its record says that the header is still to come.
+        self.begin_copying(session);
+        take_out(session, header.bytes)?;
+        believe(session, &header);
+        Ok(Look::Done)
+    }
+
+    /// Reads the TLS hello of a session that another worker has read it of: it is still in the receive queue.
+    pub(crate) fn recall_hello(&mut self, session: &mut Session) {
+        if !session.settings.ssl_preread {
+            return;
+        }
+        let glance = &mut self.glance.0;
+        let limit = session.settings.preread_buffer_size.min(glance.len());
+        if let Ok(seen) = sockets::peek(session.downstream.as_fd(), &mut glance[..limit]) {
+            look_for_hello(session, &glance[..seen], limit);
         }
     }
 
@@ -147,17 +177,6 @@ impl Worker {
             Some(_) => self.sockets.change(&session.downstream, token, side, interest),
         }
     }
-}
-
-fn look_for_header(session: &mut Session, seen: &[u8]) -> Result<Look, CloseReason> {
-    let header = match proxy_protocol::read(seen) {
-        Read::Header(header) => header,
-        Read::Incomplete => return Ok(Look::Incomplete),
-        Read::Invalid(why) => return Ok(Look::Bad(why)),
-    };
-    take_out(session, header.bytes)?;
-    believe(session, &header);
-    Ok(Look::Done)
 }
 
 /// Whatever it is, nothing of it is taken out: the peer is to have it.

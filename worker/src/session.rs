@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use culvert_shared::config::Stream as Settings;
+use culvert_shared::config::{ProxyProtocol, Stream as Settings};
 use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
 use culvert_shared::limits::Held;
@@ -237,6 +237,8 @@ pub struct Session {
     pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
     pub upstream: Option<Upstream>,
+    /// The PROXY header that its peer is to be sent before all else, as the settings said when connecting began.
+    pub owes: Option<ProxyProtocol>,
     /// The group and the peers of it that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
     /// Peers that did not take it, for the access log.
@@ -259,6 +261,8 @@ pub struct Session {
     pub holds: Vec<Held>,
     /// Its place in a store.
     pub seat: Option<Seat>,
+    /// It is among those that are given to the master once they have lived long enough.
+    pub is_young: bool,
     /// When it was accepted.
     pub started_ms: u64,
     /// When user space last saw a byte move.
@@ -293,6 +297,7 @@ impl Session {
             attention: None,
             is_status: false,
             upstream: None,
+            owes: None,
             tried: None,
             failed_peers: Vec::new(),
             connect_began_ns: 0,
@@ -304,6 +309,7 @@ impl Session {
             datapath: Datapath::Pending,
             holds: Vec::new(),
             seat: None,
+            is_young: false,
             started_ms: now_ms,
             last_active_ms: now_ms,
             acknowledged_bytes: None,

@@ -140,7 +140,15 @@ pub fn no_delay(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 
 /// The address that an accepted connection was made to; a wildcard listener does not tell.
 pub fn local_address(fd: BorrowedFd<'_>) -> Option<SocketAddr> {
-    let address: SockaddrStorage = socket::getsockname(fd.as_raw_fd()).ok()?;
+    internet(socket::getsockname(fd.as_raw_fd()).ok()?)
+}
+
+/// The address that a connection was made from; none once it is reset.
+pub fn peer_address(fd: BorrowedFd<'_>) -> Option<SocketAddr> {
+    internet(socket::getpeername(fd.as_raw_fd()).ok()?)
+}
+
+fn internet(address: SockaddrStorage) -> Option<SocketAddr> {
     let v4 = address
         .as_sockaddr_in()
         .map(|address| SocketAddr::V4((*address).into()));

@@ -111,4 +111,6 @@ pub struct Seat {
     pub joined: bool,
     /// The master has its sockets too.
     pub kept: bool,
+    /// It has other sockets than the master knows of, which had no room to hear of them.
+    pub stale: bool,
 }
