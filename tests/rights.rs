@@ -4,13 +4,15 @@
 mod harness;
 
 use std::collections::BTreeSet;
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use harness::pattern::ping;
 use harness::program::{need, run};
-use harness::{Plan, Upstream, connect, process};
+use harness::{Plan, Proxy, Upstream, connect, process, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -67,6 +69,99 @@ fn as_user_without(left_out: &str) -> Plan {
         "--",
     ];
     plan.binary(binary.clone()).launched_by(&launcher)
+}
+
+/// As the start of a plan by an ordinary user who has no right but those of the file that is started.
+fn as_user_with_a_file_that_has_rights() -> Plan {
+    need("setcap", "libcap2-bin");
+    let plan = as_user_without("nothing");
+    let launcher = &plan.launcher()[..4].to_vec();
+    let launcher: Vec<&str> = launcher.iter().map(String::as_str).collect();
+    let plan = plan.launched_by(&launcher);
+    give_rights(&plan.file("master"));
+    plan
+}
+
+fn give_rights(file: &Path) {
+    let names: Vec<String> = USEFUL.iter().map(|(name, _)| format!("cap_{name}")).collect();
+    let mut command = Command::new("setcap");
+    command.arg(format!("{}=ep", names.join(","))).arg(file);
+    run(command, Duration::from_secs(10)).must_succeed("setcap");
+}
+
+/// Puts a new copy of the binary in the place of the one that runs, and asks the master to become it.
+fn begin_upgrade(proxy: &Proxy, prepare: impl FnOnce(&Path)) {
+    let (binary, new) = (proxy.dir().join("master"), proxy.dir().join("new"));
+    std::fs::copy(env!("CARGO_BIN_EXE_master"), &new).expect("copying the binary");
+    prepare(&new);
+    std::fs::rename(&new, &binary).expect("putting the new binary in its place");
+    assert_ne!(process::executable(proxy.pid()), binary, "the old binary runs");
+    proxy.signal(Signal::SIGUSR2);
+}
+
+/// Waits until the master is the new binary, with the rights that it had, and the session went on.
+#[track_caller]
+fn assert_upgraded(proxy: &Proxy, client: &mut TcpStream, workers: &[i32], rights: u64) {
+    let binary = proxy.dir().join("master");
+    assert!(
+        within(Duration::from_secs(15), || process::executable(proxy.pid())
+            == binary),
+        "the master still is the old binary:\n{}",
+        proxy.log()
+    );
+    proxy.wait("new workers serve, and have the session", |s| {
+        let mut now = s.workers().into_iter();
+        now.all(|w| !workers.contains(&w.pid)) && s.offloaded() == 1
+    });
+    ping(client, 2, 3).expect("the session after the upgrade");
+    assert_eq!(capabilities(proxy.pid(), "CapEff"), rights);
+    proxy.reload();
+    ping(client, 3, 3).expect("the session after a reload");
+}
+
+#[test]
+fn a_master_that_is_no_root_can_be_upgraded_with_ambient_rights() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = as_user_without("nothing").global(&format!("user = \"{}\"", OTHER.0));
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    ping(&mut client, 1, 3).expect("a session");
+    let rights = capabilities(proxy.pid(), "CapEff");
+    let workers = [proxy.worker()];
+    begin_upgrade(&proxy, |_| {});
+    assert_upgraded(&proxy, &mut client, &workers, rights);
+}
+
+#[test]
+fn a_master_that_has_the_rights_of_its_file_becomes_no_file_without_them() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = as_user_with_a_file_that_has_rights();
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut client = connect(front);
+    ping(&mut client, 1, 3).expect("a session");
+    proxy.wait("the session is offloaded", |s| s.offloaded() == 1);
+    let rights = capabilities(proxy.pid(), "CapEff");
+    assert_eq!(rights, mask() & !(1 << SYS_RESOURCE));
+    let worker = proxy.worker();
+
+    begin_upgrade(&proxy, |_| {});
+    assert!(
+        within(Duration::from_secs(15), || proxy.log().contains("upgrade to ")
+            && proxy.log().contains(" refused")),
+        "{}",
+        proxy.log()
+    );
+    assert!(
+        proxy.log().contains("it would run without CAP_BPF, "),
+        "{}",
+        proxy.log()
+    );
+    assert_eq!(proxy.worker(), worker, "nothing has changed");
+
+    begin_upgrade(&proxy, give_rights);
+    assert_upgraded(&proxy, &mut client, &[worker], rights);
 }
 
 /// The rights that the log says are missing.
