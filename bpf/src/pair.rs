@@ -83,8 +83,8 @@ impl Default for LaneNumber {
 /// How far [`SlotMaps::join`] came.
 #[derive(Debug)]
 pub enum Joined {
-    /// Both directions are forwarded in the kernel.
-    Both,
+    /// Each direction that was to be is forwarded in the kernel.
+    Wanted,
     /// The kernel forwards to_upstream; the upstream socket could not become a source (most likely it has
     /// just ended its stream), so to_downstream is left to user space.
     ToUpstreamOnly,
@@ -224,9 +224,18 @@ impl SlotMaps {
     /// is forwarded first, a half-read segment included. On an error nothing was forwarded and the
     /// sockets are as before.
     ///
+    /// `wanted` are the directions that the kernel is to forward; the source of another one stays an ordinary socket
+    /// that user space reads.
+    ///
     /// The order matters: both sockets are targets before one becomes a source, so no byte can find its
     /// target missing; and the kick comes last, for what arrived before its socket was a source.
-    pub fn join(&self, place: Place, sockets: [BorrowedFd<'_>; 2], terms: &Terms) -> io::Result<Joined> {
+    pub fn join(
+        &self,
+        place: Place,
+        sockets: [BorrowedFd<'_>; 2],
+        terms: &Terms,
+        wanted: [bool; 2],
+    ) -> io::Result<Joined> {
         for (side, fd) in sockets.iter().enumerate() {
             let flow = &self.flows[self.index(place, side)];
             flow.cookie.store(socket::cookie(*fd)?, Relaxed);
@@ -242,7 +251,7 @@ impl SlotMaps {
             }
             flow.flags.store(0, Release);
         }
-        let joined = self.insert(place, sockets);
+        let joined = self.insert(place, sockets, wanted);
         match &joined {
             // Refused only for what is not a socket (sk_setsockopt), and these two are.
             Ok(_) => sockets
@@ -256,7 +265,7 @@ impl SlotMaps {
         joined
     }
 
-    fn insert(&self, place: Place, sockets: [BorrowedFd<'_>; 2]) -> io::Result<Joined> {
+    fn insert(&self, place: Place, sockets: [BorrowedFd<'_>; 2], wanted: [bool; 2]) -> io::Result<Joined> {
         for (side, fd) in sockets.iter().enumerate() {
             let index = self.index(place, side);
             let cookie = self.flows[index].cookie.load(Relaxed);
@@ -271,17 +280,18 @@ impl SlotMaps {
                 &abi::place(self.number, index as u32),
             )?;
         }
-        for map in [&self.targets, &self.sources] {
-            for (side, fd) in sockets.iter().enumerate() {
-                let result = self.insert_socket(map, self.index(place, side), *fd);
-                // Not an error for the caller: the other socket is a source by now, bytes may be on their way.
-                if result.is_err() && side == 1 && std::ptr::eq(map, &self.sources) {
-                    return Ok(Joined::ToUpstreamOnly);
-                }
-                result?;
-            }
+        for (side, fd) in sockets.iter().enumerate() {
+            self.insert_socket(&self.targets, self.index(place, side), *fd)?;
         }
-        Ok(Joined::Both)
+        for (side, fd) in sockets.iter().enumerate().filter(|(side, _)| wanted[*side]) {
+            let result = self.insert_socket(&self.sources, self.index(place, side), *fd);
+            // Not an error for the caller: the other socket is a source by now, bytes may be on their way.
+            if result.is_err() && side == 1 && wanted[0] {
+                return Ok(Joined::ToUpstreamOnly);
+            }
+            result?;
+        }
+        Ok(Joined::Wanted)
     }
 
     fn insert_socket(&self, map: &MapHandle, index: usize, fd: BorrowedFd<'_>) -> io::Result<()> {

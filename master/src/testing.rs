@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use culvert_shared::config::{
-    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, LogTarget, OnReload, Peer, Server,
-    Stream, Target, Upstream,
+    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, LogTarget, OnReload, Peer, Rate,
+    Server, Stream, Target, Upstream,
 };
 
 /// One server for each listener, all proxying to the first upstream; one worker on CPU 0.
@@ -29,6 +29,8 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         access: Vec::new(),
         limit_conn: Vec::new(),
         limit_conn_rate: Vec::new(),
+        proxy_upload_rate: Rate::OFF,
+        proxy_download_rate: Rate::OFF,
         ssl_preread: false,
         preread_buffer_size: 16 * 1024,
         preread_timeout: Duration::from_secs(30),

@@ -58,6 +58,8 @@ reasons! {
         EarlyEnd = "early_end",
         /// The kernel refused to take a socket into the sockmap.
         KernelRefused = "kernel_refused",
+        /// `proxy_upload_rate` or `proxy_download_rate` limits it: a direction that is limited is copied, the other one is not.
+        RateLimited = "rate_limited",
     }
 }
 

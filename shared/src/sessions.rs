@@ -16,7 +16,7 @@ use crate::sys::shm::Shareable;
 
 /// The version of this layout: another binary may go on with a table if it has the same ([`layout`]). Change it
 /// whenever a word or a bit changes its place or meaning.
-const LAYOUT: &str = "culvert sessions, layout 2";
+const LAYOUT: &str = "culvert sessions, layout 3";
 
 /// How a record is laid out, for two binaries to compare.
 pub fn layout() -> String {
@@ -45,8 +45,9 @@ mod at {
     pub const CONNECT_BEGAN: usize = 22;
     pub const CONNECT_TOOK: usize = 23;
     pub const HOLDS: usize = 24;
-    pub const NAME_LEN: usize = 26;
-    pub const NAME: usize = 27;
+    pub const RATES: usize = 26;
+    pub const NAME_LEN: usize = 28;
+    pub const NAME: usize = 29;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -100,6 +101,8 @@ pub struct SavedStream {
     pub read_bytes: u64,
     /// Bytes that user space wrote to the target.
     pub written_bytes: u64,
+    /// Bytes per second that it may carry; 0: without limit. Stays what it was when the session began.
+    pub rate: u64,
 }
 
 /// Who carries the bytes of a session.
@@ -313,6 +316,7 @@ impl Saved {
         for (way, stream) in self.streams.iter().enumerate() {
             words[at::READ + way] = stream.read_bytes;
             words[at::WRITTEN + way] = stream.written_bytes;
+            words[at::RATES + way] = stream.rate;
         }
         words[at::TIMEOUT] = self.settings.proxy_timeout_ms;
         words[at::PERIOD] = self.settings.timer_period_ms;
@@ -343,6 +347,7 @@ impl Saved {
                 buffers: (bits >> BUFFERS_SHIFT & 3) as u8,
                 read_bytes: words[at::READ + way],
                 written_bytes: words[at::WRITTEN + way],
+                rate: words[at::RATES + way],
             }
         };
         let carrier = match flags >> CARRIER_SHIFT & 0xff {
@@ -508,13 +513,14 @@ mod tests {
     }
 
     fn stream() -> impl Strategy<Value = SavedStream> {
-        (0u8..4, any::<bool>(), 0u8..4, any::<u64>(), any::<u64>()).prop_map(
-            |(way, source_ended, buffers, read_bytes, written_bytes)| SavedStream {
+        (0u8..4, any::<bool>(), 0u8..4, any::<[u64; 3]>()).prop_map(
+            |(way, source_ended, buffers, numbers)| SavedStream {
                 way,
                 source_ended,
                 buffers,
-                read_bytes,
-                written_bytes,
+                read_bytes: numbers[0],
+                written_bytes: numbers[1],
+                rate: numbers[2],
             },
         )
     }

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 
 use culvert_shared::config::{Escape, LogFormat, LogPart, LogVariable};
-use culvert_shared::counters::CloseReason;
+use culvert_shared::counters::{CloseReason, FallbackReason};
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::local_time::LocalTime;
 
@@ -77,6 +77,8 @@ pub struct Ended<'a> {
     pub pauses: u64,
     /// Who carried it.
     pub datapath: Datapath,
+    /// A limit on its rate kept a direction out of the kernel.
+    pub limited: bool,
     /// How long it lasted.
     pub lasted_ms: u64,
     /// Peers that did not take it.
@@ -187,6 +189,9 @@ fn value(
         }
         V::FallbackReason => match ended.datapath {
             Datapath::Fallback(reason) => out.extend_from_slice(reason.name().as_bytes()),
+            Datapath::Sockmap if ended.limited => {
+                out.extend_from_slice(FallbackReason::RateLimited.name().as_bytes());
+            }
             _ => missing(out, escape),
         },
         V::CloseReason => out.extend_from_slice(ended.reason.name().as_bytes()),
@@ -326,6 +331,7 @@ mod tests {
             ],
             pauses: 3,
             datapath: Datapath::Sockmap,
+            limited: false,
             lasted_ms: 61_001,
             failed,
             upstream: Some("unix:/a\n\"b"),

@@ -151,6 +151,7 @@ impl Worker {
             carried,
             pauses,
             datapath: session.datapath,
+            limited: session.is_limited(),
             lasted_ms: now_ms.saturating_sub(session.started_ms),
             failed: &session.failed_peers,
             upstream: session.upstream.as_ref().map(|upstream| upstream.name.as_str()),

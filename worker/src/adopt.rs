@@ -16,6 +16,7 @@ use culvert_shared::sys::socket;
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
+use crate::pace::Pace;
 use crate::route::Ends;
 use crate::session::{Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
 use crate::sockets::{self, Interest};
@@ -153,7 +154,7 @@ impl Worker {
             }
             // What is there already is found by trying.
             for side in [Side::Downstream, Side::Upstream] {
-                if session.interest(side) == Interest::Data {
+                if session.interest(side) != Interest::End {
                     session.ready[side.index()].readable = true;
                     session.ready[side.index()].writable = true;
                 }
@@ -281,6 +282,7 @@ fn revive_stream(saved: SavedStream) -> Stream {
     stream.buffers = buffers_of(saved.buffers);
     stream.read_bytes = saved.read_bytes;
     stream.written_bytes = saved.written_bytes;
+    stream.pace = Pace::new(saved.rate, clock::now_ns());
     stream
 }
 

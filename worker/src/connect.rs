@@ -36,6 +36,7 @@ impl Worker {
         {
             session.ends.local = local;
         }
+        self.limit_rates(session, clock::now_ns());
         match self.router.route(target, &session.ends) {
             Ok(Route::Group(group)) => {
                 session.tried = Some((group, Vec::new()));

@@ -180,7 +180,16 @@ impl Worker {
         for direction in Direction::BOTH {
             // An end that was reported and not yet found comes with no further event.
             let end_is_near = session.ready[source(direction).index()].ended;
+            let is_readable = session.ready[source(direction).index()].readable;
             let stream = session.stream(direction);
+            if let Some(pace) = &stream.pace
+                && stream.way == Way::Relay
+                && stream.pending.is_empty()
+                && is_readable
+                && pace.is_waiting()
+            {
+                wake_ms = wake_ms.min(pace.due_ns().div_ceil(1_000_000));
+            }
             if stream.way == Way::Settling || (stream.way == Way::Kernel && end_is_near) {
                 wake_ms = wake_ms.min(now_ms + stream.patience_ms);
                 stream.patience_ms = (2 * stream.patience_ms).min(LONGEST_PATIENCE_MS);
@@ -213,7 +222,11 @@ impl Worker {
         }
         let settings = &session.settings;
         let kernel_ms = self.kernel_active_ms(session);
-        let deadline = session.last_active_ms.max(kernel_ms) + settings.proxy_timeout.as_millis() as u64;
+        // A direction that waits for its limit is not idle.
+        let paces = session.streams.iter().filter_map(|stream| stream.pace.as_ref());
+        let paced_ms = paces.map(|pace| pace.due_ns() / 1_000_000).max().unwrap_or(0);
+        let deadline =
+            session.last_active_ms.max(kernel_ms).max(paced_ms) + settings.proxy_timeout.as_millis() as u64;
         deadline.next_multiple_of((settings.ebpf_timer_period.as_millis() as u64).max(1))
     }
 

@@ -427,5 +427,6 @@ fn saved_stream(stream: &Stream) -> SavedStream {
         buffers: stream.buffers as u8,
         read_bytes: stream.read_bytes,
         written_bytes: stream.written_bytes,
+        rate: stream.pace.as_ref().map_or(0, |pace| pace.rate()),
     }
 }

@@ -1,7 +1,7 @@
 //! A worker process: accepts, connects, hands sessions to the kernel, watches them end.
 //!
 //! A session's way, file by file: `accept` → `table` (its slot) → `preread` (what its client must send first) → `route` → `balance` → `connect` →
-//! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies) → `close` (totals, reason, log line).
+//! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies, no faster than `pace` lets it) → `close` (totals, reason, log line).
 //! `keep` lets a session outlive this process, `adopt` takes over what another one left.
 //! `access_log` gathers the lines that `access_line` writes of ended sessions, `log_writer` waits for the disk.
 //! `http` serves `status`, `page` and `metrics`; `busy` tells every worker of the busiest sessions of all.
@@ -31,6 +31,7 @@ mod log_writer;
 mod map;
 mod metrics;
 mod offload;
+mod pace;
 mod page;
 mod preread;
 mod pressure;

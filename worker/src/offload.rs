@@ -27,7 +27,14 @@ impl Worker {
     /// Both ends are there: the kernel takes the session, or user space copies it.
     pub(crate) fn begin_streaming(&mut self, token: Token, session: &mut Session) -> Next {
         session.datapath = match self.offload(token, session) {
-            Ok(Joined::Both) => {
+            Ok(Joined::Wanted) if session.is_limited() => {
+                // One direction is the kernel's, the other one user space's.
+                session.streams.iter_mut().for_each(|stream| stream.offload());
+                self.board[0].count_fallback(FallbackReason::RateLimited);
+                self.watch_data(token, session);
+                Datapath::Sockmap
+            }
+            Ok(Joined::Wanted) => {
                 session.streams.iter_mut().for_each(|stream| stream.offload());
                 if let Some(upstream) = session
                     .upstream
@@ -81,6 +88,10 @@ impl Worker {
         let Some(upstream) = session.upstream.as_ref().filter(|upstream| upstream.tcp) else {
             return refuse(FallbackReason::NotTcp);
         };
+        let wanted = Direction::BOTH.map(|way| session.streams[way.index()].pace.is_none());
+        if wanted == [false; 2] {
+            return refuse(FallbackReason::RateLimited);
+        }
         let Some(seat) = session.seat.or_else(|| self.wards[OWN].take_seat()) else {
             return refuse(FallbackReason::SlotsUsedUp);
         };
@@ -94,7 +105,7 @@ impl Worker {
             backlog_bytes: session.settings.ebpf_backlog_size,
             lane: self.wards[ward].reader.lane(),
         };
-        match maps.join(place, ends, &terms) {
+        match maps.join(place, ends, &terms, wanted) {
             Ok(joined) => {
                 self.wards[ward].tokens[place.0 as usize] = Some(token);
                 session.seat = Some(Seat { joined: true, ..seat });
@@ -127,7 +138,7 @@ impl Worker {
         for side in [Side::Downstream, Side::Upstream] {
             if let Some(fd) = session.socket(side) {
                 // It can only fail for want of memory; then the session ends by its idle timeout.
-                let _ = self.sockets.change(fd, token, side, Interest::Data);
+                let _ = self.sockets.change(fd, token, side, session.interest(side));
             }
             session.ready[side.index()].readable = true;
             session.ready[side.index()].writable = true;

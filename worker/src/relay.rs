@@ -56,6 +56,14 @@ impl Worker {
             if !session.ready[from.index()].readable {
                 return Ok(Pumped::Blocked);
             }
+            let limit = match &mut session.streams[direction.index()].pace {
+                None => limit,
+                Some(pace) => limit.min(pace.budget(clock::now_ns())),
+            };
+            if limit == 0 {
+                // `wait` says when it goes on.
+                return Ok(Pumped::Blocked);
+            }
             let Some(socket) = session.socket(from) else {
                 return Ok(Pumped::Blocked);
             };
@@ -74,7 +82,11 @@ impl Worker {
                 Err(errno) => return Err(Failed { side: from, errno }),
             };
             session.last_active_ms = clock::now_ms();
-            session.stream(direction).read_bytes += read as u64;
+            let stream = session.stream(direction);
+            stream.read_bytes += read as u64;
+            if let Some(pace) = &mut stream.pace {
+                pace.spend(read);
+            }
             let written = match session
                 .socket(to)
                 .map(|socket| sockets::send(socket.as_fd(), &buffer[..read]))

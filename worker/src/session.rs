@@ -13,6 +13,7 @@ use nix::errno::Errno;
 
 use crate::busy::Seen;
 use crate::http::Connection;
+use crate::pace::Pace;
 use crate::route::Ends;
 use crate::sockets::Interest;
 use crate::store::Seat;
@@ -72,6 +73,8 @@ pub struct Stream {
     pub buffers: Buffers,
     /// Milliseconds until a settling direction is looked at again; doubles each time.
     pub patience_ms: u64,
+    /// Its limit in bytes per second; `None`: without. A limited direction is copied.
+    pub pace: Option<Pace>,
 }
 
 impl Stream {
@@ -86,12 +89,14 @@ impl Stream {
             settled_bytes: 0,
             buffers: Buffers::Own,
             patience_ms: 1,
+            pace: None,
         }
     }
 
     /// The kernel has taken the pair.
     pub fn offload(&mut self) {
-        if self.way == Way::Relay && self.pending.is_empty() && !self.source_ended {
+        let free = self.pace.is_none();
+        if free && self.way == Way::Relay && self.pending.is_empty() && !self.source_ended {
             self.way = Way::Kernel;
         }
         self.check_invariants();
@@ -342,10 +347,26 @@ impl Session {
             Phase::Reading { .. } => self.attention.unwrap_or(Interest::Read),
             Phase::Connecting { .. } if side == Side::Upstream => Interest::Connected,
             Phase::Connecting { .. } => Interest::End,
-            Phase::Streaming if self.streams.iter().any(|stream| stream.way == Way::Relay) => Interest::Data,
             Phase::Http { .. } => Interest::Data,
-            Phase::Streaming => Interest::End,
+            Phase::Streaming => {
+                let is_copied = |direction: Direction| self.streams[direction.index()].way == Way::Relay;
+                let mut copied = Direction::BOTH
+                    .into_iter()
+                    .filter(|direction| is_copied(*direction));
+                match (copied.next(), copied.next()) {
+                    (None, _) => Interest::End,
+                    // What the kernel forwards of the other one must not wake the worker.
+                    (Some(direction), None) if side == source(direction) => Interest::Read,
+                    (Some(_), None) => Interest::Write,
+                    (Some(_), Some(_)) => Interest::Data,
+                }
+            }
         }
+    }
+
+    /// Whether a limit on its rate keeps a direction out of the kernel.
+    pub fn is_limited(&self) -> bool {
+        self.streams.iter().any(|stream| stream.pace.is_some())
     }
 
     /// Whether both streams have ended.

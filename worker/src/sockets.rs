@@ -25,6 +25,8 @@ pub enum Interest {
     Read,
     /// That a connection attempt ends.
     Connected,
+    /// Space.
+    Write,
     /// Data and space.
     Data,
 }
@@ -34,7 +36,7 @@ impl Interest {
         let wanted = match self {
             Interest::End => EpollFlags::EPOLLRDHUP,
             Interest::Read => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLIN,
-            Interest::Connected => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLOUT,
+            Interest::Connected | Interest::Write => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLOUT,
             Interest::Data => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLOUT | EpollFlags::EPOLLIN,
         };
         wanted | EpollFlags::EPOLLET

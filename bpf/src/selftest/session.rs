@@ -73,8 +73,8 @@ impl<'a> Session<'a> {
             lane,
         };
         let sockets = [self.downstream.stream.as_fd(), self.upstream.stream.as_fd()];
-        match self.maps.join(self.place, sockets, &terms) {
-            Ok(Joined::Both) => Ok(()),
+        match self.maps.join(self.place, sockets, &terms, [true; 2]) {
+            Ok(Joined::Wanted) => Ok(()),
             Ok(Joined::ToUpstreamOnly) => bail!("upstream: the kernel refused it as a source"),
             Err(error) => Err(error).context("the kernel refused the sockets"),
         }

@@ -55,6 +55,9 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.proxy_protocol", Default::Flag(false)),
     // nginx: proxy_protocol_timeout 30s.
     ("stream.proxy_protocol_timeout", Default::Text("30s")),
+    // nginx: proxy_upload_rate 0, proxy_download_rate 0.
+    ("stream.proxy_upload_rate", Default::Number(0)),
+    ("stream.proxy_download_rate", Default::Number(0)),
     // nginx: ssl_preread off.
     ("stream.ssl_preread", Default::Flag(false)),
     // nginx: preread_buffer_size 16k.

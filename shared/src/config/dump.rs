@@ -242,6 +242,13 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
         .map(|rate| rate.text(zones))
         .collect();
     writeln!(out, "limit_conn_rate = {}", list(&rates))?;
+    for (name, rate) in [
+        ("proxy_upload_rate", &stream.proxy_upload_rate),
+        ("proxy_download_rate", &stream.proxy_download_rate),
+    ] {
+        let rate = rate.text(|template| plain(config, template));
+        writeln!(out, "{name} = {}", quoted(&rate))?;
+    }
     writeln!(out, "ssl_preread = {}", stream.ssl_preread)?;
     let (size, timeout) = (stream.preread_buffer_size, stream.preread_timeout);
     writeln!(out, "preread_buffer_size = {}", quoted(&write_size(size)))?;

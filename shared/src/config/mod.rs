@@ -22,6 +22,7 @@ mod layer;
 mod limit;
 mod map;
 mod network;
+mod rate;
 mod servers;
 mod source;
 mod template;
@@ -43,6 +44,7 @@ pub use dump::dump;
 pub use limit::{LimitConn, LimitRate, LimitZone};
 pub use map::{MapEntry, Pattern, VariableMap};
 pub use network::Network;
+pub use rate::Rate;
 
 /// Reads, merges and checks a configuration: the file with what it includes, over it the environment
 /// (`CULVERT_STREAM__PROXY_TIMEOUT=5s`), over that `overrides` (`stream.proxy_timeout=5s`, the last one counts).
@@ -381,6 +383,10 @@ pub struct Stream {
     pub limit_conn: Vec<LimitConn>,
     /// How fast the connections of a key may come.
     pub limit_conn_rate: Vec<LimitRate>,
+    /// How fast a session's bytes may come from the client.
+    pub proxy_upload_rate: Rate,
+    /// How fast they may come from the peer.
+    pub proxy_download_rate: Rate,
     /// Look at the client's TLS hello before its peer is chosen.
     pub ssl_preread: bool,
     /// How long a TLS hello may be, in bytes.

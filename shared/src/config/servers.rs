@@ -14,7 +14,7 @@ use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
-    Action, Balance, LimitZone, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target,
+    Action, Balance, LimitZone, Listen, Network, OnReload, Part, Peer, Rate, Rule, Server, Stream, Target,
     Template, Upstream, VariableMap,
 };
 use super::{address, defaults, units};
@@ -97,6 +97,8 @@ impl<'c, 'a> Servers<'c, 'a> {
             access: Vec::new(),
             limit_conn: Vec::new(),
             limit_conn_rate: Vec::new(),
+            proxy_upload_rate: Rate::OFF,
+            proxy_download_rate: Rate::OFF,
             ssl_preread: false,
             preread_buffer_size: 1,
             preread_timeout: hour,
@@ -146,7 +148,8 @@ impl<'c, 'a> Servers<'c, 'a> {
         let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
         let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
         let preread = |given: Given| units::size(given, 1..=PREREAD_MAX_BYTES);
-        let zones = self.zones;
+        let (zones, maps) = (self.zones, self.maps);
+        let rate = |given: Given| Rate::read(given, maps);
         let check = &mut self.check;
         let Stream {
             ebpf_enable,
@@ -167,6 +170,8 @@ impl<'c, 'a> Servers<'c, 'a> {
             ref access,
             ref limit_conn,
             ref limit_conn_rate,
+            ref proxy_upload_rate,
+            ref proxy_download_rate,
             ssl_preread,
             preread_buffer_size,
             preread_timeout,
@@ -232,6 +237,12 @@ impl<'c, 'a> Servers<'c, 'a> {
             limit_conn_rate: check
                 .limit_conn_rate(table, key, zones)
                 .unwrap_or_else(|| limit_conn_rate.clone()),
+            proxy_upload_rate: check
+                .at(table, key, "proxy_upload_rate", rate)
+                .unwrap_or_else(|| proxy_upload_rate.clone()),
+            proxy_download_rate: check
+                .at(table, key, "proxy_download_rate", rate)
+                .unwrap_or_else(|| proxy_download_rate.clone()),
             ssl_preread: check
                 .at(table, key, "ssl_preread", valid::boolean)
                 .unwrap_or(ssl_preread),

@@ -107,7 +107,7 @@ pub(super) fn size(given: Given, range: RangeInclusive<usize>) -> Result<usize, 
 }
 
 /// `Ok(None)`: too large to count.
-fn parse_size(text: &str) -> Result<Option<u64>, String> {
+pub(super) fn parse_size(text: &str) -> Result<Option<u64>, String> {
     let (number, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
     if number.is_empty() || !unit.bytes().all(|b| b.is_ascii_alphabetic()) {
         return Err("not a size".to_owned());

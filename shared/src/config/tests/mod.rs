@@ -142,6 +142,8 @@ fn the_least_configuration_has_every_default() {
         access: Vec::new(),
         limit_conn: Vec::new(),
         limit_conn_rate: Vec::new(),
+        proxy_upload_rate: Rate::OFF,
+        proxy_download_rate: Rate::OFF,
         ssl_preread: false,
         preread_buffer_size: 16 * 1024,
         preread_timeout: Duration::from_secs(30),

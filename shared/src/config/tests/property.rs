@@ -30,6 +30,7 @@ fn stream() -> impl Strategy<Value = Stream> {
     let limits = (
         prop::collection::vec(limit, 0..3),
         prop::collection::vec(rate, 0..3),
+        [session_rate(), session_rate()],
     );
     (
         any::<[bool; 6]>(),
@@ -60,12 +61,22 @@ fn stream() -> impl Strategy<Value = Stream> {
                 access: header.3,
                 limit_conn: limits.0,
                 limit_conn_rate: limits.1,
+                proxy_upload_rate: limits.2[0].clone(),
+                proxy_download_rate: limits.2[1].clone(),
                 ssl_preread: flags[4],
                 preread_buffer_size: hello.0,
                 preread_timeout: hello.1,
                 access_log,
             },
         )
+}
+
+fn session_rate() -> impl Strategy<Value = Rate> {
+    let map = (0usize..2).prop_map(|map| Part::Variable(Variable::Map(map)));
+    prop_oneof![
+        (0u64..=1 << 40).prop_map(Rate::Fixed),
+        map.prop_map(|map| Rate::Variable(Template(vec![map]))),
+    ]
 }
 
 fn network() -> impl Strategy<Value = Network> {
