@@ -45,6 +45,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                     .iter()
                     .map(|peer| Peer::new(Address::Tcp(address(peer))))
                     .collect(),
+                check: None,
             })
             .collect(),
         stream: stream.clone(),

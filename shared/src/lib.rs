@@ -4,6 +4,7 @@
 
 pub mod config;
 pub mod counters;
+pub mod health;
 pub mod ids;
 pub mod logging;
 pub mod message;

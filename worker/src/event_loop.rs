@@ -20,6 +20,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::accept::{Intake, Listening};
 use crate::balance::Group;
+use crate::check::{self, Checks};
 use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
@@ -45,7 +46,9 @@ pub(crate) const DRAIN_TIMER: u32 = 1;
 pub(crate) const PRESSURE_TIMER: u32 = 2;
 /// The timer that gives sessions that have lived long enough to the master's keeping.
 pub(crate) const KEEP_TIMER: u32 = 3;
-const FIRST_SESSION: u32 = 4;
+/// The timer that begins health checks, and ends those that take too long.
+pub(crate) const CHECK_TIMER: u32 = 4;
+const FIRST_SESSION: u32 = 5;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -76,6 +79,7 @@ pub struct Worker {
     pub(crate) intake: Intake,
     pub(crate) router: Router,
     pub(crate) groups: Vec<Group>,
+    pub(crate) checks: Checks,
     /// The row of each group.
     pub(crate) group_rows: Vec<usize>,
     /// The last number of a row that looks like chance.
@@ -137,6 +141,7 @@ impl Worker {
                 .map(|(group, (row, peers))| Group::new(group, *row, peers))
                 .collect(),
             group_rows: start.group_rows,
+            checks: Checks::default(),
             // Never zero, and another for each worker.
             random: clock::now_ns() ^ u64::from(start.owner.0) << 40 | 1,
             settings: start
@@ -179,6 +184,7 @@ impl Worker {
         let mut due = Vec::new();
         self.listen()?;
         self.tell_load();
+        self.begin_checks();
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {
@@ -192,6 +198,7 @@ impl Worker {
                     CONTROL => self.hear_master(),
                     SESSIONS => self.more_events = true,
                     KERNEL => self.take_kernel_events(),
+                    mio::Token(check) if check >= check::FIRST_TOKEN => self.check_event(check),
                     mio::Token(listener) => self.accept(listener),
                 }
             }
@@ -218,11 +225,13 @@ impl Worker {
         for token in self.table.tokens() {
             self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));
         }
+        self.drop_checks();
         Ok(())
     }
 
     fn is_done(&self) -> bool {
-        self.stopping || (self.draining && self.table.len() == 0 && self.keeping.is_told())
+        let is_empty = self.table.len() == 0 && self.checks.is_idle();
+        self.stopping || (self.draining && is_empty && self.keeping.is_told())
     }
 
     /// How long the poll may sleep.
@@ -294,6 +303,7 @@ impl Worker {
             ACCEPT_TIMER => self.end_rest(),
             PRESSURE_TIMER => self.look_at_paused(),
             KEEP_TIMER => self.keep_due(),
+            CHECK_TIMER => self.run_checks(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

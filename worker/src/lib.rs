@@ -2,6 +2,7 @@
 //!
 //! A session's way, file by file: `accept` → `table` (its slot) → `route` → `balance` → `connect` →
 //! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies) → `close` (totals, reason, log line).
+//! `check` asks the peers whether they live, beside all sessions.
 //! `keep` lets a session outlive this process, `adopt` takes over what another one left.
 //! `drive` decides what is done next, `session` holds the states, `event_loop` the only poll.
 
@@ -10,6 +11,7 @@
 mod accept;
 mod adopt;
 mod balance;
+mod check;
 mod clock;
 mod close;
 mod confine;

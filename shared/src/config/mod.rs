@@ -15,6 +15,7 @@ mod diagnostic;
 mod dump;
 mod expand;
 mod file;
+mod health;
 mod include;
 mod layer;
 mod servers;
@@ -33,6 +34,7 @@ use std::time::Duration;
 
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
+pub use health::{CHECK_MAX_BYTES, Check, Expect, write_bytes};
 
 /// Reads, merges and checks a configuration: the file with what it includes, over it the environment
 /// (`CULVERT_STREAM__PROXY_TIMEOUT=5s`), over that `overrides` (`stream.proxy_timeout=5s`, the last one counts).
@@ -180,6 +182,8 @@ pub struct Upstream {
     pub balance: Balance,
     /// Its peers, in file order; never empty.
     pub peers: Vec<Peer>,
+    /// How they are checked; `None`: not at all.
+    pub check: Option<Check>,
 }
 
 /// One address of an upstream group.
