@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_worker::Listener;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::accepting::Groups;
 use crate::kernel::{Kernel, StoreTable};
@@ -33,6 +34,8 @@ pub struct Generation {
     pub assigned: Assigned,
     /// How many sessions the master may keep.
     pub keeper_room: u64,
+    /// What all workers hear when a place at a peer is free for which somebody waits.
+    pub bell: Arc<EventFd>,
     rows: Rows,
 }
 
@@ -44,6 +47,8 @@ impl Generation {
     pub fn first(config: Config, kernel: &mut Kernel) -> Result<Generation> {
         check_workers(&config)?;
         let keeper_room = limits::raise_descriptors(&config)?;
+        let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .context("failed to make a descriptor that wakes workers")?;
         let mut rows = Rows::default();
         let assigned = rows.assign(&config)?;
         let stores = kernel.first_stores_for(&config)?;
@@ -61,6 +66,7 @@ impl Generation {
             stores,
             assigned,
             keeper_room,
+            bell: Arc::new(bell),
             rows,
         })
     }
@@ -90,6 +96,7 @@ impl Generation {
             stores,
             assigned,
             keeper_room,
+            bell: Arc::clone(&self.bell),
             rows,
         })
     }

@@ -9,5 +9,6 @@ pub mod ids;
 pub mod logging;
 pub mod message;
 pub mod peers;
+pub mod queue;
 pub mod sessions;
 pub mod sys;

@@ -25,6 +25,7 @@ use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
 use crate::pressure::Pressure;
+use crate::queue::Queues;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
@@ -37,6 +38,7 @@ use crate::timer::Wheel;
 const CONTROL: mio::Token = mio::Token(usize::MAX);
 const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
 const KERNEL: mio::Token = mio::Token(usize::MAX - 2);
+pub(crate) const BELL: mio::Token = mio::Token(usize::MAX - 3);
 
 /// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
 pub(crate) const ACCEPT_TIMER: u32 = 0;
@@ -48,7 +50,9 @@ pub(crate) const PRESSURE_TIMER: u32 = 2;
 pub(crate) const KEEP_TIMER: u32 = 3;
 /// The timer that begins health checks, and ends those that take too long.
 pub(crate) const CHECK_TIMER: u32 = 4;
-const FIRST_SESSION: u32 = 5;
+/// The timer that looks at sessions that wait for a place.
+pub(crate) const QUEUE_TIMER: u32 = 5;
+const FIRST_SESSION: u32 = 6;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -80,6 +84,7 @@ pub struct Worker {
     pub(crate) router: Router,
     pub(crate) groups: Vec<Group>,
     pub(crate) checks: Checks,
+    pub(crate) queues: Queues,
     /// The row of each group.
     pub(crate) group_rows: Vec<usize>,
     /// The last number of a row that looks like chance.
@@ -142,6 +147,7 @@ impl Worker {
                 .collect(),
             group_rows: start.group_rows,
             checks: Checks::default(),
+            queues: Queues::new(start.config.upstreams.len(), start.bell),
             // Never zero, and another for each worker.
             random: clock::now_ns() ^ u64::from(start.owner.0) << 40 | 1,
             settings: start
@@ -198,6 +204,7 @@ impl Worker {
                     CONTROL => self.hear_master(),
                     SESSIONS => self.more_events = true,
                     KERNEL => self.take_kernel_events(),
+                    BELL => self.look_at_queues(),
                     mio::Token(check) if check >= check::FIRST_TOKEN => self.check_event(check),
                     mio::Token(listener) => self.accept(listener),
                 }
@@ -304,6 +311,7 @@ impl Worker {
             PRESSURE_TIMER => self.look_at_paused(),
             KEEP_TIMER => self.keep_due(),
             CHECK_TIMER => self.run_checks(),
+            QUEUE_TIMER => self.look_at_queues_in_time(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

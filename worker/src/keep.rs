@@ -218,7 +218,9 @@ impl Worker {
         self.drain();
         for token in self.table.tokens() {
             self.with_session(token, |worker, session| match session.phase {
-                Phase::Connecting { deadline_ms } => Next::Wait(deadline_ms),
+                Phase::Connecting { deadline_ms } | Phase::Waiting { deadline_ms, .. } => {
+                    Next::Wait(deadline_ms)
+                }
                 Phase::Streaming => worker.wait(session),
             });
         }

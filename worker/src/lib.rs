@@ -2,7 +2,7 @@
 //!
 //! A session's way, file by file: `accept` → `table` (its slot) → `route` → `balance` → `connect` →
 //! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies) → `close` (totals, reason, log line).
-//! `check` asks the peers whether they live, beside all sessions.
+//! `queue` lets sessions wait for a place at a peer, `check` asks the peers whether they live, beside all sessions.
 //! `keep` lets a session outlive this process, `adopt` takes over what another one left.
 //! `drive` decides what is done next, `session` holds the states, `event_loop` the only poll.
 
@@ -22,6 +22,7 @@ mod event_loop;
 mod keep;
 mod offload;
 mod pressure;
+mod queue;
 mod relay;
 mod route;
 mod session;

@@ -188,6 +188,13 @@ pub enum Phase {
         /// When the attempt is given up, on the worker's clock.
         deadline_ms: u64,
     },
+    /// All peers are full: it waits for a place, until this time.
+    Waiting {
+        /// When it gives up, on the worker's clock.
+        deadline_ms: u64,
+        /// Its place in the order of arrival.
+        ticket: u64,
+    },
     /// Bytes move.
     Streaming,
 }

@@ -76,6 +76,12 @@ pub fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
     retry(|| socket::recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT))
 }
 
+/// Whether the stream has ended and nothing of it is left to be read.
+pub fn has_ended_unread(fd: BorrowedFd<'_>) -> bool {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+    matches!(retry(|| socket::recv(fd.as_raw_fd(), &mut [0u8], flags)), Ok(0))
+}
+
 /// Writes what fits.
 pub fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
     retry(|| {

@@ -141,7 +141,8 @@ impl Worker {
         let groups = self.config.upstreams.iter().zip(&self.groups);
         groups
             .zip(self.peer_rows.iter().zip(&self.group_rows))
-            .map(|((config, group), (rows, group_row))| {
+            .enumerate()
+            .map(|(index, ((config, group), (rows, group_row)))| {
                 let peers = config.peers.iter().zip(rows).enumerate();
                 let peers: Vec<Value> = peers
                     .map(|(index, (peer, row))| {
@@ -153,6 +154,7 @@ impl Worker {
                     "name": config.name,
                     "balance": config.balance.to_string(),
                     "refused": load(&row.refused),
+                    "queue": self.queue_status(index),
                     "peers": peers,
                 })
             })
