@@ -9,6 +9,7 @@ use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_shared::limits::Limits;
 use culvert_worker::Listener;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::accepting::Groups;
 use crate::access_log::AccessLogs;
@@ -44,6 +45,8 @@ pub struct Generation {
     pub keeper_room: u64,
     /// Every name that has had a row.
     pub rows: Rows,
+    /// What all workers hear when a place at a peer is free for which somebody waits.
+    pub bell: Arc<EventFd>,
 }
 
 impl Generation {
@@ -54,6 +57,7 @@ impl Generation {
     pub fn first(config: Config, kernel: &mut Kernel) -> Result<Generation> {
         check_workers(&config)?;
         let keeper_room = limits::raise_descriptors(&config)?;
+        let bell = new_bell()?;
         let mut rows = Rows::default();
         let assigned = rows.assign(&config)?;
         let access_logs = AccessLogs::open(&config)?;
@@ -75,6 +79,7 @@ impl Generation {
             assigned,
             limits: Arc::new(Limits::new()?),
             keeper_room,
+            bell,
             rows,
         })
     }
@@ -108,6 +113,7 @@ impl Generation {
             assigned,
             limits: Arc::clone(&self.limits),
             keeper_room,
+            bell: Arc::clone(&self.bell),
             rows,
         })
     }
@@ -133,6 +139,8 @@ impl Generation {
             access_logs: AccessLogs::open(&config)?,
             config: Arc::new(config),
             limits: Arc::new(limits),
+            // Workers of the binary before have another; they look by themselves ten times a second as well.
+            bell: new_bell()?,
             listeners,
             // The programs of the binary before go on until the next generation has its own.
             groups: Groups::none(None),
@@ -175,6 +183,12 @@ impl Generation {
         }
         Ok(listeners)
     }
+}
+
+fn new_bell() -> Result<Arc<EventFd>> {
+    EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map(Arc::new)
+        .context("failed to make a descriptor that wakes workers")
 }
 
 /// Whether a generation could be built of a configuration, as far as that can be said without building it.

@@ -59,6 +59,8 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                     .iter()
                     .map(|peer| Peer::new(Address::Tcp(address(peer))))
                     .collect(),
+                check: None,
+                queue: None,
             })
             .collect(),
         stream: stream.clone(),

@@ -162,6 +162,7 @@ impl Worker {
                     worker.recall_hello(session);
                     return Next::Wait(deadline_ms);
                 }
+                Phase::Waiting { deadline_ms, .. } => return Next::Wait(deadline_ms),
                 Phase::Streaming | Phase::Http { .. } => {}
             }
             // What is there already is found by trying.

@@ -23,6 +23,8 @@ pub struct Group {
     is_single: bool,
     /// How many sessions each peer has matters.
     counts: bool,
+    /// Sessions wait for places.
+    has_queue: bool,
 }
 
 enum Method {
@@ -45,6 +47,8 @@ struct Member {
     max_fails: u32,
     fail_timeout_ms: u64,
     slow_start_ms: u64,
+    /// What checks find counts.
+    checked: bool,
 }
 
 /// What a choice needs besides the group.
@@ -86,6 +90,8 @@ pub enum Health {
     Down,
     /// Failed attempts have.
     Unavailable,
+    /// Failed checks have.
+    Unhealthy,
 }
 
 impl Health {
@@ -95,6 +101,7 @@ impl Health {
             Health::Up => "up",
             Health::Down => "down",
             Health::Unavailable => "unavail",
+            Health::Unhealthy => "unhealthy",
         }
     }
 }
@@ -115,6 +122,7 @@ impl Group {
             max_fails: peer.max_fails,
             fail_timeout_ms: peer.fail_timeout.as_millis() as u64,
             slow_start_ms: peer.slow_start.as_millis() as u64,
+            checked: upstream.check.is_some(),
         };
         let ring = || {
             let peers = upstream.peers.iter().enumerate();
@@ -146,6 +154,7 @@ impl Group {
             row,
             is_single: upstream.peers.len() == 1,
             counts,
+            has_queue: upstream.queue.is_some(),
         }
     }
 
@@ -157,9 +166,23 @@ impl Group {
         }
     }
 
-    /// Chooses a peer that was not tried yet, and counts the session in at it. `random` is any number.
-    pub fn pick(&self, scene: &Scene<'_>, tried: &[usize], key: &str, random: u64) -> Pick {
+    /// Chooses a peer that was not tried yet, and counts the session in at it. `random` is any number, `ticket` the
+    /// session's if it waits for a place. While others wait, nobody goes before them.
+    pub fn pick(
+        &self,
+        scene: &Scene<'_>,
+        tried: &[usize],
+        key: &str,
+        random: u64,
+        ticket: Option<u64>,
+    ) -> Pick {
         let _held = scene.board.groups[self.row].lock.take(scene.worker);
+        if self.has_queue
+            && let Some(first) = scene.board.first_in_queue(self.row, scene.now_ms)
+            && ticket.is_none_or(|own| first < own)
+        {
+            return Pick::Full;
+        }
         let active = if self.counts {
             self.active(scene)
         } else {
@@ -169,7 +192,8 @@ impl Group {
         let mut full = false;
         for backup in [false, true] {
             for (index, peer) in self.peers.iter().enumerate() {
-                if peer.backup != backup || peer.down || tried.contains(&index) || self.is_out(scene, index) {
+                let is_away = self.is_away(scene, index) || self.is_out(scene, index);
+                if peer.backup != backup || tried.contains(&index) || is_away {
                     continue;
                 }
                 match active.get(index) {
@@ -187,7 +211,7 @@ impl Group {
         // Nobody is left but those that have failed: rather than refuse everybody for fail_timeout, they are
         // all taken for alive.
         for (index, peer) in self.peers.iter().enumerate() {
-            if self.is_out(scene, index) && !peer.down && !tried.contains(&index) {
+            if self.is_out(scene, index) && !self.is_away(scene, index) && !tried.contains(&index) {
                 self.board_row(scene, index).fails.store(0, Relaxed);
                 match active.get(index) {
                     Some(active) if *active >= u64::from(peer.max_conns) => full = true,
@@ -200,6 +224,14 @@ impl Group {
             None if full => Pick::Full,
             None => Pick::Nobody,
         }
+    }
+
+    /// A session waits for a place from now on; `None`: too many do. `is_first`: none of its worker's waits already.
+    pub fn enqueue(&self, scene: &Scene<'_>, size: u64, until_ms: u64, is_first: bool) -> Option<u64> {
+        let _held = scene.board.groups[self.row].lock.take(scene.worker);
+        scene
+            .board
+            .enqueue(self.row, scene.worker, size, until_ms, is_first)
     }
 
     /// An attempt has failed.
@@ -244,6 +276,8 @@ impl Group {
     pub fn health(&self, scene: &Scene<'_>, index: usize) -> Health {
         if self.peers[index].down {
             Health::Down
+        } else if self.is_away(scene, index) {
+            Health::Unhealthy
         } else if self.is_out(scene, index) {
             Health::Unavailable
         } else {
@@ -258,6 +292,12 @@ impl Group {
 
     fn board_row<'a>(&self, scene: &Scene<'a>, index: usize) -> &'a PeerRow {
         &scene.board.peers[self.peers[index].row]
+    }
+
+    /// Whether it gets nothing, whatever becomes of the others: the operator or the checks say so.
+    fn is_away(&self, scene: &Scene<'_>, index: usize) -> bool {
+        let peer = &self.peers[index];
+        peer.down || (peer.checked && self.board_row(scene, index).check.is_down())
     }
 
     /// Whether failed attempts have taken it out.

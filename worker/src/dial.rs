@@ -12,15 +12,15 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, connect, setsockopt, sockopt,
 };
 
-/// A connecting socket for a client's session, and whether the connection is still under way.
+/// A connecting socket, and whether the connection is still under way. `for_whom`: a client's session, with what its
+/// settings say; none for a health check.
 ///
 /// # Errors
 /// What the host says, or what the peer has said already. EAFNOSUPPORT: the peer cannot be reached from where the
 /// settings want it.
 pub fn start_connecting(
     address: &Address,
-    settings: &Settings,
-    client: SocketAddr,
+    for_whom: Option<(&Settings, SocketAddr)>,
 ) -> Result<(OwnedFd, bool), Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let open = |family| nix::sys::socket::socket(family, SockType::Stream, flags, None);
@@ -31,11 +31,13 @@ pub fn start_connecting(
             } else {
                 AddressFamily::Inet6
             })?;
-            if settings.proxy_socket_keepalive {
-                setsockopt(&socket, sockopt::KeepAlive, &true)?;
-            }
-            if let Some((from, transparent)) = origin(settings.proxy_bind, client) {
-                come_from(socket.as_fd(), from, transparent, *address)?;
+            if let Some((settings, client)) = for_whom {
+                if settings.proxy_socket_keepalive {
+                    setsockopt(&socket, sockopt::KeepAlive, &true)?;
+                }
+                if let Some((from, transparent)) = origin(settings.proxy_bind, client) {
+                    come_from(socket.as_fd(), from, transparent, *address)?;
+                }
             }
             let result = connect(socket.as_raw_fd(), &SockaddrStorage::from(*address));
             (socket, result)

@@ -23,11 +23,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use crate::accept::{Intake, Listening};
 use crate::access_log::AccessLogs;
 use crate::balance::Group;
+use crate::check::{self, Checks};
 use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
 use crate::preread::Glance;
 use crate::pressure::Pressure;
+use crate::queue::Queues;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
@@ -41,7 +43,8 @@ use crate::timer::Wheel;
 const CONTROL: mio::Token = mio::Token(usize::MAX);
 const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
 const KERNEL: mio::Token = mio::Token(usize::MAX - 2);
-const BELL: mio::Token = mio::Token(usize::MAX - 3);
+const LOOKOUT: mio::Token = mio::Token(usize::MAX - 3);
+pub(crate) const QUEUE_BELL: mio::Token = mio::Token(usize::MAX - 4);
 
 /// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
 pub(crate) const ACCEPT_TIMER: u32 = 0;
@@ -57,7 +60,11 @@ pub(crate) const LOG_TIMER: u32 = 4;
 pub(crate) const BUSY_TIMER: u32 = 5;
 /// The timer that ends what this process serves itself and is not done with when it has to leave.
 pub(crate) const SERVICE_TIMER: u32 = 6;
-const FIRST_SESSION: u32 = 7;
+/// The timer that begins health checks, and ends those that take too long.
+pub(crate) const CHECK_TIMER: u32 = 7;
+/// The timer that looks at sessions that wait for a place.
+pub(crate) const QUEUE_TIMER: u32 = 8;
+const FIRST_SESSION: u32 = 9;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -94,6 +101,8 @@ pub struct Worker {
     pub(crate) intake: Intake,
     pub(crate) router: Router,
     pub(crate) groups: Vec<Group>,
+    pub(crate) checks: Checks,
+    pub(crate) queues: Queues,
     /// The row of each group.
     pub(crate) group_rows: Vec<usize>,
     /// The last number of a row that looks like chance.
@@ -129,7 +138,11 @@ impl Worker {
             )
             .context("failed to watch the master's socket")?;
         registry
-            .register(&mut SourceFd(&start.lookout.raw_fd()), BELL, Interest::READABLE)
+            .register(
+                &mut SourceFd(&start.lookout.raw_fd()),
+                LOOKOUT,
+                Interest::READABLE,
+            )
             .context("failed to watch for questions")?;
         start.lookout.forget(start.row);
         let wards = start
@@ -167,6 +180,8 @@ impl Worker {
                 .map(|(group, (row, peers))| Group::new(group, *row, peers))
                 .collect(),
             group_rows: start.group_rows,
+            checks: Checks::default(),
+            queues: Queues::new(start.config.upstreams.len(), start.bell),
             // Never zero, and another for each worker.
             random: clock::now_ns() ^ u64::from(start.owner.0) << 40 | 1,
             settings: start
@@ -215,6 +230,7 @@ impl Worker {
         let mut due = Vec::new();
         self.listen()?;
         self.tell_load();
+        self.begin_checks();
         self.gauges().ready.store(1, Relaxed);
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
@@ -229,7 +245,9 @@ impl Worker {
                     CONTROL => self.hear_master(),
                     SESSIONS => self.more_events = true,
                     KERNEL => self.take_kernel_events(),
-                    BELL => self.tell_busiest(),
+                    LOOKOUT => self.tell_busiest(),
+                    QUEUE_BELL => self.look_at_queues(),
+                    mio::Token(check) if check >= check::FIRST_TOKEN => self.check_event(check),
                     mio::Token(listener) => self.accept(listener),
                 }
             }
@@ -256,12 +274,14 @@ impl Worker {
         for token in self.table.tokens() {
             self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));
         }
+        self.drop_checks();
         self.access_logs.finish();
         Ok(())
     }
 
     fn is_done(&self) -> bool {
-        self.stopping || (self.draining && self.table.len() == 0 && self.keeping.is_told())
+        let is_empty = self.table.len() == 0 && self.checks.is_idle();
+        self.stopping || (self.draining && is_empty && self.keeping.is_told())
     }
 
     /// How long the poll may sleep.
@@ -336,6 +356,8 @@ impl Worker {
             LOG_TIMER => self.flush_access_logs(),
             BUSY_TIMER => self.tell_busiest(),
             SERVICE_TIMER => self.end_services(),
+            CHECK_TIMER => self.run_checks(),
+            QUEUE_TIMER => self.look_at_queues_in_time(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

@@ -245,6 +245,7 @@ impl Worker {
             self.with_session(token, |worker, session| match session.phase {
                 Phase::Reading { deadline_ms, .. }
                 | Phase::Connecting { deadline_ms }
+                | Phase::Waiting { deadline_ms, .. }
                 | Phase::Http { deadline_ms } => Next::Wait(deadline_ms),
                 Phase::Streaming => worker.wait(session),
             });
@@ -378,7 +379,7 @@ fn can_be_moved(session: &Session) -> bool {
         // What is read is in the receive queue until it is there whole.
         Phase::Reading { .. } => true,
         Phase::Connecting { .. } | Phase::Streaming => session.upstream.is_some(),
-        Phase::Http { .. } => false,
+        Phase::Waiting { .. } | Phase::Http { .. } => false,
     }
 }
 
@@ -397,7 +398,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         },
         Phase::Connecting { deadline_ms } => (Stage::Connecting, deadline_ms),
         Phase::Streaming => (Stage::Streaming, 0),
-        Phase::Http { .. } => return None,
+        Phase::Waiting { .. } | Phase::Http { .. } => return None,
     };
     let settings = &session.settings;
     Some(Saved {

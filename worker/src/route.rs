@@ -157,6 +157,8 @@ mod tests {
             name: "port-81".into(),
             balance: Balance::RoundRobin,
             peers: Vec::new(),
+            check: None,
+            queue: None,
         };
         Router::new(&[group], "box".into())
     }

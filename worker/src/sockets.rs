@@ -89,6 +89,12 @@ pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
     retry(|| socket::recv(fd.as_raw_fd(), buffer, flags))
 }
 
+/// Whether the stream has ended and nothing of it is left to be read.
+pub fn has_ended_unread(fd: BorrowedFd<'_>) -> bool {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+    matches!(retry(|| socket::recv(fd.as_raw_fd(), &mut [0u8], flags)), Ok(0))
+}
+
 /// Writes what fits.
 pub fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
     retry(|| {
@@ -121,6 +127,11 @@ pub fn pending_error(fd: BorrowedFd<'_>) -> Option<Errno> {
         Ok(code) => Some(Errno::from_raw(code)),
         Err(error) => Some(error),
     }
+}
+
+/// Whether a connection attempt has succeeded, though its peer may have ended its stream since.
+pub fn is_connected(fd: BorrowedFd<'_>) -> bool {
+    socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()).is_ok()
 }
 
 /// Whether closing the socket resets the connection. On from a socket's birth, so that whatever kills

@@ -6,6 +6,7 @@ use culvert_shared::busy::{BUSIEST, BusySession};
 use culvert_shared::client::Shown;
 use culvert_shared::config::{Address, Peer};
 use culvert_shared::counters::{CloseReason, FallbackReason, PeerRow};
+use culvert_shared::health::Outcome;
 use culvert_shared::ids::Direction;
 use serde_json::{Map, Value, json};
 
@@ -205,16 +206,20 @@ impl Worker {
         let groups = self.config.upstreams.iter().zip(&self.groups);
         groups
             .zip(self.peer_rows.iter().zip(&self.group_rows))
-            .map(|((config, group), (rows, group_row))| {
+            .enumerate()
+            .map(|(index, ((config, group), (rows, group_row)))| {
                 let peers = config.peers.iter().zip(rows).enumerate();
                 let peers: Vec<Value> = peers
-                    .map(|(index, (peer, row))| peer_status(&scene, group, index, peer, *row))
+                    .map(|(index, (peer, row))| {
+                        peer_status(&scene, (group, config.check.is_some()), index, peer, *row)
+                    })
                     .collect();
                 let row = &scene.board.groups[*group_row];
                 json!({
                     "name": config.name,
                     "balance": self.config.balance_of(config),
                     "refused": load(&row.refused),
+                    "queue": self.queue_status(index),
                     "peers": peers,
                 })
             })
@@ -222,7 +227,25 @@ impl Worker {
     }
 }
 
-fn peer_status(scene: &Scene<'_>, group: &Group, index: usize, peer: &Peer, row: usize) -> Value {
+/// What checks found of a peer; null: it is not checked.
+fn check_status(row: &PeerRow, peer: &Peer, is_checked: bool) -> Value {
+    if !is_checked || peer.down {
+        return Value::Null;
+    }
+    json!({
+        "passed": load(&row.check.passed),
+        "failed": load(&row.check.failed),
+        "last": row.check.last().map(Outcome::name),
+    })
+}
+
+fn peer_status(
+    scene: &Scene<'_>,
+    (group, is_checked): (&Group, bool),
+    index: usize,
+    peer: &Peer,
+    row: usize,
+) -> Value {
     let counters: &PeerRow = &scene.board.peers[row];
     json!({
         "address": peer.address.to_string(),
@@ -235,6 +258,7 @@ fn peer_status(scene: &Scene<'_>, group: &Group, index: usize, peer: &Peer, row:
         "connected": load(&counters.connected),
         "connect_failures": load(&counters.connect_failures),
         "connect_time_us": load(&counters.connect_us),
+        "check": check_status(counters, peer, is_checked),
         "bytes": by_direction(|way| load(&counters.bytes[way.index()])),
     })
 }

@@ -113,6 +113,19 @@ const UPSTREAM: &[Key] = &[
     value("name"),
     value("balance"),
     shaped("server", Shape::Mixed(PEER)),
+    shaped("check", Shape::Table(CHECK)),
+    shaped("queue", Shape::Table(&[value("size"), value("timeout")])),
+];
+
+/// `check` of an `[[upstream]]`.
+const CHECK: &[Key] = &[
+    value("interval"),
+    value("rise"),
+    value("fall"),
+    value("timeout"),
+    value("port"),
+    value("send"),
+    value("expect"),
 ];
 
 /// An entry of an upstream's `server` that is a table.

@@ -17,6 +17,7 @@ mod diagnostic;
 mod dump;
 mod expand;
 mod file;
+mod health;
 mod include;
 mod layer;
 mod limit;
@@ -43,6 +44,7 @@ use std::time::Duration;
 pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
+pub use health::{CHECK_MAX_BYTES, Check, Expect, write_bytes};
 pub use limit::{LimitConn, LimitRate, LimitZone};
 pub use listen::{Keepalive, ListenOptions};
 pub use map::{MapEntry, Pattern, VariableMap};
@@ -200,6 +202,19 @@ pub struct Upstream {
     pub balance: Balance,
     /// Its peers, in file order; never empty.
     pub peers: Vec<Peer>,
+    /// How they are checked; `None`: not at all.
+    pub check: Option<Check>,
+    /// Where sessions wait while all peers are at `max_conns`; `None`: they do not.
+    pub queue: Option<Queue>,
+}
+
+/// Where sessions wait for a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// How many at most, of all workers together.
+    pub size: u32,
+    /// How long at most.
+    pub timeout: Duration,
 }
 
 /// One address of an upstream group.

@@ -379,6 +379,8 @@ impl<'c, 'a> Servers<'c, 'a> {
             name,
             balance: Balance::RoundRobin,
             peers: peers.collect(),
+            check: None,
+            queue: None,
         });
         Target::Upstream(self.upstreams.len() - 1)
     }

@@ -9,8 +9,8 @@ use super::diagnostic::{Fault, OriginId};
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Address, Balance, Peer, Upstream, VariableMap};
-use super::{address, balance, units};
+use super::{Address, Balance, Peer, Queue, Upstream, VariableMap};
+use super::{address, balance, defaults, units};
 
 /// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
 const WEIGHT_MAX: u32 = 65_535;
@@ -48,8 +48,21 @@ impl Check<'_> {
             let name_at = table.get("name").map_or(at, |name| self.findings.origin_of(name));
             let balance = balance.unwrap_or(Balance::RoundRobin);
             let peers = self.peers(&key, at, table, &balance);
+            let check = self.health(&key, table);
+            if let (Some(port), Some(value)) =
+                (check.as_ref().and_then(|check| check.port), table.get("check"))
+            {
+                self.check_port(&join(&key, "check.port"), value, port, &peers);
+            }
             let name = name.unwrap_or_default().to_owned();
-            found.push((Upstream { name, balance, peers }, name_at));
+            let upstream = Upstream {
+                name,
+                balance,
+                peers,
+                check,
+                queue: self.queue(&key, table),
+            };
+            found.push((upstream, name_at));
         }
         found.into_iter().map(|(upstream, _)| upstream).collect()
     }
@@ -147,6 +160,48 @@ impl Check<'_> {
         });
         peer.slow_start = slow_start.unwrap_or_default();
         peer
+    }
+
+    /// The `queue` of one upstream.
+    fn queue(&mut self, key: &str, upstream: &Map<String, Value>) -> Option<Queue> {
+        let key = join(key, "queue");
+        let value = upstream.get("queue")?;
+        let ValueKind::Table(table) = &value.kind else {
+            // Anything else was reported as being no table.
+            return None;
+        };
+        if !table.contains_key("size") {
+            let at = self.findings.origin_of(value);
+            self.findings.report(
+                at,
+                &join(&key, "size"),
+                "missing, a queue needs a size: how many sessions wait at most",
+            );
+        }
+        let size = self.at(table, &key, "size", |given| valid::number(given, 1..=CONNS_MAX));
+        let timeout = self.at(table, &key, "timeout", |given| {
+            units::duration(given, Duration::from_millis(1)..=YEAR)
+        });
+        Some(Queue {
+            size: size.unwrap_or(1),
+            timeout: timeout.unwrap_or(defaults::QUEUE_TIMEOUT),
+        })
+    }
+
+    /// A unix socket has no other port.
+    fn check_port(&mut self, key: &str, check: &Value, port: u16, peers: &[Peer]) {
+        if let ValueKind::Table(table) = &check.kind
+            && let Some(value) = table.get("port")
+            && let Some(peer) = peers.iter().find(|peer| matches!(peer.address, Address::Unix(_)))
+        {
+            let what = format!("{} has no port {port}", peer.address);
+            self.read(key, value, |_| {
+                Err::<(), _>(Fault::new(
+                    what,
+                    "leave port out, or give unix sockets an upstream of their own",
+                ))
+            });
+        }
     }
 
     /// What only all peers of a group together show.

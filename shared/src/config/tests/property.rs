@@ -206,6 +206,33 @@ prop_compose! {
     }
 }
 
+fn queue() -> impl Strategy<Value = Queue> {
+    (1u32..=1 << 30, 1u64..=1_000_000).prop_map(|(size, timeout)| Queue {
+        size,
+        timeout: Duration::from_millis(timeout),
+    })
+}
+
+fn check() -> impl Strategy<Value = Check> {
+    let pattern = |text: &str| Expect::Pattern(regex::bytes::Regex::new(text).expect("a pattern"));
+    let expect = prop_oneof![
+        prop::collection::vec(any::<u8>(), 1..20).prop_map(Expect::Text),
+        prop::sample::select(vec!["^(220|250) ", "(?i)ok\\xff${", "~"]).prop_map(move |text| pattern(text)),
+    ];
+    let port = prop::option::of(1u16..);
+    let bytes = prop::collection::vec(any::<u8>(), 0..20);
+    let numbers = (10u64..=1_000_000, 1u64..=1_000_000, 1u32..=9, 1u32..=9);
+    (numbers, port, bytes, prop::option::of(expect)).prop_map(|(numbers, port, send, expect)| Check {
+        interval: Duration::from_millis(numbers.0),
+        timeout: Duration::from_millis(numbers.1),
+        rise: numbers.2,
+        fall: numbers.3,
+        port,
+        send,
+        expect,
+    })
+}
+
 fn balance() -> impl Strategy<Value = Balance> {
     let key = |text: &str| {
         Template(vec![
@@ -264,18 +291,20 @@ prop_compose! {
         flow_steering in prop::sample::select(vec![FlowSteering::Off, FlowSteering::Rfs]),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
-        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4)), 1..4),
+        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4), prop::option::of(check()), prop::option::of(queue())), 1..4),
         stream in stream(),
         http in any::<bool>(),
         servers in prop::collection::vec((way(), stream(), 1usize..4, 1u32..=1 << 20, listen_options()), 1..4),
     ) -> Config {
-        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers))| {
+        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers, check, queue))| {
             peers[0].backup = false;
             let grows = matches!(balance, Balance::RoundRobin | Balance::LeastConn | Balance::LeastTime);
             for peer in peers.iter_mut().filter(|_| !grows) {
                 peer.slow_start = Duration::ZERO;
             }
-            Upstream { name: format!("group-{n}.é"), balance, peers }
+            let tcp = peers.iter().all(|peer| matches!(peer.address, Address::Tcp(_)));
+            let check = check.map(|check| Check { port: check.port.filter(|_| tcp), ..check });
+            Upstream { name: format!("group-{n}.é"), balance, peers, check, queue }
         }).collect();
         let named = upstreams.len();
         let mut port = 1000;
@@ -302,7 +331,7 @@ prop_compose! {
                     let name = address.to_string();
                     let index = upstreams.iter().position(|upstream| upstream.name == name).unwrap_or_else(|| {
                         let peers = vec![Peer::new(Address::Tcp(address))];
-                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers });
+                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers, check: None, queue: None });
                         upstreams.len() - 1
                     });
                     Action::Proxy(Target::Upstream(index))
