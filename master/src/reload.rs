@@ -1,6 +1,7 @@
 //! A new generation takes over from the old. All or nothing: until every new worker has said that it is
 //! ready, the old ones serve as if nothing had happened.
 
+use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -183,6 +184,7 @@ impl Master {
         {
             worker.hand_over(limit, now);
         }
+        self.forget_checks();
         self.board[0].generation.store(number, Relaxed);
         Board::add(&self.board[0].reloads_succeeded, 1);
         self.board[0].last_reload_failed.store(0, Relaxed);
@@ -190,6 +192,19 @@ impl Master {
         let unix_ms = now.map_or(0, |now| now.as_millis() as u64);
         self.board[0].last_reload_unix_ms.store(unix_ms, Relaxed);
         log::info!("generation {number} serves with {} workers", self.current.slots());
+    }
+
+    /// A peer that is not checked any more is not down for what checks found.
+    fn forget_checks(&self) {
+        let upstreams = self.current.config.upstreams.iter();
+        let checked: HashSet<usize> = upstreams
+            .zip(&self.current.assigned.peers)
+            .filter(|(upstream, _)| upstream.check.is_some())
+            .flat_map(|(upstream, rows)| upstream.peers.iter().zip(rows))
+            .filter(|(peer, _)| !peer.down)
+            .map(|(_, row)| *row)
+            .collect();
+        self.board[0].forget_checks(|row| checked.contains(&row));
     }
 
     /// Gives the new generation up; the old one goes on.

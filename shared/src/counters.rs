@@ -314,8 +314,19 @@ impl Board {
                 0 => {}
                 sessions => peer.begin_transit(sessions, now_ms),
             }
+            peer.check.bury(row);
         }
         worker.clear();
+    }
+}
+
+impl Board {
+    /// Forgets what checks found of all peers but those that are checked.
+    pub fn forget_checks(&self, is_checked: impl Fn(usize) -> bool) {
+        let peers = self.peers.iter().enumerate();
+        peers
+            .filter(|(row, _)| !is_checked(*row))
+            .for_each(|(_, peer)| peer.check.forget());
     }
 }
 

@@ -5,6 +5,7 @@
 pub mod busy;
 pub mod config;
 pub mod counters;
+pub mod health;
 pub mod ids;
 pub mod limits;
 pub mod logging;

@@ -7,6 +7,8 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
 
+use crate::health::CheckRow;
+
 /// How often a lock is tried, with a turn for others between, before its holder is taken for stopped: it is held
 /// for about a microsecond, so this is thousands of times too long.
 const LOCK_PATIENCE: u32 = 20_000;
@@ -39,6 +41,8 @@ pub struct PeerRow {
     pub turn: AtomicI64,
     /// How long connecting takes: a moving average in microseconds; 0: never connected.
     pub connect_us: AtomicU64,
+    /// What checks found.
+    pub check: CheckRow,
     /// Sessions that are between two workers.
     transit: AtomicU32,
     /// Until when they count.
@@ -67,6 +71,13 @@ impl PeerRow {
             true => self.transit.load(Relaxed),
             false => 0,
         }
+    }
+
+    /// A check has found it alive again.
+    pub fn revive(&self, now_ms: u64) {
+        self.fails.store(0, Relaxed);
+        self.penalty.store(0, Relaxed);
+        self.live_since_ms.store(now_ms, Relaxed);
     }
 
     /// Takes a connection's duration into the average: an eighth of it counts at once, as with TCP's round trips.

@@ -45,6 +45,8 @@ struct Member {
     max_fails: u32,
     fail_timeout_ms: u64,
     slow_start_ms: u64,
+    /// What checks find counts.
+    checked: bool,
 }
 
 /// What a choice needs besides the group.
@@ -86,6 +88,8 @@ pub enum Health {
     Down,
     /// Failed attempts have.
     Unavailable,
+    /// Failed checks have.
+    Unhealthy,
 }
 
 impl Health {
@@ -95,6 +99,7 @@ impl Health {
             Health::Up => "up",
             Health::Down => "down",
             Health::Unavailable => "unavail",
+            Health::Unhealthy => "unhealthy",
         }
     }
 }
@@ -115,6 +120,7 @@ impl Group {
             max_fails: peer.max_fails,
             fail_timeout_ms: peer.fail_timeout.as_millis() as u64,
             slow_start_ms: peer.slow_start.as_millis() as u64,
+            checked: upstream.check.is_some(),
         };
         let ring = || {
             let peers = upstream.peers.iter().enumerate();
@@ -169,7 +175,8 @@ impl Group {
         let mut full = false;
         for backup in [false, true] {
             for (index, peer) in self.peers.iter().enumerate() {
-                if peer.backup != backup || peer.down || tried.contains(&index) || self.is_out(scene, index) {
+                let is_away = self.is_away(scene, index) || self.is_out(scene, index);
+                if peer.backup != backup || tried.contains(&index) || is_away {
                     continue;
                 }
                 match active.get(index) {
@@ -187,7 +194,7 @@ impl Group {
         // Nobody is left but those that have failed: rather than refuse everybody for fail_timeout, they are
         // all taken for alive.
         for (index, peer) in self.peers.iter().enumerate() {
-            if self.is_out(scene, index) && !peer.down && !tried.contains(&index) {
+            if self.is_out(scene, index) && !self.is_away(scene, index) && !tried.contains(&index) {
                 self.board_row(scene, index).fails.store(0, Relaxed);
                 match active.get(index) {
                     Some(active) if *active >= u64::from(peer.max_conns) => full = true,
@@ -244,6 +251,8 @@ impl Group {
     pub fn health(&self, scene: &Scene<'_>, index: usize) -> Health {
         if self.peers[index].down {
             Health::Down
+        } else if self.is_away(scene, index) {
+            Health::Unhealthy
         } else if self.is_out(scene, index) {
             Health::Unavailable
         } else {
@@ -258,6 +267,12 @@ impl Group {
 
     fn board_row<'a>(&self, scene: &Scene<'a>, index: usize) -> &'a PeerRow {
         &scene.board.peers[self.peers[index].row]
+    }
+
+    /// Whether it gets nothing, whatever becomes of the others: the operator or the checks say so.
+    fn is_away(&self, scene: &Scene<'_>, index: usize) -> bool {
+        let peer = &self.peers[index];
+        peer.down || (peer.checked && self.board_row(scene, index).check.is_down())
     }
 
     /// Whether failed attempts have taken it out.

@@ -314,7 +314,7 @@ impl Worker {
 }
 
 /// A connecting socket, and whether the connection is still under way.
-fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
+pub(crate) fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let open = |family| nix::sys::socket::socket(family, SockType::Stream, flags, None);
     let (socket, result) = match address {
@@ -346,7 +346,7 @@ fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
 }
 
 /// Whether an error of a connection attempt says something of this host and nothing of the peer.
-fn is_ours(errno: Errno) -> bool {
+pub(crate) fn is_ours(errno: Errno) -> bool {
     use Errno::{EADDRNOTAVAIL, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC};
     matches!(errno, EADDRNOTAVAIL | EMFILE | ENFILE | ENOBUFS | ENOMEM | ENOSPC)
 }

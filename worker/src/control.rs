@@ -32,12 +32,16 @@ impl Worker {
                 Err(Errno::EINTR) => continue,
                 Err(error) => {
                     log::error!("failed to read the master's message: {error}; draining");
+                    self.drop_checks();
                     return self.drain();
                 }
             };
             let mut descriptors = received.descriptors.into_iter();
             match ToWorker::decode(&received.message) {
-                Some(ToWorker::Drain) => self.drain(),
+                Some(ToWorker::Drain) => {
+                    self.drop_checks();
+                    self.drain();
+                }
                 Some(ToWorker::HandOver) => self.hand_over(),
                 Some(ToWorker::Adopt(sessions)) => self.adopted += self.adopt(sessions, descriptors),
                 Some(ToWorker::Stop) => self.stopping = true,
@@ -50,6 +54,7 @@ impl Worker {
                 None if received.message.is_empty() => {
                     if !self.draining {
                         log::error!("the master is gone, finishing {} sessions", self.table.len());
+                        self.drop_checks();
                         self.drain();
                     }
                     return;

@@ -24,6 +24,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use crate::accept::{Intake, Listening};
 use crate::access_log::AccessLogs;
 use crate::balance::Group;
+use crate::check::{self, Checks};
 use crate::clock;
 use crate::drive::Next;
 use crate::keep::Keeping;
@@ -56,7 +57,9 @@ pub(crate) const KEEP_TIMER: u32 = 3;
 pub(crate) const LOG_TIMER: u32 = 4;
 /// The timer that looks for the busiest sessions.
 pub(crate) const BUSY_TIMER: u32 = 5;
-const FIRST_SESSION: u32 = 6;
+/// The timer that begins health checks, and ends those that take too long.
+pub(crate) const CHECK_TIMER: u32 = 6;
+const FIRST_SESSION: u32 = 7;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -93,6 +96,7 @@ pub struct Worker {
     pub(crate) intake: Intake,
     pub(crate) router: Router,
     pub(crate) groups: Vec<Group>,
+    pub(crate) checks: Checks,
     /// The row of each group.
     pub(crate) group_rows: Vec<usize>,
     /// The last number of a row that looks like chance.
@@ -162,6 +166,7 @@ impl Worker {
                 .map(|(group, (row, peers))| Group::new(group, *row, peers))
                 .collect(),
             group_rows: start.group_rows,
+            checks: Checks::default(),
             // Never zero, and another for each worker.
             random: clock::now_ns() ^ u64::from(start.owner.0) << 40 | 1,
             settings: start
@@ -211,6 +216,7 @@ impl Worker {
         self.listen()?;
         self.tell_load();
         self.gauges().ready.store(1, Relaxed);
+        self.begin_checks();
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {
@@ -225,6 +231,7 @@ impl Worker {
                     SESSIONS => self.more_events = true,
                     KERNEL => self.take_kernel_events(),
                     BELL => self.tell_busiest(),
+                    mio::Token(check) if check >= check::FIRST_TOKEN => self.check_event(check),
                     mio::Token(listener) => self.accept(listener),
                 }
             }
@@ -251,12 +258,14 @@ impl Worker {
         for token in self.table.tokens() {
             self.with_session(token, |_, _| Next::Close(CloseReason::Shutdown));
         }
+        self.drop_checks();
         self.access_logs.finish();
         Ok(())
     }
 
     fn is_done(&self) -> bool {
-        self.stopping || (self.draining && self.table.len() == 0 && self.keeping.is_told())
+        let is_empty = self.table.len() == 0 && self.checks.is_idle();
+        self.stopping || (self.draining && is_empty && self.keeping.is_told())
     }
 
     /// How long the poll may sleep.
@@ -330,6 +339,7 @@ impl Worker {
             KEEP_TIMER => self.keep_due(),
             LOG_TIMER => self.flush_access_logs(),
             BUSY_TIMER => self.tell_busiest(),
+            CHECK_TIMER => self.run_checks(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

@@ -156,6 +156,7 @@ mod tests {
             name: "port-81".into(),
             balance: Balance::RoundRobin,
             peers: Vec::new(),
+            check: None,
         };
         Router::new(&[group], "box".into())
     }

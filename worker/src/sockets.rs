@@ -120,6 +120,11 @@ pub fn pending_error(fd: BorrowedFd<'_>) -> Option<Errno> {
     }
 }
 
+/// Whether a connection attempt has succeeded, though its peer may have ended its stream since.
+pub fn is_connected(fd: BorrowedFd<'_>) -> bool {
+    socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()).is_ok()
+}
+
 /// Whether closing the socket resets the connection. On from a socket's birth, so that whatever kills
 /// the worker cannot turn a truncated stream into a clean end; off only for the orderly close.
 pub fn reset_on_close(fd: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {

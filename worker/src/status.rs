@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use culvert_shared::busy::{BUSIEST, BusySession};
 use culvert_shared::config::Peer;
 use culvert_shared::counters::{CloseReason, FallbackReason, PeerRow};
+use culvert_shared::health::Outcome;
 use culvert_shared::ids::Direction;
 use serde_json::{Map, Value, json};
 
@@ -208,7 +209,9 @@ impl Worker {
             .map(|((config, group), (rows, group_row))| {
                 let peers = config.peers.iter().zip(rows).enumerate();
                 let peers: Vec<Value> = peers
-                    .map(|(index, (peer, row))| peer_status(&scene, group, index, peer, *row))
+                    .map(|(index, (peer, row))| {
+                        peer_status(&scene, (group, config.check.is_some()), index, peer, *row)
+                    })
                     .collect();
                 let row = &scene.board.groups[*group_row];
                 json!({
@@ -222,7 +225,25 @@ impl Worker {
     }
 }
 
-fn peer_status(scene: &Scene<'_>, group: &Group, index: usize, peer: &Peer, row: usize) -> Value {
+/// What checks found of a peer; null: it is not checked.
+fn check_status(row: &PeerRow, peer: &Peer, is_checked: bool) -> Value {
+    if !is_checked || peer.down {
+        return Value::Null;
+    }
+    json!({
+        "passed": load(&row.check.passed),
+        "failed": load(&row.check.failed),
+        "last": row.check.last().map(Outcome::name),
+    })
+}
+
+fn peer_status(
+    scene: &Scene<'_>,
+    (group, is_checked): (&Group, bool),
+    index: usize,
+    peer: &Peer,
+    row: usize,
+) -> Value {
     let counters: &PeerRow = &scene.board.peers[row];
     json!({
         "address": peer.address.to_string(),
@@ -235,6 +256,7 @@ fn peer_status(scene: &Scene<'_>, group: &Group, index: usize, peer: &Peer, row:
         "connected": load(&counters.connected),
         "connect_failures": load(&counters.connect_failures),
         "connect_time_us": load(&counters.connect_us),
+        "check": check_status(counters, peer, is_checked),
         "bytes": by_direction(|way| load(&counters.bytes[way.index()])),
     })
 }

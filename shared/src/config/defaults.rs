@@ -104,5 +104,15 @@ pub(super) const MAX_FAILS: u32 = 1;
 /// See [`MAX_FAILS`].
 pub(super) const FAIL_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
+/// How often a peer is checked, how many results in a row are believed, and how long a check may take: those of nginx's
+/// health_check and its timeout.
+pub(super) const CHECK_INTERVAL: std::time::Duration = std::time::Duration::from_secs(5);
+/// See [`CHECK_INTERVAL`].
+pub(super) const CHECK_RISE: u32 = 1;
+/// See [`CHECK_INTERVAL`].
+pub(super) const CHECK_FALL: u32 = 1;
+/// See [`CHECK_INTERVAL`].
+pub(super) const CHECK_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// Length of an accept queue, in connections: nginx's on Linux. The kernel caps it at net.core.somaxconn.
 pub(super) const BACKLOG: u32 = 511;

@@ -10,7 +10,7 @@ use super::{
     Action, Config, FlowSteering, LogTarget, OnReload, Part, Peer, ProxyProtocol, Server, Stream, Target,
     Template,
 };
-use super::{access_log, balance, cpus, expand};
+use super::{access_log, balance, cpus, expand, health};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
 /// of upstreams are resolved, `${VAR}`, `set` and `include` are replaced by what they stand for.
@@ -86,6 +86,9 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         )?;
         upstream.peers.iter().try_for_each(|peer| write_peer(out, peer))?;
         writeln!(out, "]")?;
+        if let Some(check) = &upstream.check {
+            writeln!(out, "check = {}", health::write(check, quoted))?;
+        }
     }
     let mut servers = config
         .servers

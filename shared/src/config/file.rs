@@ -109,6 +109,18 @@ const UPSTREAM: &[Key] = &[
     value("name"),
     value("balance"),
     shaped("server", Shape::Mixed(PEER)),
+    shaped("check", Shape::Table(CHECK)),
+];
+
+/// `check` of an `[[upstream]]`.
+const CHECK: &[Key] = &[
+    value("interval"),
+    value("rise"),
+    value("fall"),
+    value("timeout"),
+    value("port"),
+    value("send"),
+    value("expect"),
 ];
 
 /// An entry of an upstream's `server` that is a table.

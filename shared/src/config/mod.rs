@@ -17,6 +17,7 @@ mod diagnostic;
 mod dump;
 mod expand;
 mod file;
+mod health;
 mod include;
 mod layer;
 mod limit;
@@ -40,6 +41,7 @@ use std::time::Duration;
 pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
+pub use health::{CHECK_MAX_BYTES, Check, Expect, write_bytes};
 pub use limit::{LimitConn, LimitRate, LimitZone};
 pub use map::{MapEntry, Pattern, VariableMap};
 pub use network::Network;
@@ -194,6 +196,8 @@ pub struct Upstream {
     pub balance: Balance,
     /// Its peers, in file order; never empty.
     pub peers: Vec<Peer>,
+    /// How they are checked; `None`: not at all.
+    pub check: Option<Check>,
 }
 
 /// One address of an upstream group.

@@ -48,8 +48,20 @@ impl Check<'_> {
             let name_at = table.get("name").map_or(at, |name| self.findings.origin_of(name));
             let balance = balance.unwrap_or(Balance::RoundRobin);
             let peers = self.peers(&key, at, table, &balance);
+            let check = self.health(&key, table);
+            if let (Some(port), Some(value)) =
+                (check.as_ref().and_then(|check| check.port), table.get("check"))
+            {
+                self.check_port(&join(&key, "check.port"), value, port, &peers);
+            }
             let name = name.unwrap_or_default().to_owned();
-            found.push((Upstream { name, balance, peers }, name_at));
+            let upstream = Upstream {
+                name,
+                balance,
+                peers,
+                check,
+            };
+            found.push((upstream, name_at));
         }
         found.into_iter().map(|(upstream, _)| upstream).collect()
     }
@@ -147,6 +159,22 @@ impl Check<'_> {
         });
         peer.slow_start = slow_start.unwrap_or_default();
         peer
+    }
+
+    /// A unix socket has no other port.
+    fn check_port(&mut self, key: &str, check: &Value, port: u16, peers: &[Peer]) {
+        if let ValueKind::Table(table) = &check.kind
+            && let Some(value) = table.get("port")
+            && let Some(peer) = peers.iter().find(|peer| matches!(peer.address, Address::Unix(_)))
+        {
+            let what = format!("{} has no port {port}", peer.address);
+            self.read(key, value, |_| {
+                Err::<(), _>(Fault::new(
+                    what,
+                    "leave port out, or give unix sockets an upstream of their own",
+                ))
+            });
+        }
     }
 
     /// What only all peers of a group together show.

@@ -159,6 +159,26 @@ prop_compose! {
     }
 }
 
+fn check() -> impl Strategy<Value = Check> {
+    let pattern = |text: &str| Expect::Pattern(regex::bytes::Regex::new(text).expect("a pattern"));
+    let expect = prop_oneof![
+        prop::collection::vec(any::<u8>(), 1..20).prop_map(Expect::Text),
+        prop::sample::select(vec!["^(220|250) ", "(?i)ok\\xff${", "~"]).prop_map(move |text| pattern(text)),
+    ];
+    let port = prop::option::of(1u16..);
+    let bytes = prop::collection::vec(any::<u8>(), 0..20);
+    let numbers = (10u64..=1_000_000, 1u64..=1_000_000, 1u32..=9, 1u32..=9);
+    (numbers, port, bytes, prop::option::of(expect)).prop_map(|(numbers, port, send, expect)| Check {
+        interval: Duration::from_millis(numbers.0),
+        timeout: Duration::from_millis(numbers.1),
+        rise: numbers.2,
+        fall: numbers.3,
+        port,
+        send,
+        expect,
+    })
+}
+
 fn balance() -> impl Strategy<Value = Balance> {
     let key = |text: &str| {
         Template(vec![
@@ -217,18 +237,20 @@ prop_compose! {
         flow_steering in prop::sample::select(vec![FlowSteering::Off, FlowSteering::Rfs]),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
-        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4)), 1..4),
+        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4), prop::option::of(check())), 1..4),
         stream in stream(),
         http in any::<bool>(),
         servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
     ) -> Config {
-        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers))| {
+        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers, check))| {
             peers[0].backup = false;
             let grows = matches!(balance, Balance::RoundRobin | Balance::LeastConn | Balance::LeastTime);
             for peer in peers.iter_mut().filter(|_| !grows) {
                 peer.slow_start = Duration::ZERO;
             }
-            Upstream { name: format!("group-{n}.é"), balance, peers }
+            let tcp = peers.iter().all(|peer| matches!(peer.address, Address::Tcp(_)));
+            let check = check.map(|check| Check { port: check.port.filter(|_| tcp), ..check });
+            Upstream { name: format!("group-{n}.é"), balance, peers, check }
         }).collect();
         let named = upstreams.len();
         let mut port = 1000;
@@ -246,7 +268,7 @@ prop_compose! {
                     let name = address.to_string();
                     let index = upstreams.iter().position(|upstream| upstream.name == name).unwrap_or_else(|| {
                         let peers = vec![Peer::new(Address::Tcp(address))];
-                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers });
+                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers, check: None });
                         upstreams.len() - 1
                     });
                     Action::Proxy(Target::Upstream(index))
