@@ -9,6 +9,7 @@ use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_shared::limits::Limits;
 use culvert_worker::Listener;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::accepting::Groups;
 use crate::access_log::AccessLogs;
@@ -42,6 +43,8 @@ pub struct Generation {
     pub limits: Arc<Limits>,
     /// How many sessions the master may keep.
     pub keeper_room: u64,
+    /// What all workers hear when a place at a peer is free for which somebody waits.
+    pub bell: Arc<EventFd>,
     /// Every name that has had a row.
     pub rows: Rows,
 }
@@ -75,6 +78,7 @@ impl Generation {
             assigned,
             limits: Arc::new(Limits::new()?),
             keeper_room,
+            bell: bell()?,
             rows,
         })
     }
@@ -108,6 +112,7 @@ impl Generation {
             assigned,
             limits: Arc::clone(&self.limits),
             keeper_room,
+            bell: Arc::clone(&self.bell),
             rows,
         })
     }
@@ -128,6 +133,7 @@ impl Generation {
             number,
             user: rights::target_user(&config),
             keeper_room: limits::raise_descriptors(&config)?,
+            bell: bell()?,
             assigned: rows.assign(&config)?,
             lookout: Arc::new(Lookout::new()?),
             access_logs: AccessLogs::open(&config)?,
@@ -185,6 +191,12 @@ pub fn check(config: &Config, rows: &Rows) -> Result<()> {
     check_workers(config)?;
     limits::raise_descriptors(config)?;
     rows.clone().assign(config).map(drop)
+}
+
+fn bell() -> Result<Arc<EventFd>> {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map(Arc::new)
+        .context("failed to make a descriptor that wakes workers")
 }
 
 fn check_workers(config: &Config) -> Result<()> {

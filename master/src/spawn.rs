@@ -1,6 +1,6 @@
 //! Filling a worker slot: fork, and in the child pin, drop rights, serve.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -144,6 +144,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
     let access_logs = generation.access_logs.duplicate()?;
     let lookout = Arc::clone(&generation.lookout);
     let mut keep: Vec<RawFd> = vec![control.as_raw_fd(), lookout.raw_fd(), log.install()?];
+    keep.push(generation.bell.as_fd().as_raw_fd());
     keep.extend(listeners.iter().map(|listener| listener.socket.as_raw_fd()));
     keep.extend(access_logs.iter().map(AsRawFd::as_raw_fd));
     let maps = stores.iter().filter_map(|store| store.maps.as_ref());
@@ -168,6 +169,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         totals: totals.clone(),
         load: generation.groups.load_of(slot),
         accept_reason: generation.groups.reason().map(str::to_owned),
+        bell: Arc::clone(&generation.bell),
         control,
     })
 }

@@ -56,6 +56,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                     .map(|peer| Peer::new(Address::Tcp(address(peer))))
                     .collect(),
                 check: None,
+                queue: None,
             })
             .collect(),
         stream: stream.clone(),

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::ids::Direction;
 pub use crate::peers::{GroupRow, PeerRow};
+use crate::queue::QueueRow;
 use crate::sys::shm::Shareable;
 
 /// Worker processes that can exist at once, old generations included.
@@ -153,6 +154,8 @@ pub struct Board {
     pub fallbacks: [AtomicU64; FallbackReason::COUNT],
     /// Ended sessions, by [`CloseReason`].
     pub closes: [AtomicU64; CloseReason::COUNT],
+    /// 1 since a session has waited for a place at a peer.
+    pub has_queued: AtomicU32,
     /// Worker rows that were ever taken, counted from the first: those behind are empty.
     pub worker_rows: AtomicU32,
     /// One row for each worker process.
@@ -199,6 +202,10 @@ pub struct WorkerRow {
     pub listener_active: [AtomicU32; MAX_LISTENERS],
     /// Sessions for each peer.
     pub peer_active: [AtomicU32; MAX_PEERS],
+    /// Sessions that wait for a place, for any group.
+    pub waiting: AtomicU32,
+    /// Those that wait for each group.
+    pub queues: [QueueRow; MAX_GROUPS],
 }
 
 /// The counters of one listener.
@@ -380,7 +387,9 @@ impl WorkerRow {
             &self.offloaded,
             &self.pairs,
             &self.slot_number,
+            &self.waiting,
         ];
+        self.queues.iter().for_each(QueueRow::clear);
         for gauge in gauges
             .into_iter()
             .chain(&self.listener_active)

@@ -11,5 +11,6 @@ pub mod limits;
 pub mod logging;
 pub mod message;
 pub mod peers;
+pub mod queue;
 pub mod sessions;
 pub mod sys;

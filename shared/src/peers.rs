@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
 
 use crate::health::CheckRow;
+use crate::queue::QueueCounters;
 
 /// How often a lock is tried, with a turn for others between, before its holder is taken for stopped: it is held
 /// for about a microsecond, so this is thousands of times too long.
@@ -99,6 +100,8 @@ pub struct GroupRow {
     pub lock: Lock,
     /// Sessions for which no peer was to be had.
     pub refused: AtomicU64,
+    /// What became of those that waited for a place.
+    pub queue: QueueCounters,
 }
 
 /// A lock between processes. It never sleeps in the kernel, and a holder that died or was stopped holds nobody up

@@ -23,6 +23,8 @@ pub struct Group {
     is_single: bool,
     /// How many sessions each peer has matters.
     counts: bool,
+    /// Sessions wait for places.
+    has_queue: bool,
 }
 
 enum Method {
@@ -152,6 +154,7 @@ impl Group {
             row,
             is_single: upstream.peers.len() == 1,
             counts,
+            has_queue: upstream.queue.is_some(),
         }
     }
 
@@ -163,9 +166,23 @@ impl Group {
         }
     }
 
-    /// Chooses a peer that was not tried yet, and counts the session in at it. `random` is any number.
-    pub fn pick(&self, scene: &Scene<'_>, tried: &[usize], key: &str, random: u64) -> Pick {
+    /// Chooses a peer that was not tried yet, and counts the session in at it. `random` is any number, `ticket` the
+    /// session's if it waits for a place. While others wait, nobody goes before them.
+    pub fn pick(
+        &self,
+        scene: &Scene<'_>,
+        tried: &[usize],
+        key: &str,
+        random: u64,
+        ticket: Option<u64>,
+    ) -> Pick {
         let _held = scene.board.groups[self.row].lock.take(scene.worker);
+        if self.has_queue
+            && let Some(first) = scene.board.first_in_queue(self.row, scene.now_ms)
+            && ticket.is_none_or(|own| first < own)
+        {
+            return Pick::Full;
+        }
         let active = if self.counts {
             self.active(scene)
         } else {
@@ -207,6 +224,14 @@ impl Group {
             None if full => Pick::Full,
             None => Pick::Nobody,
         }
+    }
+
+    /// A session waits for a place from now on; `None`: too many do. `is_first`: none of its worker's waits already.
+    pub fn enqueue(&self, scene: &Scene<'_>, size: u64, until_ms: u64, is_first: bool) -> Option<u64> {
+        let _held = scene.board.groups[self.row].lock.take(scene.worker);
+        scene
+            .board
+            .enqueue(self.row, scene.worker, size, until_ms, is_first)
     }
 
     /// An attempt has failed.

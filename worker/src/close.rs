@@ -17,6 +17,7 @@ impl Worker {
     /// Ends a session that was taken out of the table.
     pub(crate) fn close(&mut self, token: Token, mut session: Session, reason: CloseReason) {
         self.stop_keeping(&session);
+        self.leave_queue(&session);
         for side in [Side::Downstream, Side::Upstream] {
             let Some(socket) = session.socket(side) else {
                 continue;
@@ -78,7 +79,7 @@ impl Worker {
                 .iter()
                 .zip(bytes)
                 .for_each(|(counter, bytes)| Board::add(counter, bytes));
-            WorkerRow::down(&self.gauges().peer_active[row]);
+            self.free_place(row);
         }
         board.count_close(reason);
         let lasted_ms = clock::now_ms().saturating_sub(session.started_ms);

@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use culvert_shared::config::{Action, Address, Target};
-use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use culvert_shared::counters::{Board, CloseReason};
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::socket;
 use nix::errno::Errno;
@@ -63,7 +63,7 @@ impl Worker {
     }
 
     /// Connects to the next peer of the session's group, if there is one.
-    fn connect_next(&mut self, token: Token, session: &mut Session) -> Next {
+    pub(crate) fn connect_next(&mut self, token: Token, session: &mut Session) -> Next {
         loop {
             let Some((group, tried)) = &session.tried else {
                 return Next::Close(CloseReason::ConnectFailed);
@@ -74,10 +74,29 @@ impl Worker {
                 None => String::new(),
             };
             let random = self.next_random();
-            let peer = match self.groups[group].pick(&self.scene(), tried, &key, random) {
-                Pick::Peer(peer) => peer,
-                Pick::Full | Pick::Nobody => return self.no_peer(session, group),
+            let waiting = match session.phase {
+                Phase::Waiting { deadline_ms, ticket } => Some((deadline_ms, ticket)),
+                _ => None,
             };
+            let ticket = waiting.map(|(_, ticket)| ticket);
+            let peer = match self.groups[group].pick(&self.scene(), tried, &key, random, ticket) {
+                Pick::Peer(peer) => peer,
+                Pick::Full => match waiting {
+                    Some((deadline_ms, _)) => return Next::Wait(deadline_ms),
+                    // Once more: a place that was freed before it stood in the queue is not announced to it.
+                    None if self.enqueue(token, session, group) => continue,
+                    None => return self.no_peer(session, group),
+                },
+                Pick::Nobody => return self.no_peer(session, group),
+            };
+            if waiting.is_some() {
+                self.leave_queue(session);
+                if tried_none(session) {
+                    session.connecting_since_ms = clock::now_ms();
+                }
+                // Until the attempt is under way.
+                session.phase = Phase::Connecting { deadline_ms: 0 };
+            }
             if let Some((_, tried)) = &mut session.tried {
                 tried.push(peer);
             }
@@ -86,7 +105,7 @@ impl Worker {
             match self.open(token, session, &address, Some(row)) {
                 Ok(next) => return next,
                 Err(errno) => {
-                    WorkerRow::down(&self.gauges().peer_active[row]);
+                    self.free_place(row);
                     if is_ours(errno) {
                         return self.out_of(session, errno);
                     }
@@ -118,7 +137,7 @@ impl Worker {
     }
 
     /// No peer of the group is left to be tried.
-    fn no_peer(&self, session: &Session, group: usize) -> Next {
+    pub(crate) fn no_peer(&self, session: &Session, group: usize) -> Next {
         Board::add(&self.board[0].groups[self.group_rows[group]].refused, 1);
         log::error!(
             "session {}: no peer of upstream {} is left for client {}",
@@ -210,7 +229,7 @@ impl Worker {
         let (name, row) = match session.upstream.take() {
             Some(upstream) => {
                 if let Some(row) = upstream.row {
-                    WorkerRow::down(&self.gauges().peer_active[row]);
+                    self.free_place(row);
                 }
                 (upstream.name, upstream.row)
             }
@@ -311,6 +330,11 @@ impl Worker {
         self.board[0].add_relayed(Direction::ToUpstream, header.len() as u64);
         Ok(())
     }
+}
+
+/// Whether it has made no attempt yet.
+fn tried_none(session: &Session) -> bool {
+    session.tried.as_ref().is_none_or(|(_, tried)| tried.is_empty())
 }
 
 /// A connecting socket, and whether the connection is still under way.

@@ -30,6 +30,7 @@ use crate::drive::Next;
 use crate::keep::Keeping;
 use crate::preread::Glance;
 use crate::pressure::Pressure;
+use crate::queue::Queues;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
@@ -44,6 +45,7 @@ const CONTROL: mio::Token = mio::Token(usize::MAX);
 const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
 const KERNEL: mio::Token = mio::Token(usize::MAX - 2);
 const BELL: mio::Token = mio::Token(usize::MAX - 3);
+pub(crate) const PLACES: mio::Token = mio::Token(usize::MAX - 4);
 
 /// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
 pub(crate) const ACCEPT_TIMER: u32 = 0;
@@ -59,7 +61,9 @@ pub(crate) const LOG_TIMER: u32 = 4;
 pub(crate) const BUSY_TIMER: u32 = 5;
 /// The timer that begins health checks, and ends those that take too long.
 pub(crate) const CHECK_TIMER: u32 = 6;
-const FIRST_SESSION: u32 = 7;
+/// The timer that looks at sessions that wait for a place.
+pub(crate) const QUEUE_TIMER: u32 = 7;
+const FIRST_SESSION: u32 = 8;
 
 /// Events of sessions that one turn takes.
 const TURN_EVENTS: usize = 256;
@@ -97,6 +101,7 @@ pub struct Worker {
     pub(crate) router: Router,
     pub(crate) groups: Vec<Group>,
     pub(crate) checks: Checks,
+    pub(crate) queues: Queues,
     /// The row of each group.
     pub(crate) group_rows: Vec<usize>,
     /// The last number of a row that looks like chance.
@@ -167,6 +172,7 @@ impl Worker {
                 .collect(),
             group_rows: start.group_rows,
             checks: Checks::default(),
+            queues: Queues::new(start.config.upstreams.len(), start.bell),
             // Never zero, and another for each worker.
             random: clock::now_ns() ^ u64::from(start.owner.0) << 40 | 1,
             settings: start
@@ -231,6 +237,7 @@ impl Worker {
                     SESSIONS => self.more_events = true,
                     KERNEL => self.take_kernel_events(),
                     BELL => self.tell_busiest(),
+                    PLACES => self.look_at_queues(),
                     mio::Token(check) if check >= check::FIRST_TOKEN => self.check_event(check),
                     mio::Token(listener) => self.accept(listener),
                 }
@@ -340,6 +347,7 @@ impl Worker {
             LOG_TIMER => self.flush_access_logs(),
             BUSY_TIMER => self.tell_busiest(),
             CHECK_TIMER => self.run_checks(),
+            QUEUE_TIMER => self.look_at_queues_in_time(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",

@@ -243,6 +243,7 @@ impl Worker {
             self.with_session(token, |worker, session| match session.phase {
                 Phase::Reading { deadline_ms, .. }
                 | Phase::Connecting { deadline_ms }
+                | Phase::Waiting { deadline_ms, .. }
                 | Phase::Http { deadline_ms } => Next::Wait(deadline_ms),
                 Phase::Streaming => worker.wait(session),
             });
@@ -390,7 +391,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         last_active_ms: session.last_active_ms,
         connecting_until_ms: match session.phase {
             Phase::Connecting { deadline_ms } => deadline_ms.max(1),
-            Phase::Reading { .. } | Phase::Streaming | Phase::Http { .. } => 0,
+            Phase::Reading { .. } | Phase::Waiting { .. } | Phase::Streaming | Phase::Http { .. } => 0,
         },
         cookies: [cookie(Side::Downstream)?, cookie(Side::Upstream)?],
         client: session.client(),

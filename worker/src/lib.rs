@@ -2,7 +2,7 @@
 //!
 //! A session's way, file by file: `accept` → `table` (its slot) → `preread` (what its client must send first) → `route` → `balance` → `connect` →
 //! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies) → `close` (totals, reason, log line).
-//! `check` asks the peers whether they live, beside all sessions.
+//! `queue` lets sessions wait for a place at a peer, `check` asks the peers whether they live, beside all sessions.
 //! `keep` lets a session outlive this process, `adopt` takes over what another one left.
 //! `access_log` gathers the lines that `access_line` writes of ended sessions, `log_writer` waits for the disk.
 //! `http` serves `status`, `page` and `metrics`; `busy` tells every worker of the busiest sessions of all.
@@ -37,6 +37,7 @@ mod page;
 mod preread;
 mod pressure;
 mod proxy_protocol;
+mod queue;
 mod relay;
 mod route;
 mod session;

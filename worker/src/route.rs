@@ -157,6 +157,7 @@ mod tests {
             balance: Balance::RoundRobin,
             peers: Vec::new(),
             check: None,
+            queue: None,
         };
         Router::new(&[group], "box".into())
     }

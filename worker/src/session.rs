@@ -208,6 +208,13 @@ pub enum Phase {
         /// When the attempt is given up, on the worker's clock.
         deadline_ms: u64,
     },
+    /// All peers are full: it waits for a place, until this time.
+    Waiting {
+        /// When it gives up, on the worker's clock.
+        deadline_ms: u64,
+        /// Its place in the order of arrival.
+        ticket: u64,
+    },
     /// Bytes move.
     Streaming,
     /// It is no proxied session, but an HTTP connection.
@@ -341,7 +348,7 @@ impl Session {
         match self.phase {
             Phase::Reading { .. } => self.attention.unwrap_or(Interest::Read),
             Phase::Connecting { .. } if side == Side::Upstream => Interest::Connected,
-            Phase::Connecting { .. } => Interest::End,
+            Phase::Connecting { .. } | Phase::Waiting { .. } => Interest::End,
             Phase::Streaming if self.streams.iter().any(|stream| stream.way == Way::Relay) => Interest::Data,
             Phase::Http { .. } => Interest::Data,
             Phase::Streaming => Interest::End,

@@ -13,6 +13,8 @@ use culvert_shared::limits::Limits;
 use culvert_shared::logging;
 use culvert_shared::sys::shm::Shared;
 
+use nix::sys::eventfd::EventFd;
+
 use crate::store::Store;
 
 /// Everything a worker needs; made by the master before the fork, or in the child right after it.
@@ -49,6 +51,8 @@ pub struct WorkerStart {
     pub load: Option<SlotLoad>,
     /// Why there are none.
     pub accept_reason: Option<String>,
+    /// What all workers hear when a place at a peer is free for which somebody waits.
+    pub bell: Arc<EventFd>,
     /// The worker's end of the pair to the master.
     pub control: OwnedFd,
 }

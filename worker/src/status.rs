@@ -206,7 +206,8 @@ impl Worker {
         let groups = self.config.upstreams.iter().zip(&self.groups);
         groups
             .zip(self.peer_rows.iter().zip(&self.group_rows))
-            .map(|((config, group), (rows, group_row))| {
+            .enumerate()
+            .map(|(index, ((config, group), (rows, group_row)))| {
                 let peers = config.peers.iter().zip(rows).enumerate();
                 let peers: Vec<Value> = peers
                     .map(|(index, (peer, row))| {
@@ -218,6 +219,7 @@ impl Worker {
                     "name": config.name,
                     "balance": self.config.balance_of(config),
                     "refused": load(&row.refused),
+                    "queue": self.queue_status(index),
                     "peers": peers,
                 })
             })

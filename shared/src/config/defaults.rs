@@ -114,5 +114,8 @@ pub(super) const CHECK_FALL: u32 = 1;
 /// See [`CHECK_INTERVAL`].
 pub(super) const CHECK_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 
+/// How long a session waits for a place: nginx's.
+pub(super) const QUEUE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// Length of an accept queue, in connections: nginx's on Linux. The kernel caps it at net.core.somaxconn.
 pub(super) const BACKLOG: u32 = 511;

@@ -89,6 +89,10 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         if let Some(check) = &upstream.check {
             writeln!(out, "check = {}", health::write(check, quoted))?;
         }
+        if let Some(queue) = &upstream.queue {
+            let timeout = quoted(&write_duration(queue.timeout));
+            writeln!(out, "queue = {{ size = {}, timeout = {timeout} }}", queue.size)?;
+        }
     }
     let mut servers = config
         .servers

@@ -110,6 +110,7 @@ const UPSTREAM: &[Key] = &[
     value("balance"),
     shaped("server", Shape::Mixed(PEER)),
     shaped("check", Shape::Table(CHECK)),
+    shaped("queue", Shape::Table(&[value("size"), value("timeout")])),
 ];
 
 /// `check` of an `[[upstream]]`.

@@ -198,6 +198,17 @@ pub struct Upstream {
     pub peers: Vec<Peer>,
     /// How they are checked; `None`: not at all.
     pub check: Option<Check>,
+    /// Where sessions wait while all peers are at `max_conns`; `None`: they do not.
+    pub queue: Option<Queue>,
+}
+
+/// Where sessions wait for a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// How many at most, of all workers together.
+    pub size: u32,
+    /// How long at most.
+    pub timeout: Duration,
 }
 
 /// One address of an upstream group.

@@ -447,6 +447,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             balance: Balance::RoundRobin,
             peers: peers.collect(),
             check: None,
+            queue: None,
         });
         Target::Upstream(self.upstreams.len() - 1)
     }

@@ -9,8 +9,8 @@ use super::diagnostic::{Fault, OriginId};
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Address, Balance, Peer, Upstream, VariableMap};
-use super::{address, balance, units};
+use super::{Address, Balance, Peer, Queue, Upstream, VariableMap};
+use super::{address, balance, defaults, units};
 
 /// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
 const WEIGHT_MAX: u32 = 65_535;
@@ -60,6 +60,7 @@ impl Check<'_> {
                 balance,
                 peers,
                 check,
+                queue: self.queue(&key, table),
             };
             found.push((upstream, name_at));
         }
@@ -159,6 +160,32 @@ impl Check<'_> {
         });
         peer.slow_start = slow_start.unwrap_or_default();
         peer
+    }
+
+    /// The `queue` of one upstream.
+    fn queue(&mut self, key: &str, upstream: &Map<String, Value>) -> Option<Queue> {
+        let key = join(key, "queue");
+        let value = upstream.get("queue")?;
+        let ValueKind::Table(table) = &value.kind else {
+            // Anything else was reported as being no table.
+            return None;
+        };
+        if !table.contains_key("size") {
+            let at = self.findings.origin_of(value);
+            self.findings.report(
+                at,
+                &join(&key, "size"),
+                "missing, a queue needs a size: how many sessions wait at most",
+            );
+        }
+        let size = self.at(table, &key, "size", |given| valid::number(given, 1..=CONNS_MAX));
+        let timeout = self.at(table, &key, "timeout", |given| {
+            units::duration(given, Duration::from_millis(1)..=YEAR)
+        });
+        Some(Queue {
+            size: size.unwrap_or(1),
+            timeout: timeout.unwrap_or(defaults::QUEUE_TIMEOUT),
+        })
     }
 
     /// A unix socket has no other port.

@@ -48,6 +48,7 @@ impl World {
             balance,
             peers,
             check: None,
+            queue: None,
         };
         let rows: Vec<usize> = (0..upstream.peers.len()).collect();
         let board = Shared::<Board>::anonymous(1).expect("memory");
@@ -74,8 +75,13 @@ impl World {
             .random
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        self.group
-            .pick(&self.scene(worker), tried, key, self.random ^ self.random >> 33)
+        self.group.pick(
+            &self.scene(worker),
+            tried,
+            key,
+            self.random ^ self.random >> 33,
+            None,
+        )
     }
 
     #[track_caller]

@@ -164,6 +164,7 @@ fn the_least_configuration_has_every_default() {
             balance: Balance::RoundRobin,
             peers,
             check: None,
+            queue: None,
         }],
         stream: stream.clone(),
         maps: Vec::new(),

@@ -159,6 +159,13 @@ prop_compose! {
     }
 }
 
+fn queue() -> impl Strategy<Value = Queue> {
+    (1u32..=1 << 30, 1u64..=1_000_000).prop_map(|(size, timeout)| Queue {
+        size,
+        timeout: Duration::from_millis(timeout),
+    })
+}
+
 fn check() -> impl Strategy<Value = Check> {
     let pattern = |text: &str| Expect::Pattern(regex::bytes::Regex::new(text).expect("a pattern"));
     let expect = prop_oneof![
@@ -237,12 +244,12 @@ prop_compose! {
         flow_steering in prop::sample::select(vec![FlowSteering::Off, FlowSteering::Rfs]),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
-        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4), prop::option::of(check())), 1..4),
+        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4), prop::option::of(check()), prop::option::of(queue())), 1..4),
         stream in stream(),
         http in any::<bool>(),
         servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
     ) -> Config {
-        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers, check))| {
+        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers, check, queue))| {
             peers[0].backup = false;
             let grows = matches!(balance, Balance::RoundRobin | Balance::LeastConn | Balance::LeastTime);
             for peer in peers.iter_mut().filter(|_| !grows) {
@@ -250,7 +257,7 @@ prop_compose! {
             }
             let tcp = peers.iter().all(|peer| matches!(peer.address, Address::Tcp(_)));
             let check = check.map(|check| Check { port: check.port.filter(|_| tcp), ..check });
-            Upstream { name: format!("group-{n}.é"), balance, peers, check }
+            Upstream { name: format!("group-{n}.é"), balance, peers, check, queue }
         }).collect();
         let named = upstreams.len();
         let mut port = 1000;
@@ -268,7 +275,7 @@ prop_compose! {
                     let name = address.to_string();
                     let index = upstreams.iter().position(|upstream| upstream.name == name).unwrap_or_else(|| {
                         let peers = vec![Peer::new(Address::Tcp(address))];
-                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers, check: None });
+                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers, check: None, queue: None });
                         upstreams.len() - 1
                     });
                     Action::Proxy(Target::Upstream(index))
