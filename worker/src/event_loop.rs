@@ -232,6 +232,7 @@ impl Worker {
         self.tell_load();
         self.begin_checks();
         self.gauges().ready.store(1, Relaxed);
+        self.begin_checks();
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {

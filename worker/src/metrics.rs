@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use culvert_shared::counters::{CloseReason, FallbackReason, HISTOGRAM_US, Histogram};
 use culvert_shared::ids::Direction;
 
+use crate::balance::Health;
 use crate::clock;
 use crate::event_loop::Worker;
 
@@ -333,6 +334,14 @@ impl Worker {
         let name = "culvert_upstream_connect_failures_total";
         let help = "Attempts to connect that failed.";
         all(name, COUNTER, help, &|row| load(&rows[row].connect_failures));
+        let name = "culvert_upstream_checks_passed_total";
+        all(name, COUNTER, "Health checks that passed.", &|row| {
+            load(&rows[row].check.passed)
+        });
+        let name = "culvert_upstream_checks_failed_total";
+        all(name, COUNTER, "Health checks that failed.", &|row| {
+            load(&rows[row].check.failed)
+        });
         let name = "culvert_upstream_sessions_active";
         all(name, GAUGE, "Open sessions.", &|row| {
             board.peer_active(row, now_ms)
@@ -344,6 +353,54 @@ impl Worker {
         let name = "culvert_upstream_received_bytes_total";
         let help = "Bytes from peers, over ended sessions.";
         all(name, COUNTER, help, &|row| load(&rows[row].bytes[1]));
+        let name = "culvert_upstream_peer_up";
+        page.family(name, GAUGE, "Whether the peer takes sessions.");
+        for ((upstream, peer), rows) in &peers {
+            let up = rows.iter().any(|row| self.is_peer_up(*row));
+            page.sample(name, &[("upstream", upstream), ("peer", peer)], u8::from(up));
+        }
+        self.queue_metrics(page);
+    }
+
+    fn is_peer_up(&self, row: usize) -> bool {
+        let scene = self.scene();
+        let mut groups = self.groups.iter().zip(&self.peer_rows);
+        groups.any(|(group, rows)| {
+            let mut peers = rows.iter().enumerate();
+            peers.any(|(index, own)| *own == row && group.health(&scene, index) == Health::Up)
+        })
+    }
+
+    fn queue_metrics(&self, page: &mut Page) {
+        let board = &self.board[0];
+        let groups = self.config.upstreams.iter().zip(&self.group_rows);
+        let queues: Vec<(&str, usize)> = groups
+            .filter(|(group, _)| group.queue.is_some())
+            .map(|(group, row)| (group.name.as_str(), *row))
+            .collect();
+        let mut all = |name: &str, kind, help, value: &dyn Fn(usize) -> u64| {
+            page.family(name, kind, help);
+            for (upstream, row) in &queues {
+                page.sample(name, &[("upstream", upstream)], value(*row));
+            }
+        };
+        let counters = |row: usize| &board.groups[row].queue;
+        let name = "culvert_upstream_queue_waiting";
+        all(name, GAUGE, "Sessions that wait for a place.", &|row| {
+            board.waiting(row)
+        });
+        let name = "culvert_upstream_queued_total";
+        all(name, COUNTER, "Sessions that had to wait for a place.", &|row| {
+            load(&counters(row).queued)
+        });
+        let name = "culvert_upstream_queue_timeouts_total";
+        all(name, COUNTER, "Sessions that found no place in time.", &|row| {
+            load(&counters(row).timed_out)
+        });
+        let name = "culvert_upstream_queue_overflows_total";
+        all(name, COUNTER, "Sessions that found the queue full.", &|row| {
+            load(&counters(row).overflowed)
+        });
     }
 }
 

@@ -174,6 +174,7 @@ fn upstreams(page: &mut String, status: &Value) {
                 right(count(number(peer, "/active"))),
                 right(count(number(peer, "/connected"))),
                 (count(failures), if failures > 0 { "n bad" } else { "n" }),
+                checks(peer),
                 right(bytes(number(peer, "/bytes/to_upstream"))),
                 right(bytes(number(peer, "/bytes/to_downstream"))),
             ]);
@@ -187,11 +188,50 @@ fn upstreams(page: &mut String, status: &Value) {
         "#open",
         "#connected",
         "#failures",
+        "checks",
         "#sent*",
         "#received*",
     ];
     table(page, "Upstreams", &columns, rows);
     page.push_str("<p class=\"soft\">* over sessions that have ended</p>");
+    queues(page, status);
+}
+
+/// What health checks found of a peer.
+fn checks(peer: &Value) -> (String, &'static str) {
+    let Some(last) = peer.pointer("/check/last") else {
+        return plain("-".to_owned());
+    };
+    let (passed, failed) = (number(peer, "/check/passed"), number(peer, "/check/failed"));
+    let shown = format!("{} of {} passed", count(passed), count(passed + failed));
+    match last.as_str() {
+        None | Some("passed") => plain(shown),
+        Some(why) => (format!("{shown}, the last one: {why}"), "bad"),
+    }
+}
+
+/// Sessions that wait for a place, if an upstream lets them.
+fn queues(page: &mut String, status: &Value) {
+    let groups = list(status, "/upstreams").filter(|group| group["queue"].is_object());
+    let rows: Vec<_> = groups
+        .map(|group| {
+            vec![
+                plain(text(group, "/name")),
+                right(format!(
+                    "{} of {}",
+                    count(number(group, "/queue/waiting")),
+                    count(number(group, "/queue/size"))
+                )),
+                right(count(number(group, "/queue/queued"))),
+                right(count(number(group, "/queue/timed_out"))),
+                right(count(number(group, "/queue/overflowed"))),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        let columns = ["upstream", "#waiting", "#queued", "#timed out", "#refused, full"];
+        table(page, "Queues", &columns, rows);
+    }
 }
 
 fn workers(page: &mut String, status: &Value) {
