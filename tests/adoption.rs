@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use harness::load::{KEPT_AFTER, from_environment};
 use harness::pattern::fill;
-use harness::{Front, Plan, Proxy, connect, patient, process, within};
+use harness::{Flag, Front, Plan, Proxy, Status, connect, patient, process, within};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Thousands of sessions are adopted in this time; other programs on the machine may spoil a try or two.
@@ -150,4 +150,51 @@ fn thousands_of_resting_sessions_are_adopted_at_once_and_each_goes_on() {
     proxy.settle();
     let (mut client, mut server) = front.open();
     echo(&mut client, &mut server, 1).expect("a new session");
+}
+
+#[test]
+fn sessions_that_move_are_counted_all_the_while() {
+    const SESSIONS: u64 = 1000;
+    let mut plan = Plan::new()
+        .workers(2)
+        .global(&format!("worker_connections = {}", 2 * SESSIONS));
+    let front = Front::new(&mut plan, "127.0.0.1", "");
+    let proxy = plan.start();
+    let mut open = Vec::new();
+    while (open.len() as u64) < SESSIONS {
+        open_some(&front, &mut open, 100);
+    }
+    proxy.wait("all are offloaded", |s| s.offloaded() == SESSIONS);
+    let (over, address) = (Flag::default(), proxy.status_address());
+    let least = std::thread::scope(|scope| {
+        let _over = over.raise_at_the_end();
+        let watcher = scope.spawn(|| {
+            let (mut least, mut asked) = ([u64::MAX; 3], 0);
+            while !over.is_up() {
+                if let Ok(status) = Status::fetch(address) {
+                    let now = [
+                        status.active(),
+                        status.offloaded(),
+                        status.number("/listeners/0/active"),
+                    ];
+                    least = [0, 1, 2].map(|at| least[at].min(now[at]));
+                    asked += 1;
+                }
+            }
+            assert!(asked > 100, "asked {asked} times only");
+            least
+        });
+        for _ in 0..6 {
+            proxy.reload();
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        over.raise();
+        watcher.join().expect("the watcher")
+    });
+    assert_eq!(least, [SESSIONS; 3], "active, offloaded, of the listener");
+    proxy.wait("none is counted twice", |s| {
+        s.active() == SESSIONS && s.offloaded() == SESSIONS
+    });
+    drop(open);
+    proxy.settle();
 }

@@ -47,8 +47,6 @@ pub struct Generation {
     pub bell: Arc<EventFd>,
     /// Every name that has had a row.
     pub rows: Rows,
-    /// What all workers hear when a place at a peer is free for which somebody waits.
-    pub bell: Arc<EventFd>,
 }
 
 impl Generation {
@@ -136,7 +134,6 @@ impl Generation {
             number,
             user: rights::target_user(&config),
             keeper_room: limits::raise_descriptors(&config)?,
-            bell: bell()?,
             assigned: rows.assign(&config)?,
             lookout: Arc::new(Lookout::new()?),
             access_logs: AccessLogs::open(&config)?,
@@ -202,12 +199,6 @@ pub fn check(config: &Config, rows: &Rows) -> Result<()> {
     check_workers(config)?;
     limits::raise_descriptors(config)?;
     rows.clone().assign(config).map(drop)
-}
-
-fn bell() -> Result<Arc<EventFd>> {
-    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map(Arc::new)
-        .context("failed to make a descriptor that wakes workers")
 }
 
 fn check_workers(config: &Config) -> Result<()> {

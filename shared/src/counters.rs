@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::ids::Direction;
-pub use crate::peers::{GroupRow, PeerRow};
+pub use crate::peers::{GroupRow, PeerRow, Transit};
 use crate::queue::QueueRow;
 use crate::sys::shm::Shareable;
 
@@ -156,6 +156,10 @@ pub struct Board {
     pub fallbacks: [AtomicU64; FallbackReason::COUNT],
     /// Ended sessions, by [`CloseReason`].
     pub closes: [AtomicU64; CloseReason::COUNT],
+    /// Sessions that are between two workers.
+    pub transit: Transit,
+    /// Those of them that the kernel forwards.
+    pub offloaded_transit: Transit,
     /// 1 since a session has waited for a place at a peer.
     pub has_queued: AtomicU32,
     /// Worker rows that were ever taken, counted from the first: those behind are empty.
@@ -217,6 +221,8 @@ pub struct ListenerRow {
     pub accepted: AtomicU64,
     /// Bytes of ended sessions, by direction.
     pub bytes: [AtomicU64; 2],
+    /// Its sessions that are between two workers.
+    pub transit: Transit,
 }
 
 /// How the board is laid out, for two binaries to compare.
@@ -298,11 +304,29 @@ impl Board {
             .filter(|(_, row)| row.pid.load(Relaxed) != 0)
     }
 
-    /// Sessions that living workers hold for a listener.
-    pub fn listener_active(&self, listener: usize) -> u64 {
-        self.live_workers()
-            .map(|(_, row)| u64::from(row.listener_active[listener].load(Relaxed)))
-            .sum()
+    /// Open sessions, those included that are between two workers.
+    pub fn active(&self, now_ms: u64) -> u64 {
+        self.held(&self.transit, now_ms, |row| &row.sessions)
+    }
+
+    /// Open sessions that the kernel forwards.
+    pub fn offloaded(&self, now_ms: u64) -> u64 {
+        self.held(&self.offloaded_transit, now_ms, |row| &row.offloaded)
+    }
+
+    /// Open sessions of a listener.
+    pub fn listener_active(&self, listener: usize, now_ms: u64) -> u64 {
+        self.held(&self.listeners[listener].transit, now_ms, |row| {
+            &row.listener_active[listener]
+        })
+    }
+
+    fn held(&self, transit: &Transit, now_ms: u64, gauge: impl Fn(&WorkerRow) -> &AtomicU32) -> u64 {
+        // Asked before and after, because sessions may leave or arrive meanwhile; twice is better than not at all.
+        let before = transit.count(now_ms);
+        let rows = self.live_workers().map(|(_, row)| gauge(row));
+        let held: u64 = rows.map(|gauge| u64::from(gauge.load(Relaxed))).sum();
+        held + u64::from(before.max(transit.count(now_ms)))
     }
 
     /// Sessions that the program holds for a peer, those included that are between two workers.
@@ -311,7 +335,7 @@ impl Board {
         let held = self.workers[..rows.min(MAX_WORKERS)]
             .iter()
             .map(|row| u64::from(row.peer_active[peer].load(Relaxed)));
-        held.sum::<u64>() + u64::from(self.peers[peer].in_transit(now_ms))
+        held.sum::<u64>() + u64::from(self.peers[peer].transit.count(now_ms))
     }
 
     /// Frees the row of a worker that is gone. The sessions that it had count as being between two workers: some
@@ -321,7 +345,7 @@ impl Board {
         for (peer, gauge) in self.peers.iter().zip(&worker.peer_active) {
             match gauge.load(Relaxed) {
                 0 => {}
-                sessions => peer.begin_transit(sessions, now_ms),
+                sessions => peer.transit.begin(sessions, now_ms),
             }
             peer.check.bury(row);
         }

@@ -44,36 +44,46 @@ pub struct PeerRow {
     pub connect_us: AtomicU64,
     /// What checks found.
     pub check: CheckRow,
-    /// Sessions that are between two workers.
-    transit: AtomicU32,
-    /// Until when they count.
-    transit_until_ms: AtomicU64,
+    /// Its sessions that are between two workers.
+    pub transit: Transit,
 }
 
-impl PeerRow {
+/// Sessions that are between two workers: for an instant one counts here and there, never nowhere.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Transit {
+    /// Until when they count.
+    until_ms: AtomicU64,
+    sessions: AtomicU32,
+    padding: AtomicU32,
+}
+
+impl Transit {
     /// Sessions are on their way from one worker to another.
-    pub fn begin_transit(&self, sessions: u32, now_ms: u64) {
-        if self.transit_until_ms.swap(now_ms + TRANSIT_MS, Relaxed) <= now_ms {
-            self.transit.store(0, Relaxed);
+    pub fn begin(&self, sessions: u32, now_ms: u64) {
+        if self.until_ms.swap(now_ms + TRANSIT_MS, Relaxed) <= now_ms {
+            self.sessions.store(0, Relaxed);
         }
-        self.transit.fetch_add(sessions, Relaxed);
+        self.sessions.fetch_add(sessions, Relaxed);
     }
 
     /// One of them has arrived.
-    pub fn end_transit(&self) {
+    pub fn end(&self) {
         let lower = |sessions: u32| sessions.checked_sub(1);
         // Nothing is lowered where it has lapsed.
-        let _ = self.transit.fetch_update(Relaxed, Relaxed, lower);
+        let _ = self.sessions.fetch_update(Relaxed, Relaxed, lower);
     }
 
     /// How many are on their way.
-    pub fn in_transit(&self, now_ms: u64) -> u32 {
-        match now_ms < self.transit_until_ms.load(Relaxed) {
-            true => self.transit.load(Relaxed),
+    pub fn count(&self, now_ms: u64) -> u32 {
+        match now_ms < self.until_ms.load(Relaxed) {
+            true => self.sessions.load(Relaxed),
             false => 0,
         }
     }
+}
 
+impl PeerRow {
     /// A check has found it alive again.
     pub fn revive(&self, now_ms: u64) {
         self.fails.store(0, Relaxed);
@@ -178,15 +188,15 @@ mod tests {
 
     #[test]
     fn a_session_between_two_workers_counts_until_it_arrives_or_is_given_up() {
-        let peer = PeerRow::default();
-        peer.begin_transit(3, 1_000);
-        peer.end_transit();
-        assert_eq!(peer.in_transit(1_500), 2);
-        assert_eq!(peer.in_transit(1_000 + TRANSIT_MS), 0);
-        peer.begin_transit(1, 9_000);
-        assert_eq!(peer.in_transit(9_000), 1, "what was given up counts no more");
-        peer.end_transit();
-        peer.end_transit();
-        assert_eq!(peer.in_transit(9_000), 0);
+        let transit = Transit::default();
+        transit.begin(3, 1_000);
+        transit.end();
+        assert_eq!(transit.count(1_500), 2);
+        assert_eq!(transit.count(1_000 + TRANSIT_MS), 0);
+        transit.begin(1, 9_000);
+        assert_eq!(transit.count(9_000), 1, "what was given up counts no more");
+        transit.end();
+        transit.end();
+        assert_eq!(transit.count(9_000), 0);
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use culvert_bpf::Terms;
 use culvert_shared::config::{Action, OnReload, Stream as Settings, Target};
-use culvert_shared::counters::{Board, CloseReason, WorkerRow};
+use culvert_shared::counters::{Board, CloseReason, Transit, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::SessionId;
 use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream, Stage};
@@ -16,6 +16,7 @@ use culvert_shared::sys::socket;
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
+use crate::keep;
 use crate::pace::Pace;
 use crate::proxy_protocol::Addresses;
 use crate::route::Ends;
@@ -136,7 +137,7 @@ impl Worker {
     fn take_in(&mut self, mut session: Session, died: bool) {
         let gone = self.is_gone(&session);
         let token = self.table.reserve();
-        self.count_in(token, &session);
+        self.count_in(token, &session, died);
         session.attention = Some(session.interest(Side::Downstream));
         let mut watched = true;
         for side in [Side::Downstream, Side::Upstream] {
@@ -192,7 +193,7 @@ impl Worker {
         });
     }
 
-    fn count_in(&mut self, token: Token, session: &Session) {
+    fn count_in(&mut self, token: Token, session: &Session, died: bool) {
         if let Some(seat) = session.seat {
             self.wards[seat.ward].tokens[seat.id.place.0 as usize] = Some(token);
             if seat.joined {
@@ -206,7 +207,12 @@ impl Worker {
         }
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
             WorkerRow::up(&self.gauges().peer_active[row]);
-            self.board[0].peers[row].end_transit();
+            if died {
+                self.board[0].peers[row].transit.end();
+            }
+        }
+        if !died {
+            keep::transits(&self.board[0], session).for_each(Transit::end);
         }
     }
 

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
 
 use culvert_shared::config::OnReload;
-use culvert_shared::counters::WorkerRow;
+use culvert_shared::counters::{Board, Transit, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::{BATCH, SessionId, ToMaster};
 use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream, Stage};
@@ -315,21 +315,19 @@ impl Worker {
             }
         };
         mark(Kept::LetGo);
-        let rows = || {
-            let upstreams = sessions
+        let now_ms = clock::now_ms();
+        let counts = || {
+            sessions
                 .iter()
-                .filter_map(|(_, session)| session.upstream.as_ref());
-            upstreams
-                .filter_map(|upstream| upstream.row)
-                .map(|row| &self.board[0].peers[row])
+                .flat_map(|(_, session)| transits(&self.board[0], session))
         };
         // Before the master hears of it: they may have arrived before this process goes on.
-        rows().for_each(|peer| peer.begin_transit(1, clock::now_ms()));
+        counts().for_each(|transit| transit.begin(1, now_ms));
         let ids = seats().map(|seat| seat.id).collect();
         let sent = fdpass::send(self.control.as_fd(), &ToMaster::Over(ids).encode(), &[]);
         if sent.is_err() {
             mark(Kept::Yes);
-            rows().for_each(|peer| peer.end_transit());
+            counts().for_each(Transit::end);
         }
         sent
     }
@@ -381,6 +379,16 @@ fn can_be_moved(session: &Session) -> bool {
         Phase::Connecting { .. } | Phase::Streaming => session.upstream.is_some(),
         Phase::Waiting { .. } | Phase::Http { .. } => false,
     }
+}
+
+/// Where a session counts that is between two workers.
+pub(crate) fn transits<'b>(board: &'b Board, session: &Session) -> impl Iterator<Item = &'b Transit> {
+    let own = [&board.transit, &board.listeners[session.listener].transit];
+    let own = Some(own).filter(|_| !session.is_status);
+    let in_kernel = session.joined().map(|_| &board.offloaded_transit);
+    let peer = session.upstream.as_ref().and_then(|upstream| upstream.row);
+    let of_peer = peer.map(|row| &board.peers[row].transit);
+    own.into_iter().flatten().chain(in_kernel).chain(of_peer)
 }
 
 /// The sockets of a session; one that has no upstream yet shows its client's twice.

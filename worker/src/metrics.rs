@@ -178,11 +178,8 @@ impl Worker {
 
     fn session_metrics(&self, page: &mut Page) {
         let board = &self.board[0];
-        let sum = |gauge: fn(&culvert_shared::counters::WorkerRow) -> u32| -> u64 {
-            board.live_workers().map(|(_, row)| u64::from(gauge(row))).sum()
-        };
-        let active = sum(|row| row.sessions.load(Relaxed));
-        let offloaded = sum(|row| row.offloaded.load(Relaxed));
+        let now_ms = clock::now_ms();
+        let (active, offloaded) = (board.active(now_ms), board.offloaded(now_ms));
         page.one(
             "culvert_sessions_total",
             COUNTER,
@@ -299,7 +296,9 @@ impl Worker {
             load(&rows[row].accepted)
         });
         let name = "culvert_listener_sessions_active";
-        all(name, GAUGE, "Open sessions.", &|row| board.listener_active(row));
+        all(name, GAUGE, "Open sessions.", &|row| {
+            board.listener_active(row, clock::now_ms())
+        });
         let name = "culvert_listener_received_bytes_total";
         let help = "Bytes from clients, over ended sessions.";
         all(name, COUNTER, help, &|row| load(&rows[row].bytes[0]));

@@ -195,15 +195,9 @@ fn look_for_hello(session: &mut Session, seen: &[u8], limit: usize) -> Look {
 
 /// Takes the first bytes, which were seen to be there, out of the receive queue.
 fn take_out(session: &mut Session, bytes: usize) -> Result<(), CloseReason> {
-    let mut dropped = [0; 512];
-    let mut left = bytes;
-    while left > 0 {
-        let piece = left.min(dropped.len());
-        match sockets::receive(session.downstream.as_fd(), &mut dropped[..piece]) {
-            Ok(taken) if taken > 0 => left -= taken,
-            _ => return Err(CloseReason::DownstreamLeftReading),
-        }
-    }
+    let mut dropped = [0; proxy_protocol::LONGEST];
+    sockets::discard(session.downstream.as_fd(), &mut dropped[..bytes])
+        .map_err(|_| CloseReason::DownstreamLeftReading)?;
     // The books of the session: its TCP has received these as well.
     session.stream(Direction::ToUpstream).read_bytes += bytes as u64;
     Ok(())

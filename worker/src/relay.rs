@@ -1,4 +1,8 @@
 //! The user-space copy: what cannot, or must not, be forwarded in the kernel.
+//!
+//! What is copied is looked at, written, and as much of it as the target took is then taken out of the source. So between
+//! two turns no byte of a session is in this process: another worker can go on with it whenever this one has to leave,
+//! however long its reader has stopped.
 
 use std::os::fd::AsFd;
 
@@ -14,8 +18,7 @@ use crate::sockets;
 /// Reads that one direction may make in one turn, so that no session starves the others.
 const TURN_BUDGET: usize = 16;
 
-/// The buffer that all sessions of the worker read into. A session gets bytes of its own only when its
-/// target does not take them at once.
+/// The buffer that all sessions of the worker read into.
 pub struct Scratch(Vec<u8>);
 
 impl Scratch {
@@ -64,42 +67,48 @@ impl Worker {
                 // `wait` says when it goes on.
                 return Ok(Pumped::Blocked);
             }
+            // A status document has no upstream. Its client may send what it likes; nobody reads it.
+            let into = session.socket(to);
+            if into.is_some() && !session.ready[to.index()].writable {
+                return Ok(Pumped::Blocked);
+            }
             let Some(socket) = session.socket(from) else {
                 return Ok(Pumped::Blocked);
             };
             self.begin_copying(session);
             let buffer = &mut self.scratch.0[..limit];
-            let read = match sockets::receive(socket.as_fd(), buffer) {
+            let seen = match sockets::peek(socket.as_fd(), buffer) {
                 Ok(0) => {
                     session.stream(direction).source_ended = true;
                     return Ok(Pumped::SourceEnded);
                 }
-                Ok(read) => read,
+                Ok(seen) => seen,
                 Err(Errno::EAGAIN) => {
                     session.ready[from.index()].readable = false;
                     return Ok(Pumped::Blocked);
                 }
                 Err(errno) => return Err(Failed { side: from, errno }),
             };
-            session.last_active_ms = clock::now_ms();
-            let stream = session.stream(direction);
-            stream.read_bytes += read as u64;
-            if let Some(pace) = &mut stream.pace {
-                pace.spend(read);
-            }
-            let written = match session
-                .socket(to)
-                .map(|socket| sockets::send(socket.as_fd(), &buffer[..read]))
-            {
-                // A status document's client may send what it likes; nobody reads it.
-                None => read,
+            let written = match into.map(|into| sockets::send(into.as_fd(), &buffer[..seen])) {
+                None => seen,
                 Some(Ok(written)) => written,
                 Some(Err(Errno::EAGAIN)) => 0,
                 Some(Err(errno)) => return Err(Failed { side: to, errno }),
             };
-            if written < read {
+            if let Err(errno) = sockets::discard(socket.as_fd(), &mut buffer[..written]) {
+                return Err(Failed { side: from, errno });
+            }
+            if written < seen {
                 session.ready[to.index()].writable = false;
-                session.stream(direction).pending.extend(&buffer[written..read]);
+            }
+            if written == 0 {
+                continue;
+            }
+            session.last_active_ms = clock::now_ms();
+            let stream = session.stream(direction);
+            stream.read_bytes += written as u64;
+            if let Some(pace) = &mut stream.pace {
+                pace.spend(written);
             }
             if session.upstream.is_some() {
                 session.stream(direction).written_bytes += written as u64;
@@ -109,7 +118,7 @@ impl Worker {
         Ok(Pumped::TurnOver)
     }
 
-    /// Writes what an earlier turn could not; true when nothing is left of it.
+    /// Writes what this process itself has to say; true when nothing is left of it.
     fn flush(&mut self, session: &mut Session, direction: Direction) -> Result<bool, Failed> {
         let to = target(direction);
         while !session.streams[direction.index()].pending.is_empty() {
@@ -136,7 +145,7 @@ impl Worker {
             stream.pending.drain(..written);
             stream.written_bytes += written as u64;
             if stream.pending.is_empty() {
-                // An idle session holds no buffer.
+                // A session that is done with it holds no buffer.
                 stream.pending = Default::default();
             }
             if session.upstream.is_some() {

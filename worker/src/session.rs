@@ -61,7 +61,7 @@ pub struct Stream {
     pub way: Way,
     /// Whether the source's end of stream has been read.
     pub source_ended: bool,
-    /// Read by user space and not yet written; empty most of the time.
+    /// What this process itself has to say and has not written yet: of a status document. Proxied bytes never stand here.
     pub pending: VecDeque<u8>,
     /// Bytes that user space read from the source.
     pub read_bytes: u64,

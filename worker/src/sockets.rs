@@ -95,6 +95,21 @@ pub fn has_ended_unread(fd: BorrowedFd<'_>) -> bool {
     matches!(retry(|| socket::recv(fd.as_raw_fd(), &mut [0u8], flags)), Ok(0))
 }
 
+/// Takes as many bytes out as `buffer` is long, which were seen to be there; what is in `buffer` afterwards means nothing.
+/// TCP does not even copy them then (MSG_TRUNC in tcp(7)).
+pub fn discard(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(), Errno> {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
+    let mut left = buffer.len();
+    while left > 0 {
+        match retry(|| socket::recv(fd.as_raw_fd(), &mut buffer[..left], flags))? {
+            // It was reset meanwhile.
+            0 => return Err(Errno::ECONNRESET),
+            taken => left -= taken.min(left),
+        }
+    }
+    Ok(())
+}
+
 /// Writes what fits.
 pub fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
     retry(|| {

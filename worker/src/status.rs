@@ -107,8 +107,8 @@ impl Worker {
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |time| time.as_millis() as u64);
         let live = || board.live_workers().map(|(_, row)| row);
-        let active: u64 = live().map(|row| u64::from(row.sessions.load(Relaxed))).sum();
-        let offloaded: u64 = live().map(|row| u64::from(row.offloaded.load(Relaxed))).sum();
+        let now_ms = clock::now_ms();
+        let (active, offloaded) = (board.active(now_ms), board.offloaded(now_ms));
         let workers: Vec<Value> = live()
             .map(|row| {
                 let totals = self.totals.as_ref().zip(row.slot_number());
@@ -194,7 +194,7 @@ impl Worker {
             json!({
                 "address": address.to_string(),
                 "accepted": load(&row.accepted),
-                "active": board.listener_active(*row_number),
+                "active": board.listener_active(*row_number, clock::now_ms()),
                 "bytes": by_direction(|way| load(&row.bytes[way.index()])),
             })
         };
