@@ -5,7 +5,7 @@ use super::*;
 #[test]
 fn all_errors_come_at_once_in_file_order() {
     let found = errors(
-        "worker_processes = 0\nuser = \"who\"\n[stream]\nproxy_timeout = \"10min\"\nproxy_upload_rate = \"1m\"\n\
+        "worker_processes = 0\nuser = \"who\"\n[stream]\nproxy_timeout = \"10min\"\nlimit_rate = \"1m\"\n\
          [[server]]\nlisten = \"0.0.0.0:80\"\nproxy_pass = \"nowhere\"\n\
          [[server]]\nlisten = [80]\nebpf_status_return = true\nproxy_pass = \"127.0.0.1:1\"\n",
     );
@@ -13,7 +13,7 @@ fn all_errors_come_at_once_in_file_order() {
         "a.toml:1:20: worker_processes: out of range (0), allowed: \"auto\", or a whole number from 1 to 4096",
         "a.toml:2:8: user: unknown user (\"who\"), ",
         "a.toml:4:17: stream.proxy_timeout: unknown unit \"min\" (\"10min\"), allowed: 1ms to 365d, ",
-        "a.toml:5:1: stream.proxy_upload_rate: unknown key, known here: ",
+        "a.toml:5:1: stream.limit_rate: unknown key, known here: ",
         "a.toml:8:14: server[0].proxy_pass: there is no upstream \"nowhere\" (\"nowhere\"), ",
         "a.toml:10:11: server[1].listen[0]: 0.0.0.0:80 is already taken by server[0].listen at ",
         "a.toml:12:14: server[1].proxy_pass: the server has ebpf_status_return = true (\"127.0.0.1:1\"), ",

@@ -1,0 +1,340 @@
+//! What a session may have: each feature with its row in the README's table, who carries the bytes then, and how a
+//! configuration asks for it. A new feature is one more entry here, and one more row there.
+
+/// Who carries the bytes of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// The kernel, both ways.
+    Kernel,
+    /// User space to the upstream, the kernel to the client.
+    UploadLimited,
+    /// The kernel to the upstream, user space to the client.
+    DownloadLimited,
+    /// User space, because both ways are limited.
+    Limited,
+    /// User space, because a peer is no TCP socket.
+    NotTcp,
+    /// User space, because the operator says so.
+    Off,
+}
+
+impl Carrier {
+    /// Whether user space carries the bytes to the upstream, and to the client.
+    pub fn copied(self) -> [bool; 2] {
+        match self {
+            Carrier::Kernel => [false; 2],
+            Carrier::UploadLimited => [true, false],
+            Carrier::DownloadLimited => [false, true],
+            Carrier::Limited | Carrier::NotTcp | Carrier::Off => [true; 2],
+        }
+    }
+
+    /// Why the kernel does not, as it is counted; `-`: nothing is.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Carrier::Kernel | Carrier::Off => "-",
+            Carrier::NotTcp => "not_tcp",
+            Carrier::UploadLimited | Carrier::DownloadLimited | Carrier::Limited => "rate_limited",
+        }
+    }
+
+    /// The second and third cell of a row of the README's table.
+    pub fn cells(self) -> [String; 2] {
+        let who = match self.copied() {
+            [false, false] => "the kernel",
+            [true, true] => "user space",
+            [true, false] => "user space to the upstream, the kernel to the client",
+            [false, true] => "the kernel to the upstream, user space to the client",
+        };
+        let counted = match self.reason() {
+            "-" => String::new(),
+            reason => format!("`{reason}`"),
+        };
+        [who.to_owned(), counted]
+    }
+
+    /// What two features together come to.
+    pub fn and(self, other: Carrier) -> Carrier {
+        let order = [
+            Carrier::Off,
+            Carrier::NotTcp,
+            Carrier::Limited,
+            Carrier::UploadLimited,
+            Carrier::DownloadLimited,
+        ];
+        let first = order.into_iter().find(|one| *one == self || *one == other);
+        first.unwrap_or(Carrier::Kernel)
+    }
+}
+
+/// How the upstream's side listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Peer {
+    V4,
+    V6,
+    Unix,
+}
+
+/// The header that the upstream waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Header {
+    None,
+    V1,
+    V2,
+}
+
+/// How `proxy_pass` says where a session goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    Name,
+    Variable,
+    Hello,
+}
+
+/// One listener with all that is behind it.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub name: String,
+    pub carrier: Carrier,
+    /// Of the `[[server]]`.
+    pub lines: Vec<&'static str>,
+    /// Of the listener.
+    pub listen: &'static str,
+    pub ip: &'static str,
+    /// What the client says before its payload.
+    pub says: &'static [u8],
+    pub pass: Pass,
+    pub balance: &'static str,
+    /// The group has peers beside the one that serves.
+    pub many_peers: bool,
+    pub peer: Peer,
+    pub expects: Header,
+    /// The client ends its stream before it has its answer.
+    pub ends_early: bool,
+    pub closes: &'static str,
+}
+
+impl Setup {
+    /// Only what is there without any feature.
+    pub fn plain() -> Setup {
+        Setup {
+            name: "nothing else".to_owned(),
+            carrier: Carrier::Kernel,
+            lines: Vec::new(),
+            listen: "backlog = 511",
+            ip: "127.0.0.1",
+            says: b"",
+            pass: Pass::Name,
+            balance: "round_robin",
+            many_peers: false,
+            peer: Peer::V4,
+            expects: Header::None,
+            ends_early: false,
+            closes: "finished",
+        }
+    }
+
+    /// With these features.
+    pub fn with(features: &[&Feature]) -> Setup {
+        let mut setup = Setup::plain();
+        setup.name = features.iter().map(|f| f.name).collect::<Vec<_>>().join(" + ");
+        for feature in features {
+            setup.carrier = setup.carrier.and(feature.carrier);
+            (feature.apply)(&mut setup);
+        }
+        setup
+    }
+}
+
+/// One thing that may be asked for.
+pub struct Feature {
+    pub name: &'static str,
+    /// The first cell of its row.
+    pub row: &'static str,
+    /// Two features that have one of these in common exclude each other.
+    pub slots: &'static [&'static str],
+    pub carrier: Carrier,
+    pub apply: fn(&mut Setup),
+}
+
+const fn kernel(
+    name: &'static str,
+    row: &'static str,
+    slots: &'static [&'static str],
+    apply: fn(&mut Setup),
+) -> Feature {
+    Feature {
+        name,
+        row,
+        slots,
+        carrier: Carrier::Kernel,
+        apply,
+    }
+}
+
+const fn copied(
+    name: &'static str,
+    row: &'static str,
+    slots: &'static [&'static str],
+    carrier: Carrier,
+    apply: fn(&mut Setup),
+) -> Feature {
+    Feature {
+        name,
+        row,
+        slots,
+        carrier,
+        apply,
+    }
+}
+
+const V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\xc6\x33\x64\x09\x9c\x40\x01\xbb";
+const BALANCE: &str = "`balance`, each way";
+const PROXY_IN: &str = "`listen = { proxy_protocol = true }`, v1 and v2, `set_real_ip_from`";
+const PROXY_OUT: &str = "`proxy_protocol = \"v1\"` and `\"v2\"`";
+const BELIEVED: &str = "set_real_ip_from = [\"127.0.0.1\", \"::1\"]";
+
+/// Everything that a session may have by itself.
+pub const FEATURES: &[Feature] = &[
+    kernel("least_conn", BALANCE, &["balance"], |s| s.balance = "least_conn"),
+    kernel("least_time", BALANCE, &["balance"], |s| s.balance = "least_time"),
+    kernel("random", BALANCE, &["balance"], |s| s.balance = "random"),
+    kernel("random two", BALANCE, &["balance"], |s| s.balance = "random two"),
+    kernel("hash", BALANCE, &["balance"], |s| s.balance = "hash $remote_addr"),
+    kernel("consistent", BALANCE, &["balance"], |s| {
+        s.balance = "hash $remote_addr consistent"
+    }),
+    kernel("source", BALANCE, &["balance"], |s| s.balance = "source"),
+    kernel(
+        "peers",
+        "`weight`, `backup`, `down`, `max_conns`, `max_fails`; `proxy_next_upstream` after a peer that refuses",
+        &["peers", "peer"],
+        |s| s.many_peers = true,
+    ),
+    kernel(
+        "variable",
+        "`proxy_pass` with `set` and `$variables`",
+        &["pass"],
+        |s| s.pass = Pass::Variable,
+    ),
+    kernel("hello", "`ssl_preread` with `[[map]]`", &["pass"], |s| {
+        s.pass = Pass::Hello;
+        s.lines.push("ssl_preread = true");
+    }),
+    kernel("v1 in", PROXY_IN, &["in"], |s| {
+        (s.says, s.listen) = (
+            b"PROXY TCP4 192.0.2.7 198.51.100.9 40000 443\r\n",
+            "proxy_protocol = true",
+        );
+        s.lines.push(BELIEVED);
+    }),
+    kernel("v2 in", PROXY_IN, &["in"], |s| {
+        (s.says, s.listen) = (V2, "proxy_protocol = true");
+        s.lines.push(BELIEVED);
+    }),
+    kernel("v1 out", PROXY_OUT, &["out"], |s| {
+        s.expects = Header::V1;
+        s.lines.push("proxy_protocol = \"v1\"");
+    }),
+    kernel("v2 out", PROXY_OUT, &["out"], |s| {
+        s.expects = Header::V2;
+        s.lines.push("proxy_protocol = \"v2\"");
+    }),
+    kernel("access", "`access`", &["access"], |s| {
+        let rule = "access = [\"deny 10.0.0.0/8\", \"allow 127.0.0.0/8\", \"allow ::1\", \"allow 192.0.2.0/24\", \"deny all\"]";
+        s.lines.push(rule);
+    }),
+    kernel(
+        "limit_conn",
+        "`limit_conn`, `limit_conn_rate`",
+        &["limit_conn"],
+        |s| {
+            s.lines.push("limit_conn = \"per_client 1000\"");
+        },
+    ),
+    kernel(
+        "limit_conn_rate",
+        "`limit_conn`, `limit_conn_rate`",
+        &["limit_conn_rate"],
+        |s| {
+            s.lines
+                .push("limit_conn_rate = \"per_client 50000/s burst=1000\"");
+        },
+    ),
+    copied(
+        "upload",
+        "`proxy_upload_rate`",
+        &["rate"],
+        Carrier::UploadLimited,
+        |s| {
+            s.lines.push("proxy_upload_rate = \"200m\"");
+        },
+    ),
+    copied(
+        "download",
+        "`proxy_download_rate`",
+        &["rate"],
+        Carrier::DownloadLimited,
+        |s| {
+            s.lines.push("proxy_download_rate = \"200m\"");
+        },
+    ),
+    copied(
+        "both rates",
+        "`proxy_upload_rate` and `proxy_download_rate`",
+        &["rate"],
+        Carrier::Limited,
+        |s| {
+            s.lines
+                .push("proxy_upload_rate = \"200m\"\nproxy_download_rate = \"200m\"");
+        },
+    ),
+    kernel("v6 client", "IPv6, on either side or both", &["listen"], |s| {
+        s.ip = "::1"
+    }),
+    kernel("v6 peer", "IPv6, on either side or both", &["peer"], |s| {
+        s.peer = Peer::V6
+    }),
+    copied("unix peer", "`unix:` peers", &["peer"], Carrier::NotTcp, |s| {
+        s.peer = Peer::Unix
+    }),
+    kernel("no half close", "`proxy_half_close = false`", &["end"], |s| {
+        s.closes = "half_closed";
+        s.lines.push("proxy_half_close = false");
+    }),
+    kernel(
+        "early end",
+        "a half-closed session, until it is held back for the first time",
+        &["end", "backlog"],
+        |s| {
+            s.ends_early = true;
+        },
+    ),
+    kernel(
+        "small backlog",
+        "a small `ebpf_backlog_size`, sources held back",
+        &["backlog"],
+        |s| {
+            s.lines.push("ebpf_backlog_size = \"64k\"");
+        },
+    ),
+    kernel("delay", "`tcp_nodelay = false`", &["nodelay"], |s| {
+        s.lines.push("tcp_nodelay = false")
+    }),
+    copied(
+        "ebpf off",
+        "`ebpf_enable = false`",
+        &["ebpf"],
+        Carrier::Off,
+        |s| s.lines.push("ebpf_enable = false"),
+    ),
+];
+
+/// What is on in every test here, or happens to sessions: the rows that have no feature of their own.
+pub const AROUND: &[&str] = &[
+    "`access_log`, `log_format`",
+    "`http`: metrics, status",
+    "a reload (HUP), for sessions that go on",
+    "an upgrade (USR2), for sessions that go on",
+    "a worker's death, for sessions that go on",
+];
