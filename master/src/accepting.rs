@@ -3,14 +3,13 @@
 //! hash, to slots without a worker too.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use culvert_bpf::{Group, SlotLoad, Steering};
 
-use crate::listen::Listeners;
+use crate::listen::{Bound, Listeners};
 use crate::supervise::Master;
 use crate::worker::{State, Worker};
 
@@ -23,7 +22,7 @@ pub struct Accept {
 /// The programs of one configuration's addresses. Cloning shares them.
 #[derive(Clone, Default)]
 pub struct Groups {
-    groups: HashMap<SocketAddr, Rc<Group>>,
+    groups: HashMap<Bound, Rc<Group>>,
     steering: Option<Rc<Steering>>,
     /// Why there are none.
     reason: Option<String>,
@@ -44,14 +43,14 @@ impl Accept {
             steering: Some(Rc::clone(&steering)),
             ..Groups::default()
         };
-        for (address, slot, socket) in listeners.sockets() {
-            let what = || format!("failed to choose workers for connections to {address}");
-            let group = match next.groups.get(&address).or_else(|| current.groups.get(&address)) {
+        for (bound, slot, socket) in listeners.sockets() {
+            let what = || format!("failed to choose workers for connections to {}", bound.address);
+            let group = match next.groups.get(&bound).or_else(|| current.groups.get(&bound)) {
                 Some(group) => Rc::clone(group),
                 None => Rc::new(steering.attach(socket.as_fd()).with_context(what)?),
             };
             group.put(slot, socket.as_fd()).with_context(what)?;
-            next.groups.insert(address, group);
+            next.groups.insert(bound, group);
         }
         Ok(next)
     }

@@ -22,6 +22,7 @@ use crate::pidfile::PidFile;
 use crate::retain;
 use crate::steering::Steering;
 use crate::supervise::{Master, Outside};
+use crate::tune;
 use crate::upgrade::Upgrade;
 
 /// The signals that the master acts on.
@@ -54,6 +55,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     log.install()?;
 
     retain::report(&config);
+    tune::report(&config);
 
     let pid_file = PidFile::acquire(&config.pid)?;
 

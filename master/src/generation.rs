@@ -162,11 +162,11 @@ impl Generation {
             for (listen, row) in configured.listen.iter().zip(rows) {
                 let socket = self
                     .listeners
-                    .duplicate(listen.address, slot)
+                    .duplicate(listen, slot)
                     .context("failed to hand over a listener")?;
                 listeners.push(Listener {
                     socket,
-                    address: listen.address,
+                    address: listen.address.clone(),
                     server,
                     row: *row,
                     proxy_protocol: listen.proxy_protocol,
@@ -188,6 +188,7 @@ pub fn check(config: &Config, rows: &Rows) -> Result<()> {
 }
 
 fn check_workers(config: &Config) -> Result<()> {
+    rights::check(config)?;
     let workers = config.worker_cpus.len();
     // During a reload the old and the new worker of a slot exist at the same time.
     if workers > MAX_WORKERS / 2 {

@@ -1,29 +1,51 @@
-//! The listening sockets: one `SO_REUSEPORT` socket for each address and worker slot. They belong to
-//! the slot and are held by the master, so what waits in them outlives a worker.
+//! The listening sockets: one `SO_REUSEPORT` socket for each TCP address and worker slot, and one for each unix path.
+//! They are held by the master, so what waits in them outlives a worker.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use culvert_shared::config::{Config, Listen, Server};
+use culvert_shared::config::{Address, Config, Listen, Server};
 use nix::errno::Errno;
-use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, getsockopt, setsockopt, socket, sockopt,
 };
+
+use crate::tune::tune;
+use crate::unix_socket::{DEFAULT_MODE, UnixSocket};
 
 /// How long a start waits for addresses that are in use.
 const ORPHANS_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a TCP listener is bound to. Whether IPv4 is taken too cannot be changed any more, so that is part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Bound {
+    /// The address.
+    pub address: SocketAddr,
+    /// An IPv6 wildcard takes IPv4 connections too.
+    pub dual: bool,
+}
+
+impl Bound {
+    fn of(listen: &Listen) -> Option<Bound> {
+        let address = listen.address.tcp()?;
+        let dual = listen.options.dual;
+        Some(Bound { address, dual })
+    }
+}
 
 /// All listening sockets of one configuration. Cloning shares the sockets; one is closed when the last
 /// set that has it is dropped.
 #[derive(Clone, Debug, Default)]
 pub struct Listeners {
-    sockets: HashMap<(SocketAddr, usize), Rc<OwnedFd>>,
+    sockets: HashMap<(Bound, usize), Rc<OwnedFd>>,
+    /// One for each path, for all worker slots.
+    unix: HashMap<PathBuf, Rc<UnixSocket>>,
 }
 
 impl Listeners {
@@ -34,30 +56,43 @@ impl Listeners {
     /// An address cannot be bound; nothing new is left behind then.
     pub fn next(&self, config: &Config) -> Result<Listeners> {
         // The workers of a master that was killed take a moment to notice and let go.
-        let patience = if self.sockets.is_empty() {
+        let patience = if self.sockets.is_empty() && self.unix.is_empty() {
             ORPHANS_PATIENCE
         } else {
             Duration::ZERO
         };
         let give_up = Instant::now() + patience;
-        for (_, listen) in addresses(config) {
+        for (_, _, bound) in tcp(config) {
             // A sharing socket could be bound beside that of any other program of this user, and the
             // kernel would deal the connections out among the two: ask for the address unshared first.
             // Ours would be in the way where they have the port already.
-            if !self.overlaps(listen.address) {
-                ask_for(listen.address, give_up).map_err(|errno| bind_error(listen.address, errno))?;
+            if !self.overlaps(bound) {
+                ask_for(bound, give_up).map_err(|errno| bind_error(bound.address, errno))?;
             }
         }
         let mut next = Listeners::default();
         for slot in 0..config.worker_cpus.len() {
-            for (server, listen) in addresses(config) {
-                let key = (listen.address, slot);
-                let socket = match self.sockets.get(&key) {
+            for (server, listen, bound) in tcp(config) {
+                let socket = match self.sockets.get(&(bound, slot)) {
                     Some(socket) => Rc::clone(socket),
-                    None => open_shared(server, listen)?,
+                    None => open_shared(server, listen, bound)?,
                 };
-                next.sockets.insert(key, socket);
+                next.sockets.insert((bound, slot), socket);
             }
+        }
+        for (server, listen) in all(config) {
+            let Address::Unix(path) = &listen.address else {
+                continue;
+            };
+            let socket = match self.unix.get(path) {
+                Some(socket) => Rc::clone(socket),
+                None => {
+                    let socket = UnixSocket::bind(path, mode(listen), give_up)?;
+                    tune(socket.fd(), server, listen)?;
+                    Rc::new(socket)
+                }
+            };
+            next.unix.insert(path.clone(), socket);
         }
         Ok(next)
     }
@@ -67,87 +102,133 @@ impl Listeners {
     /// # Errors
     /// The kernel refused a setting; the sockets go on as they are.
     pub fn apply(&self, config: &Config) -> Result<()> {
-        for (server, listen) in addresses(config) {
+        for (server, listen, bound) in tcp(config) {
             for slot in 0..config.worker_cpus.len() {
-                if let Some(socket) = self.sockets.get(&(listen.address, slot)) {
+                if let Some(socket) = self.sockets.get(&(bound, slot)) {
                     tune(socket, server, listen)?;
                 }
+            }
+        }
+        for (server, listen) in all(config) {
+            if let Address::Unix(path) = &listen.address
+                && let Some(socket) = self.unix.get(path)
+            {
+                socket.allow(mode(listen))?;
+                tune(socket.fd(), server, listen)?;
             }
         }
         Ok(())
     }
 
     /// This set with new sockets for a slot. What waits in the old ones moves to sockets of other slots when
-    /// these are closed, if there is a program that chooses.
+    /// these are closed, if there is a program that chooses. Unix sockets are everybody's, and stay.
     ///
     /// # Errors
     /// An address cannot be bound once more.
     pub fn renewed(&self, config: &Config, slot: usize) -> Result<Listeners> {
         let mut next = self.clone();
-        for (server, listen) in addresses(config) {
+        for (server, listen, bound) in tcp(config) {
             next.sockets
-                .insert((listen.address, slot), open_shared(server, listen)?);
+                .insert((bound, slot), open_shared(server, listen, bound)?);
         }
         Ok(next)
     }
 
-    /// A descriptor of the socket for this address and slot, for a worker to own.
+    /// A descriptor of the socket for this listener and slot, for a worker to own.
     ///
     /// # Errors
     /// No more descriptors are to be had.
-    pub fn duplicate(&self, address: SocketAddr, slot: usize) -> Result<OwnedFd> {
-        let socket = self
-            .sockets
-            .get(&(address, slot))
-            .with_context(|| format!("there is no listening socket for {address} in worker slot {slot}"))?;
+    pub fn duplicate(&self, listen: &Listen, slot: usize) -> Result<OwnedFd> {
+        let address = &listen.address;
+        let socket = match (address, Bound::of(listen)) {
+            (_, Some(bound)) => self.sockets.get(&(bound, slot)).map(|socket| &**socket),
+            (Address::Unix(path), _) => self.unix.get(path).map(|socket| socket.fd()),
+            (Address::Tcp(_), None) => None,
+        };
         socket
+            .with_context(|| format!("there is no listening socket for {address} in worker slot {slot}"))?
             .try_clone()
             .with_context(|| format!("failed to duplicate the listening socket of {address}"))
     }
 
-    /// All sockets, with their addresses and slots.
-    pub fn sockets(&self) -> impl Iterator<Item = (SocketAddr, usize, &OwnedFd)> {
+    /// The TCP sockets, with what they are bound to and their slots.
+    pub fn sockets(&self) -> impl Iterator<Item = (Bound, usize, &OwnedFd)> {
         self.sockets
             .iter()
-            .map(|((address, slot), socket)| (*address, *slot, &**socket))
+            .map(|((bound, slot), socket)| (*bound, *slot, &**socket))
+    }
+
+    /// All sockets, with their addresses as [`Listeners::of`] takes them, and slots.
+    pub fn named(&self) -> impl Iterator<Item = (String, usize, &OwnedFd)> {
+        let tcp = self
+            .sockets()
+            .map(|(bound, slot, socket)| (bound.address.to_string(), slot, socket));
+        let unix = self.unix.iter().map(|(path, socket)| {
+            let address = Address::Unix(path.clone());
+            (address.to_string(), 0, socket.fd())
+        });
+        tcp.chain(unix)
     }
 
     /// The sockets that another binary has opened.
-    pub fn of(sockets: impl IntoIterator<Item = (SocketAddr, usize, OwnedFd)>) -> Listeners {
-        let sockets = sockets.into_iter();
-        Listeners {
-            sockets: sockets
-                .map(|(address, slot, socket)| ((address, slot), Rc::new(socket)))
-                .collect(),
+    ///
+    /// # Errors
+    /// An address makes no sense.
+    pub fn of(sockets: impl IntoIterator<Item = (String, usize, OwnedFd)>) -> Result<Listeners> {
+        let mut listeners = Listeners::default();
+        for (address, slot, socket) in sockets {
+            if let Some(path) = address.strip_prefix("unix:") {
+                let path = PathBuf::from(path);
+                let socket = Rc::new(UnixSocket::of(socket, path.clone()));
+                listeners.unix.insert(path, socket);
+                continue;
+            }
+            let address: SocketAddr = address
+                .parse()
+                .with_context(|| format!("\"{address}\" is no listener's address"))?;
+            let dual = address.is_ipv6() && !getsockopt(&socket, sockopt::Ipv6V6Only).unwrap_or(true);
+            let key = (Bound { address, dual }, slot);
+            listeners.sockets.insert(key, Rc::new(socket));
         }
+        Ok(listeners)
     }
 
-    fn overlaps(&self, address: SocketAddr) -> bool {
-        let port_and_family = |address: SocketAddr| (address.port(), address.is_ipv4());
-        self.sockets
-            .keys()
-            .any(|(ours, _)| port_and_family(*ours) == port_and_family(address))
+    /// Whether a socket of this set would be in the way of an unshared one.
+    fn overlaps(&self, wanted: Bound) -> bool {
+        let kind = |bound: Bound| (bound.address.port(), bound.address.is_ipv4());
+        self.sockets.keys().any(|(ours, _)| {
+            let both = ours.dual || wanted.dual;
+            kind(*ours) == kind(wanted) || (both && ours.address.port() == wanted.address.port())
+        })
     }
 }
 
 /// Binds the address for a moment, unshared.
-fn ask_for(address: SocketAddr, give_up: Instant) -> Result<(), Errno> {
+fn ask_for(bound: Bound, give_up: Instant) -> Result<(), Errno> {
     loop {
-        match open(address, false) {
+        match open(bound, false) {
             Err(Errno::EADDRINUSE) if Instant::now() < give_up => sleep(Duration::from_millis(20)),
             other => return other.map(drop),
         }
     }
 }
 
-fn addresses(config: &Config) -> impl Iterator<Item = (&Server, &Listen)> {
+fn all(config: &Config) -> impl Iterator<Item = (&Server, &Listen)> {
     config
         .servers
         .iter()
         .flat_map(|server| server.listen.iter().map(move |listen| (server, listen)))
 }
 
-fn open(address: SocketAddr, shared: bool) -> Result<OwnedFd, Errno> {
+fn tcp(config: &Config) -> impl Iterator<Item = (&Server, &Listen, Bound)> {
+    all(config).filter_map(|(server, listen)| Some((server, listen, Bound::of(listen)?)))
+}
+
+fn mode(listen: &Listen) -> u32 {
+    listen.options.mode.unwrap_or(DEFAULT_MODE)
+}
+
+fn open(Bound { address, dual }: Bound, shared: bool) -> Result<OwnedFd, Errno> {
     let family = if address.is_ipv4() {
         AddressFamily::Inet
     } else {
@@ -158,40 +239,18 @@ fn open(address: SocketAddr, shared: bool) -> Result<OwnedFd, Errno> {
     setsockopt(&socket, sockopt::ReuseAddr, &true)?;
     setsockopt(&socket, sockopt::ReusePort, &shared)?;
     if address.is_ipv6() {
-        // "[::]:80" and "0.0.0.0:80" are two listeners, each with counters of its own.
-        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+        // Unless it is to be otherwise, "[::]:80" and "0.0.0.0:80" are two listeners, each with counters of its own.
+        setsockopt(&socket, sockopt::Ipv6V6Only, &!dual)?;
     }
     bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     Ok(socket)
 }
 
 /// One more socket of an address, listening.
-fn open_shared(server: &Server, listen: &Listen) -> Result<Rc<OwnedFd>> {
-    let socket = open(listen.address, true).map_err(|errno| bind_error(listen.address, errno))?;
+fn open_shared(server: &Server, listen: &Listen, bound: Bound) -> Result<Rc<OwnedFd>> {
+    let socket = open(bound, true).map_err(|errno| bind_error(bound.address, errno))?;
     tune(&socket, server, listen)?;
     Ok(Rc::new(socket))
-}
-
-/// Sets what accepted sockets inherit, and the backlog; listens, if the socket does not yet.
-fn tune(socket: &OwnedFd, server: &Server, listen_on: &Listen) -> Result<()> {
-    let what = |errno: Errno| anyhow!("failed to listen on {}: {}", listen_on.address, reason(errno));
-    // A process that dies has its sockets closed for it, and that would end a truncated stream as if it
-    // were whole. With this, inherited by each accepted socket, it is a reset (tcp_close, net/ipv4/tcp.c).
-    setsockopt(
-        socket,
-        sockopt::Linger,
-        &libc::linger {
-            l_onoff: 1,
-            l_linger: 0,
-        },
-    )
-    .map_err(what)?;
-    setsockopt(socket, sockopt::TcpNoDelay, &server.stream.tcp_nodelay).map_err(what)?;
-    // `Backlog` takes no more than the usual net.core.somaxconn; beyond it, ask for all that there is.
-    let backlog = i32::try_from(listen_on.backlog)
-        .ok()
-        .and_then(|length| Backlog::new(length).ok());
-    listen(socket, backlog.unwrap_or(Backlog::MAXALLOWABLE)).map_err(what)
 }
 
 fn reason(errno: Errno) -> String {
@@ -221,9 +280,12 @@ fn bind_error(address: SocketAddr, errno: Errno) -> anyhow::Error {
 mod tests {
     use super::*;
     use crate::testing;
-    use nix::sys::socket::getsockopt;
+    use culvert_shared::config::{Keepalive, ListenOptions};
+    use culvert_shared::sys::socket::{IntOption, get_int};
+    use nix::sys::socket::{Backlog, listen};
     use std::io::Read;
     use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
 
     /// A port that was free a moment ago.
     fn free_port() -> u16 {
@@ -234,13 +296,55 @@ mod tests {
             .port()
     }
 
+    fn plain(address: SocketAddr) -> Bound {
+        Bound { address, dual: false }
+    }
+
+    #[test]
+    fn a_socket_that_had_sizes_and_probes_is_without_them_once_they_are_no_longer_wanted() {
+        let address = format!("127.0.0.1:{}", free_port());
+        let mut config = testing::config(&[&address], &[]);
+        let listeners = Listeners::default().next(&config).unwrap();
+        let socket = listeners.duplicate(&config.servers[0].listen[0], 0).unwrap();
+        let state = || {
+            let lock = get_int(socket.as_fd(), IntOption::BufferLock).unwrap();
+            let defer = get_int(socket.as_fd(), IntOption::DeferAccept).unwrap();
+            let queue = get_int(socket.as_fd(), IntOption::FastOpen).unwrap();
+            let keep = getsockopt(&socket, sockopt::KeepAlive).unwrap();
+            let idle = getsockopt(&socket, sockopt::TcpKeepIdle).unwrap();
+            (lock, defer, queue, keep, idle)
+        };
+        let before = state();
+        config.servers[0].listen[0].options = ListenOptions {
+            rcvbuf: Some(40_000),
+            sndbuf: Some(50_000),
+            deferred: true,
+            fastopen: Some(7),
+            keepalive: Some(Keepalive {
+                idle_s: Some(77),
+                ..Keepalive::default()
+            }),
+            ..ListenOptions::default()
+        };
+        listeners.apply(&config).unwrap();
+        assert_eq!(state(), (3, 1, 7, true, 77));
+        assert_eq!(getsockopt(&socket, sockopt::RcvBuf).unwrap(), 80_000);
+        config.servers[0].listen[0].options = ListenOptions {
+            keepalive: Some(Keepalive::default()),
+            ..ListenOptions::default()
+        };
+        listeners.apply(&config).unwrap();
+        assert_eq!(state(), (before.0, before.1, before.2, true, before.4));
+        assert!(getsockopt(&socket, sockopt::RcvBuf).unwrap() > 80_000);
+    }
+
     #[test]
     fn each_slot_has_a_socket_of_its_own_and_a_next_set_keeps_it() {
         let address = format!("127.0.0.1:{}", free_port());
         let mut config = testing::config(&[&address], &[]);
         config.worker_cpus = vec![vec![0]; 2];
         let first = Listeners::default().next(&config).unwrap();
-        let key = |slot| (address.parse().unwrap(), slot);
+        let key = |slot| (plain(address.parse().unwrap()), slot);
         assert_ne!(
             first.sockets[&key(0)].as_raw_fd(),
             first.sockets[&key(1)].as_raw_fd()
@@ -265,7 +369,7 @@ mod tests {
     #[test]
     fn an_address_that_another_program_has_is_refused_although_it_shares_its_port() {
         let address: SocketAddr = format!("127.0.0.1:{}", free_port()).parse().unwrap();
-        let other = open(address, true).unwrap();
+        let other = open(plain(address), true).unwrap();
         listen(&other, Backlog::new(1).unwrap()).unwrap();
         let error = Listeners::default()
             .next(&testing::config(&[&address.to_string()], &[]))
@@ -297,10 +401,10 @@ mod tests {
     #[test]
     fn an_accepted_socket_that_is_dropped_resets() {
         let address: SocketAddr = format!("127.0.0.1:{}", free_port()).parse().unwrap();
-        let listeners = Listeners::default()
-            .next(&testing::config(&[&address.to_string()], &[]))
-            .unwrap();
-        let listener = TcpListener::from(listeners.duplicate(address, 0).unwrap());
+        let config = testing::config(&[&address.to_string()], &[]);
+        let listeners = Listeners::default().next(&config).unwrap();
+        let listen = &config.servers[0].listen[0];
+        let listener = TcpListener::from(listeners.duplicate(listen, 0).unwrap());
         let mut client = TcpStream::connect(address).unwrap();
         listener.set_nonblocking(false).unwrap();
         let (accepted, _) = listener.accept().unwrap();

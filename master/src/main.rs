@@ -1,7 +1,7 @@
 //! The master: configuration → listeners → BPF → workers → supervision.
 //!
 //! `boot` is the start order, `supervise` the loop that follows it, `reload` the change from one
-//! `generation` to the next. A generation is made of `listen`, `accepting`, `kernel` and `rows`; `spawn` makes a
+//! `generation` to the next. A generation is made of `listen` (`tune`, `unix_socket`), `accepting`, `kernel` and `rows`; `spawn` makes a
 //! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
 //! outlive their workers. `notify` tells a service manager, `steering` is what is changed on the host.
 //! `upgrade` turns the running master into another binary.
@@ -32,6 +32,8 @@ mod steering;
 mod supervise;
 #[cfg(test)]
 mod testing;
+mod tune;
+mod unix_socket;
 mod upgrade;
 mod worker;
 

@@ -15,6 +15,7 @@ use crate::generation::Generation;
 use crate::pidfile::PidFile;
 use crate::spawn::{Blueprint, spawn};
 use crate::supervise::{Master, Phase, SlotCare};
+use crate::tune;
 use crate::worker::{State, Worker};
 
 /// How long new workers may take until they accept; they have little to do before that.
@@ -171,6 +172,7 @@ impl Master {
         if let Err(error) = self.current.listeners.apply(&self.current.config) {
             log::warn!("a listener keeps its old settings: {error:#}");
         }
+        tune::report(&self.current.config);
         self.steering.apply(&self.current.config);
         self.slots = vec![SlotCare::default(); self.current.slots()];
         self.phase = Phase::Serving;

@@ -39,11 +39,16 @@ const DATA_PATH: [Right; 3] = [
 ];
 
 /// What the master does for its workers and listeners, whenever the configuration changes.
-const OTHERS: [Right; 6] = [
+const OTHERS: [Right; 7] = [
     Right {
         capability: Capability::CAP_NET_BIND_SERVICE,
         purpose: "binds ports below 1024",
         without: "such a listener is refused",
+    },
+    Right {
+        capability: Capability::CAP_NET_RAW,
+        purpose: "connects from clients' addresses, where proxy_bind is transparent",
+        without: "such a configuration is refused",
     },
     Right {
         capability: Capability::CAP_SETUID,

@@ -1,10 +1,10 @@
 //! What a worker gives up before it looks at its first byte from the network: the user it was started
-//! as, every capability, and any way to get one back.
+//! as, every capability but the one that a transparent `proxy_bind` needs, and any way to get one back.
 
 use std::ffi::CString;
 
-use anyhow::{Context, Result, ensure};
-use caps::{CapSet, Capability};
+use anyhow::{Context, Result, bail, ensure};
+use caps::{CapSet, Capability, CapsHashSet};
 use culvert_shared::config::{Config, User};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgid, getuid, initgroups, setgid, setuid};
@@ -41,11 +41,36 @@ fn already(user: &User) -> bool {
     [getuid(), geteuid()] == [uid; 2] && [getgid(), getegid()] == [gid; 2]
 }
 
-/// Drops everything, in a freshly forked child.
+/// The one right that a worker may keep: with it, a socket is bound to an address that is not this host's
+/// (`IP_TRANSPARENT`). What else it is good for, raw sockets, is out of a confined worker's reach.
+const TRANSPARENT: Capability = Capability::CAP_NET_RAW;
+
+/// Whether workers keep that right.
+pub fn is_transparent(config: &Config) -> bool {
+    let mut streams = config.servers.iter().map(|server| &server.stream);
+    streams.any(|stream| stream.proxy_bind.is_transparent())
+}
+
+/// Whether workers can be given what the configuration needs.
+///
+/// # Errors
+/// The master lacks a right that it would have to give them.
+pub fn check(config: &Config) -> Result<()> {
+    match retain::missing(&[TRANSPARENT]) {
+        Some(missing) if is_transparent(config) => bail!(
+            "proxy_bind is transparent, which the master lacks {missing} for: give it that (root has it, a systemd \
+             unit gives it by AmbientCapabilities=), or take \"transparent\" out"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Drops everything, in a freshly forked child; with `transparent`, all but the right to be that.
 ///
 /// # Errors
 /// Something could not be dropped; the worker must not serve then.
-pub fn drop_all(user: Option<&User>) -> Result<()> {
+pub fn drop_all(user: Option<&User>, transparent: bool) -> Result<()> {
+    let kept: CapsHashSet = transparent.then_some(TRANSPARENT).into_iter().collect();
     if let Some(user) = user {
         let what = || format!("failed to take the groups of user \"{}\"", user.name);
         let name = CString::new(user.name.as_str()).with_context(what)?;
@@ -58,6 +83,9 @@ pub fn drop_all(user: Option<&User>) -> Result<()> {
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).unwrap_or(false) {
         caps::clear(None, CapSet::Bounding).context("failed to empty the capability bounding set")?;
     }
+    if transparent {
+        prctl::set_keepcaps(true).context("failed to keep rights across the change of the user")?;
+    }
     if let Some(user) = user {
         setuid(Uid::from_raw(user.uid))
             .with_context(|| format!("failed to become user \"{}\"", user.name))?;
@@ -69,13 +97,19 @@ pub fn drop_all(user: Option<&User>) -> Result<()> {
         );
     }
     caps::clear(None, CapSet::Ambient).context("failed to drop the ambient capabilities")?;
-    for set in [CapSet::Effective, CapSet::Inheritable, CapSet::Permitted] {
-        caps::clear(None, set).with_context(|| format!("failed to drop the {set:?} capabilities"))?;
+    caps::clear(None, CapSet::Inheritable).context("failed to drop the inheritable capabilities")?;
+    // What is effective has to be permitted, so it goes first. Changing the user has emptied it.
+    for (set, left) in [
+        (CapSet::Effective, &CapsHashSet::new()),
+        (CapSet::Permitted, &kept),
+        (CapSet::Effective, &kept),
+    ] {
+        caps::set(None, set, left).with_context(|| format!("failed to drop the {set:?} capabilities"))?;
     }
     prctl::set_no_new_privs().context("failed to set no_new_privs")?;
     let left = caps::read(None, CapSet::Permitted).context("failed to read the capabilities")?;
     ensure!(
-        left.is_empty(),
+        left == kept,
         "capabilities are left after all were dropped: {left:?}"
     );
     Ok(())

@@ -150,7 +150,10 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
     keep.extend(maps.flat_map(|maps| maps.fds()));
     process::close_all_except(&keep);
 
-    rights::drop_all(generation.user.as_ref())?;
+    rights::drop_all(
+        generation.user.as_ref(),
+        rights::is_transparent(&generation.config),
+    )?;
     Ok(WorkerStart {
         slot,
         row,

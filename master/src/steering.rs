@@ -289,7 +289,9 @@ fn journal_path(pid: &Path) -> PathBuf {
 /// The local addresses of both sides of the sessions: the listeners', and those from which the peers are reached.
 fn local_addresses(config: &Config) -> Vec<IpAddr> {
     let listeners = config.servers.iter().flat_map(|server| &server.listen);
-    let mut local: Vec<IpAddr> = listeners.map(|listen| listen.address.ip()).collect();
+    let mut local: Vec<IpAddr> = listeners
+        .filter_map(|listen| Some(listen.address.tcp()?.ip()))
+        .collect();
     for peer in config.upstreams.iter().flat_map(|upstream| &upstream.peers) {
         if let Address::Tcp(peer) = &peer.address {
             local.extend(address_towards(*peer));

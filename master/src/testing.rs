@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use culvert_shared::config::{
-    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, LogTarget, OnReload, Peer, Server,
-    Stream, Target, Upstream,
+    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, ListenOptions, LogTarget, OnReload,
+    Peer, ProxyBind, Server, Stream, Target, Upstream,
 };
 
 /// One server for each listener, all proxying to the first upstream; one worker on CPU 0.
@@ -20,6 +20,8 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         proxy_buffer_size: 16 * 1024,
         proxy_half_close: true,
         tcp_nodelay: true,
+        proxy_socket_keepalive: false,
+        proxy_bind: ProxyBind::Off,
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
         on_reload: OnReload::Keep,
@@ -64,9 +66,10 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
             .iter()
             .map(|listen| Server {
                 listen: vec![Listen {
-                    address: address(listen),
+                    address: Address::Tcp(address(listen)),
                     backlog: 511,
                     proxy_protocol: false,
+                    options: ListenOptions::default(),
                 }],
                 action: Action::Proxy(Target::Upstream(0)),
                 stream: stream.clone(),

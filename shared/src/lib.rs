@@ -3,6 +3,7 @@
 //! Imports none of its siblings: `master` → `worker` → `bpf` → `shared`.
 
 pub mod busy;
+pub mod client;
 pub mod config;
 pub mod counters;
 pub mod ids;

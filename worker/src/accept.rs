@@ -1,5 +1,6 @@
 //! New downstream connections: how many at a turn, when not at all, and what the board is told.
 
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -7,13 +8,15 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Context, Result};
 use culvert_bpf::SlotLoad;
-use culvert_shared::config::Action;
+use culvert_shared::client;
+use culvert_shared::config::{Action, Address};
 use culvert_shared::counters::{Board, WorkerRow};
-use mio::Interest;
-use mio::net::TcpListener;
+use mio::net::{TcpListener, UnixListener};
+use mio::{Interest, Registry, Token};
 
 use crate::clock;
 use crate::event_loop::{ACCEPT_TIMER, Worker};
+use crate::proxy_protocol::canonical;
 use crate::route::Ends;
 use crate::session::Session;
 use crate::start::Listener;
@@ -51,10 +54,57 @@ impl Intake {
     }
 }
 
+/// A listening socket, of one of the two kinds that there are.
+enum Socket {
+    /// The worker's own.
+    Tcp(TcpListener),
+    /// Shared by all workers: the kernel wakes each of them for a connection, and the first one takes it.
+    Unix(UnixListener),
+}
+
+impl Socket {
+    fn new(listener: OwnedFd, address: &Address) -> Socket {
+        match address {
+            Address::Tcp(_) => Socket::Tcp(TcpListener::from_std(listener.into())),
+            Address::Unix(_) => Socket::Unix(UnixListener::from_std(listener.into())),
+        }
+    }
+
+    /// The next connection, and who made it. An IPv4 client of a listener for both is an IPv4 client.
+    fn accept(&self) -> io::Result<(OwnedFd, SocketAddr)> {
+        match self {
+            Socket::Tcp(listener) => {
+                let (stream, remote) = listener.accept()?;
+                Ok((stream.into(), canonical(remote)))
+            }
+            Socket::Unix(listener) => Ok((listener.accept()?.0.into(), client::UNIX)),
+        }
+    }
+
+    fn watch(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        match self {
+            Socket::Tcp(listener) => registry.register(listener, token, Interest::READABLE),
+            Socket::Unix(listener) => registry.register(listener, token, Interest::READABLE),
+        }
+    }
+
+    fn unwatch(&mut self, registry: &Registry) -> io::Result<()> {
+        match self {
+            Socket::Tcp(listener) => registry.deregister(listener),
+            Socket::Unix(listener) => registry.deregister(listener),
+        }
+    }
+
+    /// Whether a program has chosen this worker for its connections.
+    fn is_chosen(&self) -> bool {
+        matches!(self, Socket::Tcp(_))
+    }
+}
+
 /// A listening socket in use.
 pub struct Listening {
-    socket: TcpListener,
-    pub(crate) address: SocketAddr,
+    socket: Socket,
+    pub(crate) address: Address,
     pub(crate) server: usize,
     pub(crate) row: usize,
     /// Connections begin with a PROXY header.
@@ -70,7 +120,7 @@ pub struct Listening {
 impl Listening {
     pub(crate) fn open_all(listeners: Vec<Listener>) -> Result<Vec<Listening>> {
         let open = |listener: Listener| Listening {
-            socket: TcpListener::from_std(std::net::TcpListener::from(listener.socket)),
+            socket: Socket::new(listener.socket, &listener.address),
             address: listener.address,
             server: listener.server,
             row: listener.row,
@@ -91,10 +141,8 @@ impl Listening {
 impl Worker {
     pub(crate) fn listen(&mut self) -> Result<()> {
         for (token, listener) in self.listeners.iter_mut().enumerate() {
-            self.poll
-                .registry()
-                .register(&mut listener.socket, mio::Token(token), Interest::READABLE)
-                .with_context(|| format!("failed to watch the listener {}", listener.address))?;
+            let watched = listener.socket.watch(self.poll.registry(), Token(token));
+            watched.with_context(|| format!("failed to watch the listener {}", listener.address))?;
         }
         Ok(())
     }
@@ -109,7 +157,7 @@ impl Worker {
             }
         }
         for listener in &mut self.listeners {
-            let _ = self.poll.registry().deregister(&mut listener.socket);
+            let _ = listener.socket.unwatch(self.poll.registry());
         }
         self.listeners.clear();
     }
@@ -128,8 +176,8 @@ impl Worker {
             }
             match listening.socket.accept() {
                 Ok((stream, remote)) => {
-                    self.intake.accepted += 1;
-                    self.begin(listener, OwnedFd::from(stream), remote);
+                    self.intake.accepted += u32::from(listening.socket.is_chosen());
+                    self.begin(listener, stream, remote);
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     listening.more = false;
@@ -200,7 +248,8 @@ impl Worker {
 
     fn begin(&mut self, listener: usize, downstream: OwnedFd, remote: SocketAddr) {
         let listening = &self.listeners[listener];
-        let (server, row, local) = (listening.server, listening.row, listening.address);
+        let (server, row) = (listening.server, listening.row);
+        let local = listening.address.tcp().unwrap_or(client::UNIX);
         let header_first = listening.proxy_protocol;
         let now_ms = clock::now_ms();
         let ends = Ends::new(remote, local);

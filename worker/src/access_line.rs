@@ -5,7 +5,8 @@ use std::fmt::Arguments;
 use std::io::Write;
 use std::net::SocketAddr;
 
-use culvert_shared::config::{Escape, LogFormat, LogPart, LogVariable};
+use culvert_shared::client;
+use culvert_shared::config::{Address, Escape, LogFormat, LogPart, LogVariable};
 use culvert_shared::counters::CloseReason;
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::local_time::LocalTime;
@@ -68,7 +69,7 @@ pub struct Ended<'a> {
     /// What it connected to.
     pub local: SocketAddr,
     /// The listener as configured, unless it is gone since a reload.
-    pub listener: Option<SocketAddr>,
+    pub listener: Option<&'a Address>,
     /// Why it ended.
     pub reason: CloseReason,
     /// Bytes, by [`Direction`].
@@ -140,12 +141,19 @@ fn value(
         let _ = out.write_fmt(text);
     };
     match variable {
-        V::RemoteAddr => plain(out, format_args!("{}", ended.remote.ip())),
-        V::RemotePort => plain(out, format_args!("{}", ended.remote.port())),
-        V::ServerAddr => plain(out, format_args!("{}", ended.local.ip())),
-        V::ServerPort => plain(out, format_args!("{}", ended.local.port())),
+        V::RemoteAddr => text(out, escape, &client::host(ended.remote)),
+        V::RemotePort => text(out, escape, &client::port(ended.remote)),
+        V::ServerAddr => match ended.listener {
+            Some(Address::Unix(_)) => text(
+                out,
+                escape,
+                &ended.listener.map_or(String::new(), ToString::to_string),
+            ),
+            _ => text(out, escape, &client::host(ended.local)),
+        },
+        V::ServerPort => text(out, escape, &client::port(ended.local)),
         V::Listener => match ended.listener {
-            Some(address) => plain(out, format_args!("{address}")),
+            Some(address) => text(out, escape, &address.to_string()),
             None => missing(out, escape),
         },
         V::TimeLocal => time_local(out, &moment.local),

@@ -144,9 +144,9 @@ impl Worker {
         let listener = self.rows.iter().position(|(row, _)| *row == session.listener);
         let ended = Ended {
             number: session.number,
-            remote: session.client(),
+            remote: session.ends.remote,
             local,
-            listener: listener.map(|at| self.addresses[at]),
+            listener: listener.map(|at| &self.addresses[at]),
             reason,
             carried,
             pauses,

@@ -80,7 +80,7 @@ impl Worker {
         let peer = session.upstream.as_ref().and_then(|upstream| upstream.row);
         BusySession {
             number: session.number,
-            client: session.client(),
+            client: session.ends.remote,
             listener: session.listener as u32,
             peer: peer.map(|row| row as u32),
             in_kernel: session.datapath == Datapath::Sockmap,

@@ -3,6 +3,7 @@
 
 use std::os::fd::AsFd;
 
+use culvert_shared::client::Shown;
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
 
@@ -96,7 +97,7 @@ impl Worker {
                  to_upstream {} sockmap {} relay, to_downstream {} sockmap {} relay bytes, {pauses} pauses, {} ms",
                 session.number,
                 session.client(),
-                session.ends.local,
+                Shown(session.ends.local),
                 session
                     .upstream
                     .as_ref()

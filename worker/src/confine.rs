@@ -178,11 +178,13 @@ const REFUSED: &[i64] = &[
     libc::SYS_readlink,
 ];
 
-/// Open to a worker whatever the arguments. None of them names a path, makes a process or reaches another.
+/// Open to a worker whatever the arguments. None of them, but for those of unix sockets, names a path, makes a process or reaches another.
 const OPEN: &[i64] = &[
     // Connections.
     libc::SYS_accept4,
     libc::SYS_connect,
+    // For proxy_bind. A unix socket cannot be bound to a path, because landlock denies making one.
+    libc::SYS_bind,
     libc::SYS_shutdown,
     libc::SYS_getsockname,
     libc::SYS_getpeername,

@@ -1,17 +1,16 @@
 //! From an accepted connection to a connected peer: route, balance, a non-blocking connect, and the next
 //! peer of the group when one refuses.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use culvert_shared::config::{Action, Address, Target};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
-use culvert_shared::sys::socket;
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, connect};
 
 use crate::balance::{Change, Pick, Scene};
 use crate::clock;
+use crate::dial::start_connecting;
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::proxy_protocol;
@@ -154,7 +153,7 @@ impl Worker {
         address: &Address,
         row: Option<usize>,
     ) -> Result<Next, Errno> {
-        let (socket, under_way) = start_connecting(address)?;
+        let (socket, under_way) = start_connecting(address, &session.settings, session.ends.remote)?;
         let tcp = matches!(address, Address::Tcp(_));
         let settings = std::rc::Rc::clone(&session.settings);
         if tcp {
@@ -310,38 +309,6 @@ impl Worker {
         session.stream(Direction::ToUpstream).written_bytes += header.len() as u64;
         self.board[0].add_relayed(Direction::ToUpstream, header.len() as u64);
         Ok(())
-    }
-}
-
-/// A connecting socket, and whether the connection is still under way.
-fn start_connecting(address: &Address) -> Result<(OwnedFd, bool), Errno> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let open = |family| nix::sys::socket::socket(family, SockType::Stream, flags, None);
-    let (socket, result) = match address {
-        Address::Tcp(address) => {
-            let socket = open(if address.is_ipv4() {
-                AddressFamily::Inet
-            } else {
-                AddressFamily::Inet6
-            })?;
-            let result = connect(socket.as_raw_fd(), &SockaddrStorage::from(*address));
-            (socket, result)
-        }
-        Address::Unix(path) => {
-            let socket = open(AddressFamily::Unix)?;
-            let result = connect(socket.as_raw_fd(), &UnixAddr::new(path)?);
-            (socket, result)
-        }
-    };
-    match result {
-        Ok(()) => Ok((socket, false)),
-        // A peer on this host may have answered already: the handshake's segments were handled before
-        // connect returned. Seeing that at once saves a turn of the event loop.
-        Err(Errno::EINPROGRESS) => {
-            let under_way = !socket::is_established(socket.as_fd());
-            Ok((socket, under_way))
-        }
-        Err(errno) => Err(errno),
     }
 }
 

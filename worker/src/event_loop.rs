@@ -2,7 +2,6 @@
 //! timers between. Hands each event to the file that knows what it means.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -11,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use culvert_bpf::Totals;
 use culvert_shared::busy::Lookout;
-use culvert_shared::config::{self, Config};
+use culvert_shared::config::{self, Address, Config};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Owner;
 use culvert_shared::message::ToMaster;
@@ -72,7 +71,7 @@ pub struct Worker {
     /// The row of each listener and its server.
     pub(crate) rows: Vec<(usize, usize)>,
     /// The address of each listener, as configured.
-    pub(crate) addresses: Vec<SocketAddr>,
+    pub(crate) addresses: Vec<Address>,
     pub(crate) access_logs: AccessLogs,
     pub(crate) lookout: Arc<Lookout>,
     /// HTTP connections that it holds.
@@ -149,7 +148,11 @@ impl Worker {
             .iter()
             .map(|listener| (listener.row, listener.server))
             .collect();
-        let addresses = start.listeners.iter().map(|listener| listener.address).collect();
+        let addresses = start
+            .listeners
+            .iter()
+            .map(|listener| listener.address.clone())
+            .collect();
         let listeners = Listening::open_all(start.listeners)?;
         let hostname =
             nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());

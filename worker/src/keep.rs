@@ -393,7 +393,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
             Phase::Reading { .. } | Phase::Streaming | Phase::Http { .. } => 0,
         },
         cookies: [cookie(Side::Downstream)?, cookie(Side::Upstream)?],
-        client: session.client(),
+        client: session.ends.remote,
         local: session.ends.local,
         listener: session.listener as u32,
         peer: upstream.row.map(|row| row as u32),

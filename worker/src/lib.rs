@@ -21,6 +21,7 @@ mod close;
 mod confine;
 mod connect;
 mod control;
+mod dial;
 mod drive;
 mod event_loop;
 #[cfg(test)]

@@ -78,7 +78,11 @@ impl Worker {
         let Some(maps) = self.wards[ward].store.maps.clone() else {
             return refuse(FallbackReason::BpfUnavailable);
         };
-        let Some(upstream) = session.upstream.as_ref().filter(|upstream| upstream.tcp) else {
+        let Some(upstream) = session
+            .upstream
+            .as_ref()
+            .filter(|upstream| upstream.tcp && !session.is_unix())
+        else {
             return refuse(FallbackReason::NotTcp);
         };
         let Some(seat) = session.seat.or_else(|| self.wards[OWN].take_seat()) else {

@@ -4,6 +4,7 @@
 
 use std::os::fd::AsFd;
 
+use culvert_shared::client::{Shown, is_unix};
 use culvert_shared::config::{Config, allows};
 use culvert_shared::counters::CloseReason;
 use culvert_shared::ids::Direction;
@@ -95,7 +96,7 @@ impl Worker {
                     "session {}: closing client {} of {}: {why}",
                     session.number,
                     session.client(),
-                    session.ends.local
+                    Shown(session.ends.local)
                 );
                 Next::Close(CloseReason::BadRequest)
             }
@@ -105,7 +106,7 @@ impl Worker {
 
     /// It is known who the client is: whether it may come in is decided now, before anything is spent on it.
     fn admit(&mut self, token: Token, session: &mut Session) -> Next {
-        if !allows(&session.settings.access, session.ends.remote.ip()) {
+        if !allows(&session.settings.access, session.ends.remote) {
             return Next::Close(CloseReason::Denied);
         }
         if let Some(reason) = self.count_in_limits(session) {
@@ -194,9 +195,11 @@ fn take_out(session: &mut Session, bytes: usize) -> Result<(), CloseReason> {
 fn believe(session: &mut Session, header: &Header) {
     session.ends.header = header.addresses;
     let trusted = &session.settings.set_real_ip_from;
-    let believed = |ip| trusted.iter().any(|network| network.contains(ip));
+    let believed = |peer| trusted.iter().any(|network| network.holds(peer));
     if let Some(addresses) = header.addresses
-        && believed(session.ends.peer.ip())
+        && believed(session.ends.peer)
+        // Nobody is there; within the program that stands for a unix socket.
+        && !is_unix(addresses.source)
     {
         session.ends.remote = addresses.source;
     }

@@ -13,7 +13,7 @@ use crate::event_loop::{PRESSURE_TIMER, Worker};
 use crate::session::{Buffers, Session, source, target};
 use crate::sockets;
 use crate::store::Ward;
-use crate::table::Token;
+use crate::table::{Side, Token};
 
 /// How often sources that are held back are looked at although nothing was reported: a target that only
 /// retransmits reports nothing.
@@ -128,17 +128,24 @@ impl Worker {
     /// A buffer shrinks only while its window is closed. What the peer was allowed to send has to fit: a segment
     /// that is dropped although it was allowed is lost for the peer, which sends it again after a timeout that
     /// doubles each time, up to two minutes, and no window that opens meanwhile makes it try earlier.
+    ///
+    /// A size that a listener was given (`rcvbuf`, `sndbuf`) takes the place of what is right otherwise: a send buffer
+    /// of that size is left alone, what does not fit waits before it, and a receive buffer shrinks below that size at
+    /// most.
     pub(crate) fn size_buffers(&mut self, token: Token, session: &mut Session, direction: Direction) {
+        let (given_to_source, _) = self.given_sizes(session, source(direction));
+        let (_, given_to_target) = self.given_sizes(session, target(direction));
         let backlog = session.settings.ebpf_backlog_size as usize;
         let former = session.stream(direction).buffers;
         if former == Buffers::Own
+            && given_to_target.is_none()
             && let Some(socket) = session
                 .socket(target(direction))
                 .filter(|_| backlog.max(RECEIVE_BYTES_MIN) <= self.limits.send_bytes)
         {
             let _ = sockets::set_send_buffer(socket.as_fd(), backlog.max(RECEIVE_BYTES_MIN));
         }
-        let wide = (backlog / 2).max(RECEIVE_BYTES_MIN);
+        let wide = given_to_source.unwrap_or((backlog / 2).max(RECEIVE_BYTES_MIN));
         let sources = self.pressure.paused.len();
         let share = self.pair(session).and_then(|(maps, _)| maps.share_bytes(sources));
         // The kernel takes twice what it is told.
@@ -174,6 +181,21 @@ impl Worker {
         if looked_at && !self.pressure.narrow.contains(&(token, direction)) {
             self.pressure.narrow.push((token, direction));
         }
+    }
+
+    /// The sizes that the buffers of a socket were given by its listener, in bytes: receive, send.
+    fn given_sizes(&self, session: &Session, side: Side) -> (Option<usize>, Option<usize>) {
+        let listener = self.rows.iter().zip(&self.addresses);
+        let mut listener = listener.filter(|((row, _), _)| *row == session.listener);
+        let Some(((_, server), address)) = listener.next().filter(|_| side == Side::Downstream) else {
+            return (None, None);
+        };
+        let listen = &self.config.servers[*server].listen;
+        let options = listen.iter().find(|listen| listen.address == *address);
+        options.map_or((None, None), |listen| {
+            let size = |bytes: Option<u32>| bytes.map(|bytes| bytes as usize);
+            (size(listen.options.rcvbuf), size(listen.options.sndbuf))
+        })
     }
 
     /// Lets a source go. One that has ended meanwhile is not taken by the kernel again: user space copies

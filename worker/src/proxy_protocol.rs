@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use culvert_shared::client::is_unix;
 use culvert_shared::config::ProxyProtocol;
 
 /// The longest header that is read. Version 1 has at most 107 bytes; version 2 has 16, at most 216 of addresses, and
@@ -184,6 +185,13 @@ pub fn write(version: ProxyProtocol, source: SocketAddr, destination: SocketAddr
         _ => None,
     };
     let ports = (source.port(), destination.port());
+    // A client of a unix socket has no address.
+    if is_unix(source) {
+        return match version {
+            ProxyProtocol::V1 => b"PROXY UNKNOWN\r\n".to_vec(),
+            ProxyProtocol::V2 => [&SIGNATURE_V2[..], &[0x20, 0, 0, 0]].concat(),
+        };
+    }
     match version {
         ProxyProtocol::V1 => {
             let (family, source, destination) = match v4 {
@@ -336,6 +344,16 @@ mod tests {
 
     fn any_address() -> impl Strategy<Value = SocketAddr> {
         (any::<IpAddr>(), any::<u16>()).prop_map(SocketAddr::from)
+    }
+
+    #[test]
+    fn a_client_without_an_address_is_unknown() {
+        let unix = culvert_shared::client::UNIX;
+        for version in [ProxyProtocol::V1, ProxyProtocol::V2] {
+            let bytes = write(version, unix, unix);
+            let read = header(&bytes);
+            assert_eq!((read.bytes, read.addresses), (bytes.len(), None));
+        }
     }
 
     proptest! {

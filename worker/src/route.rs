@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use culvert_shared::client;
 use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable, VariableMap};
 
 use crate::client_hello::Hello;
@@ -113,18 +114,18 @@ impl Router {
 
     fn value_of(&self, variable: Variable, ends: &Ends) -> String {
         match variable {
-            Variable::RemoteAddr => ends.remote.ip().to_string(),
-            Variable::RemotePort => ends.remote.port().to_string(),
-            Variable::ServerAddr => ends.local.ip().to_string(),
-            Variable::ServerPort => ends.local.port().to_string(),
+            Variable::RemoteAddr => client::host(ends.remote),
+            Variable::RemotePort => client::port(ends.remote),
+            Variable::ServerAddr => client::host(ends.local),
+            Variable::ServerPort => client::port(ends.local),
             Variable::Hostname => self.hostname.clone(),
             Variable::Map(map) => {
                 let map = &self.maps[map];
                 // A map is made from maps before it alone, so this ends.
                 self.expand(map.find(&self.expand(&map.source, ends)), ends)
             }
-            Variable::RealipRemoteAddr => ends.peer.ip().to_string(),
-            Variable::RealipRemotePort => ends.peer.port().to_string(),
+            Variable::RealipRemoteAddr => client::host(ends.peer),
+            Variable::RealipRemotePort => client::port(ends.peer),
             Variable::SslPrereadServerName => said(ends, |hello| &hello.server_name),
             Variable::SslPrereadAlpnProtocols => said(ends, |hello| &hello.alpn_protocols),
             Variable::SslPrereadProtocol => said(ends, |hello| hello.protocol),

@@ -1,10 +1,10 @@
 //! A session and the states of its two directions. Transitions only: no I/O, time passed in.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
+use culvert_shared::client::{Shown, is_unix};
 use culvert_shared::config::Stream as Settings;
 use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
@@ -353,9 +353,14 @@ impl Session {
         self.streams.iter().all(|stream| stream.way == Way::Ended)
     }
 
-    /// The client's address.
-    pub fn client(&self) -> SocketAddr {
-        self.ends.remote
+    /// The client's address, for people.
+    pub fn client(&self) -> Shown {
+        Shown(self.ends.remote)
+    }
+
+    /// Whether the client came through a unix socket.
+    pub fn is_unix(&self) -> bool {
+        is_unix(self.ends.local)
     }
 }
 

@@ -14,6 +14,7 @@ use nix::libc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{self, MsgFlags, Shutdown, SockaddrStorage, getsockopt, setsockopt, sockopt};
 
+use crate::proxy_protocol::canonical;
 use crate::table::{Side, Token};
 
 /// What a session waits for on one socket.
@@ -141,14 +142,15 @@ pub fn no_delay(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 /// The address that an accepted connection was made to; a wildcard listener does not tell.
 pub fn local_address(fd: BorrowedFd<'_>) -> Option<SocketAddr> {
     let address: SockaddrStorage = socket::getsockname(fd.as_raw_fd()).ok()?;
-    let v4 = address
+    let found = address
         .as_sockaddr_in()
         .map(|address| SocketAddr::V4((*address).into()));
-    v4.or_else(|| {
+    let found = found.or_else(|| {
         address
             .as_sockaddr_in6()
             .map(|address| SocketAddr::V6((*address).into()))
-    })
+    });
+    found.map(canonical)
 }
 
 /// What the host lets a process without rights ask for.

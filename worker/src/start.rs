@@ -1,12 +1,11 @@
 //! What a worker is given by the master.
 
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use culvert_bpf::{SlotLoad, Totals};
 use culvert_shared::busy::Lookout;
-use culvert_shared::config::Config;
+use culvert_shared::config::{Address, Config};
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
 use culvert_shared::limits::Limits;
@@ -58,7 +57,7 @@ pub struct Listener {
     /// The socket.
     pub socket: OwnedFd,
     /// The address that it is bound to.
-    pub address: SocketAddr,
+    pub address: Address,
     /// The index of its server in [`Config::servers`].
     pub server: usize,
     /// Its row on the board.

@@ -1,10 +1,10 @@
 //! The status document (`ebpf_status_return`): one JSON object, then the end of the stream.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use culvert_shared::busy::{BUSIEST, BusySession};
-use culvert_shared::config::Peer;
+use culvert_shared::client::Shown;
+use culvert_shared::config::{Address, Peer};
 use culvert_shared::counters::{CloseReason, FallbackReason, PeerRow};
 use culvert_shared::ids::Direction;
 use serde_json::{Map, Value, json};
@@ -76,7 +76,7 @@ impl Worker {
         json!({
             "session": session.number,
             "worker": slot,
-            "client": session.client.to_string(),
+            "client": Shown(session.client).to_string(),
             "listener": listener.map(|at| self.addresses[at].to_string()),
             "peer": peer.map(|(peer, _)| peer.address.to_string()),
             "datapath": if session.in_kernel { "sockmap" } else { "relay" },
@@ -188,7 +188,7 @@ impl Worker {
     fn listener_status(&self) -> Vec<Value> {
         let board = &self.board[0];
         // Not its sockets: a worker that drains has closed them.
-        let one = |((row_number, _), address): (&(usize, usize), &SocketAddr)| {
+        let one = |((row_number, _), address): (&(usize, usize), &Address)| {
             let row = &board.listeners[*row_number];
             json!({
                 "address": address.to_string(),

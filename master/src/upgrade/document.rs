@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
@@ -61,8 +60,8 @@ pub struct State {
     pub paused: bool,
     /// The newest owner mark.
     pub last_owner: u32,
-    /// Address, worker slot, descriptor.
-    pub listeners: Vec<(SocketAddr, usize, RawFd)>,
+    /// Address, worker slot, descriptor. A unix socket is that of all slots.
+    pub listeners: Vec<(String, usize, RawFd)>,
     /// What the slots' maps have in common, where BPF is in use.
     pub bpf: Option<BpfState>,
     /// Why it is not.
@@ -288,7 +287,7 @@ mod tests {
             rows: Rows::default(),
             paused: false,
             last_owner: 9,
-            listeners: vec![("[::1]:80".parse().unwrap(), 0, 4)],
+            listeners: vec![("[::1]:80".into(), 0, 4)],
             bpf: Some(BpfState {
                 entry: 0,
                 cgroup: "/sys/fs/cgroup/culvert-7".into(),

@@ -61,7 +61,7 @@ impl Master {
             rows: self.current.rows.clone(),
             paused: self.phase == Phase::Paused,
             last_owner: self.last_owner,
-            listeners: (self.current.listeners.sockets())
+            listeners: (self.current.listeners.named())
                 .map(|(address, slot, socket)| (address, slot, descriptors.add(socket.as_fd())))
                 .collect(),
             bpf,

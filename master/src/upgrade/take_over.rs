@@ -102,13 +102,13 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
     let stores = take_stores(state, &entries)?;
     let kernel = Kernel::after(take_bpf(state, &entries), state.last_store);
     let listeners = (state.listeners.iter())
-        .map(|(address, slot, socket)| Ok((*address, *slot, inherit::take(*socket)?)))
+        .map(|(address, slot, socket)| Ok((address.clone(), *slot, inherit::take(*socket)?)))
         .collect::<Result<Vec<_>>>()?;
     let generation = Generation::taken_over(
         state.generation,
         config,
         std::mem::take(&mut state.rows),
-        Listeners::of(listeners),
+        Listeners::of(listeners)?,
         take_table(state, &stores)?,
         Limits::taken_over(take_all(state.limits.memory)?, state.limits.secret)?,
     )?;

@@ -1,6 +1,6 @@
 //! Access rules: who may connect. The first rule that fits the client's address decides (nginx: allow, deny).
 
-use std::net::IpAddr;
+use std::net::SocketAddr;
 
 use super::Network;
 use super::diagnostic::Fault;
@@ -36,11 +36,11 @@ impl Rule {
     }
 }
 
-/// Whether the rules let an address in: as the first says that fits, and if none does, yes.
-pub fn allows(rules: &[Rule], ip: IpAddr) -> bool {
+/// Whether the rules let a client in: as the first says that fits, and if none does, yes.
+pub fn allows(rules: &[Rule], client: SocketAddr) -> bool {
     rules
         .iter()
-        .find(|rule| rule.whom.is_none_or(|network| network.contains(ip)))
+        .find(|rule| rule.whom.is_none_or(|network| network.holds(client)))
         .is_none_or(|rule| rule.allow)
 }
 
@@ -57,12 +57,14 @@ impl std::fmt::Display for Rule {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::IpAddr;
 
     #[test]
     fn the_first_rule_that_fits_decides() {
         let rules =
             |texts: &[&str]| -> Vec<Rule> { texts.iter().map(|text| Rule::read(text).unwrap()).collect() };
-        let check = |texts: &[&str], ip: &str| allows(&rules(texts), ip.parse().unwrap());
+        let check =
+            |texts: &[&str], ip: &str| allows(&rules(texts), (ip.parse::<IpAddr>().unwrap(), 9).into());
         let office = [
             "deny 10.0.0.1",
             "allow 10.0.0.0/8",

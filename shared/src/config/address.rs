@@ -11,7 +11,8 @@ use super::world::World;
 const PEER: &str = "write host:port, [IPv6 address]:port or unix:/path";
 
 /// What a listener's address looks like.
-const LISTENER: &str = "write a port, address:port, *:port or [IPv6 address]:port";
+const LISTENER: &str = "write a port, address:port, *:port, [IPv6 address]:port, one of these with a range of ports such as \
+                        5000-5010, or unix:/path";
 
 /// The longest path of a unix socket: `sun_path` of sockaddr_un without its final NUL.
 const UNIX_PATH_MAX_BYTES: usize = 107;
@@ -19,15 +20,7 @@ const UNIX_PATH_MAX_BYTES: usize = 107;
 /// The addresses that a peer stands for. A host name is resolved now, as nginx does: all its addresses are peers.
 pub(super) fn peers(text: &str, world: &dyn World) -> Result<Vec<Address>, Fault> {
     if let Some(path) = text.strip_prefix("unix:") {
-        return match path {
-            "" => Err(Fault::new("a unix socket without a path", PEER)),
-            _ if path.contains('\0') => Err(Fault::new("a path cannot hold the character NUL", PEER)),
-            _ if path.len() > UNIX_PATH_MAX_BYTES => Err(Fault::new(
-                format!("a socket's path has at most {UNIX_PATH_MAX_BYTES} bytes"),
-                "use a shorter one",
-            )),
-            _ => Ok(vec![Address::Unix(PathBuf::from(path))]),
-        };
+        return unix(path, PEER).map(|address| vec![address]);
     }
     let (host, port) = split(text, PEER)?;
     Ok(resolve(host, port, PEER, world)?
@@ -36,14 +29,54 @@ pub(super) fn peers(text: &str, world: &dyn World) -> Result<Vec<Address>, Fault
         .collect())
 }
 
-/// The addresses that a listener stands for. A bare port and `*` mean every IPv4 address, as with nginx.
-pub(super) fn listeners(text: &str, world: &dyn World) -> Result<Vec<SocketAddr>, Fault> {
-    if text.starts_with("unix:") {
-        return Err(Fault::new(
-            "listening on a unix socket is not supported",
-            LISTENER,
-        ));
+fn unix(path: &str, remedy: &str) -> Result<Address, Fault> {
+    match path {
+        "" => Err(Fault::new("a unix socket without a path", remedy)),
+        _ if path.contains('\0') => Err(Fault::new("a path cannot hold the character NUL", remedy)),
+        _ if path.len() > UNIX_PATH_MAX_BYTES => Err(Fault::new(
+            format!("a socket's path has at most {UNIX_PATH_MAX_BYTES} bytes"),
+            "use a shorter one",
+        )),
+        _ => Ok(Address::Unix(PathBuf::from(path))),
     }
+}
+
+/// The addresses that a listener stands for. A bare port and `*` mean every IPv4 address, as with nginx; each port of a
+/// range is a listener of its own.
+pub(super) fn listeners(text: &str, world: &dyn World) -> Result<Vec<Address>, Fault> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        // Relative to what, the start, a reload and an upgrade would not agree on.
+        return match path.is_empty() || path.starts_with('/') {
+            true => unix(path, LISTENER).map(|address| vec![address]),
+            false => Err(Fault::new("a socket's path has to begin with /", LISTENER)),
+        };
+    }
+    let Some((before, last)) = range(text) else {
+        return one_port(text, world).map(|found| found.into_iter().map(Address::Tcp).collect());
+    };
+    let last = port(last, LISTENER)?;
+    let mut found = Vec::new();
+    for first in one_port(before, world)? {
+        if first.port() > last {
+            return Err(Fault::new(
+                "a range of ports that ends before it begins",
+                LISTENER,
+            ));
+        }
+        found.extend((first.port()..=last).map(|port| Address::Tcp(SocketAddr::new(first.ip(), port))));
+    }
+    Ok(found)
+}
+
+/// The last port of a range, and what stands before it. A host's name may hold the sign too.
+fn range(text: &str) -> Option<(&str, &str)> {
+    let (before, last) = text.rsplit_once('-')?;
+    let first = before.rsplit_once(':').map_or(before, |(_, first)| first);
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    (digits(first) && !last.contains([':', ']'])).then_some((before, last))
+}
+
+fn one_port(text: &str, world: &dyn World) -> Result<Vec<SocketAddr>, Fault> {
     if text.bytes().all(|b| b.is_ascii_digit()) {
         return Ok(vec![SocketAddr::from((
             Ipv4Addr::UNSPECIFIED,
@@ -69,9 +102,12 @@ pub(super) fn listeners(text: &str, world: &dyn World) -> Result<Vec<SocketAddr>
 }
 
 /// A listener's address given as a number: its port.
-pub(super) fn listener_port(number: i64) -> Result<Vec<SocketAddr>, Fault> {
+pub(super) fn listener_port(number: i64) -> Result<Vec<Address>, Fault> {
     let port = port(&number.to_string(), LISTENER)?;
-    Ok(vec![SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))])
+    Ok(vec![Address::Tcp(SocketAddr::from((
+        Ipv4Addr::UNSPECIFIED,
+        port,
+    )))])
 }
 
 fn split<'a>(text: &'a str, remedy: &str) -> Result<(&'a str, u16), Fault> {
@@ -225,18 +261,39 @@ mod tests {
     }
 
     #[test]
+    fn each_port_of_a_range_is_a_listener() {
+        let three = |before: &str| Ok((80..=82).map(|port| format!("{before}:{port}")).collect());
+        assert_eq!(listener("127.0.0.1:80-82"), three("127.0.0.1"));
+        assert_eq!(listener("[::]:80-82"), three("[::]"));
+        assert_eq!(listener("*:80-82"), three("0.0.0.0"));
+        assert_eq!(listener("80-82"), three("0.0.0.0"));
+        assert_eq!(listener("127.0.0.1:80-80"), Ok(vec!["127.0.0.1:80".into()]));
+        assert_eq!(
+            listener("a-1:80"),
+            Err("host a-1 cannot be resolved: no such name".into())
+        );
+        assert_eq!(
+            listener("unix:/run/a-b:1-2"),
+            Ok(vec!["unix:/run/a-b:1-2".into()])
+        );
+    }
+
+    #[test]
     fn wrong_listeners_say_why() {
         assert_eq!(listener("0"), Err("not a port from 1 to 65535".into()));
         assert_eq!(listener("65536"), Err("not a port from 1 to 65535".into()));
-        assert_eq!(listener("80-90"), Err("no port".into()));
         assert_eq!(
-            listener("127.0.0.1:80-90"),
-            Err("not a port from 1 to 65535".into())
+            listener("127.0.0.1:90-80"),
+            Err("a range of ports that ends before it begins".into())
         );
+        for wrong in ["80-", "0-80", "80-65536", "127.0.0.1:80-x", "[::]:80-90-"] {
+            assert_eq!(listener(wrong).map_err(|_| ()), Err(()), "{wrong}");
+        }
         assert_eq!(
-            listener("unix:/a"),
-            Err("listening on a unix socket is not supported".into())
+            listener("unix:a"),
+            Err("a socket's path has to begin with /".into())
         );
+        assert_eq!(listener("unix:"), Err("a unix socket without a path".into()));
         assert_eq!(
             listener("[::ffff:127.0.0.1]:80"),
             Err("an IPv6 listener takes no IPv4 connections".into())

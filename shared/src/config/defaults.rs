@@ -43,6 +43,10 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.proxy_half_close", Default::Flag(true)),
     // nginx: tcp_nodelay on.
     ("stream.tcp_nodelay", Default::Flag(true)),
+    // nginx: proxy_socket_keepalive off.
+    ("stream.proxy_socket_keepalive", Default::Flag(false)),
+    // nginx: none, which is off.
+    ("stream.proxy_bind", Default::Text("off")),
     // The period of the nginx module from which the name comes: a small part of any sensible proxy_timeout.
     ("stream.ebpf_timer_period", Default::Text("2s")),
     // As much as Linux lets a socket's own send buffer grow to (tcp_wmem, 4 MiB): below it a fast stream over a

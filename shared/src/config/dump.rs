@@ -10,7 +10,7 @@ use super::{
     Action, Config, FlowSteering, LogTarget, OnReload, Part, Peer, ProxyProtocol, Server, Stream, Target,
     Template,
 };
-use super::{access_log, balance, cpus, expand};
+use super::{access_log, balance, cpus, expand, listen};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
 /// of upstreams are resolved, `${VAR}`, `set` and `include` are replaced by what they stand for.
@@ -165,9 +165,10 @@ fn write_listen(out: &mut String, server: &Server) -> std::fmt::Result {
         };
         writeln!(
             out,
-            "  {{ address = {}, backlog = {}{header} }},",
-            quoted(&listen.address.to_string()),
-            listen.backlog
+            "  {{ address = {}, backlog = {}{header}{} }},",
+            quoted(&expand::escape(&listen.address.to_string())),
+            listen.backlog,
+            listen::write(&listen.options)
         )?;
     }
     writeln!(out, "]")?;
@@ -205,6 +206,9 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
     )?;
     writeln!(out, "proxy_half_close = {}", stream.proxy_half_close)?;
     writeln!(out, "tcp_nodelay = {}", stream.tcp_nodelay)?;
+    let keepalive = stream.proxy_socket_keepalive;
+    writeln!(out, "proxy_socket_keepalive = {keepalive}")?;
+    writeln!(out, "proxy_bind = {}", quoted(&stream.proxy_bind.to_string()))?;
     writeln!(
         out,
         "ebpf_timer_period = {}",

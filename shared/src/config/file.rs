@@ -66,6 +66,8 @@ pub(super) const STREAM: &[Key] = &[
     value("proxy_buffer_size"),
     value("proxy_half_close"),
     value("tcp_nodelay"),
+    value("proxy_socket_keepalive"),
+    value("proxy_bind"),
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
@@ -95,7 +97,7 @@ const LIMIT_CONN_ZONE: &[Key] = &[value("name"), value("key")];
 /// `[http]`.
 const HTTP: &[Key] = &[shaped(
     "listen",
-    Shape::Mixed(&[value("address"), value("backlog")]),
+    Shape::Mixed(&[value("address"), value("backlog"), value("mode")]),
 )];
 
 /// `[[log_format]]`.
@@ -138,6 +140,8 @@ const SERVER: &[Key] = &[
     value("proxy_buffer_size"),
     value("proxy_half_close"),
     value("tcp_nodelay"),
+    value("proxy_socket_keepalive"),
+    value("proxy_bind"),
     value("ebpf_timer_period"),
     value("ebpf_backlog_size"),
     value("on_reload"),
@@ -154,7 +158,18 @@ const SERVER: &[Key] = &[
 ];
 
 /// An entry of a server's `listen` that is a table.
-const LISTEN: &[Key] = &[value("address"), value("backlog"), value("proxy_protocol")];
+const LISTEN: &[Key] = &[
+    value("address"),
+    value("backlog"),
+    value("proxy_protocol"),
+    value("ipv6only"),
+    value("rcvbuf"),
+    value("sndbuf"),
+    value("deferred"),
+    value("fastopen"),
+    value("so_keepalive"),
+    value("mode"),
+];
 
 /// Names that users of nginx and of its module bring along, with ours.
 const FORMER_NAMES: &[(&str, &str)] = &[

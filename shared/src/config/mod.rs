@@ -20,8 +20,10 @@ mod file;
 mod include;
 mod layer;
 mod limit;
+mod listen;
 mod map;
 mod network;
+mod proxy_bind;
 mod servers;
 mod source;
 mod template;
@@ -41,8 +43,10 @@ pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
 pub use limit::{LimitConn, LimitRate, LimitZone};
+pub use listen::{Keepalive, ListenOptions};
 pub use map::{MapEntry, Pattern, VariableMap};
 pub use network::Network;
+pub use proxy_bind::ProxyBind;
 
 /// Reads, merges and checks a configuration: the file with what it includes, over it the environment
 /// (`CULVERT_STREAM__PROXY_TIMEOUT=5s`), over that `overrides` (`stream.proxy_timeout=5s`, the last one counts).
@@ -233,13 +237,23 @@ impl Peer {
     }
 }
 
-/// An address to connect to.
+/// An address to connect to, or to listen on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
     /// TCP over IPv4 or IPv6.
     Tcp(SocketAddr),
     /// A unix stream socket.
     Unix(PathBuf),
+}
+
+impl Address {
+    /// The address, unless it is a unix socket's.
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        match self {
+            Address::Tcp(address) => Some(*address),
+            Address::Unix(_) => None,
+        }
+    }
 }
 
 impl std::fmt::Display for Address {
@@ -266,11 +280,13 @@ pub struct Server {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Listen {
     /// The address.
-    pub address: SocketAddr,
+    pub address: Address,
     /// The accept queue's length, in connections.
     pub backlog: u32,
     /// Connections begin with a PROXY header.
     pub proxy_protocol: bool,
+    /// What else its socket is told.
+    pub options: ListenOptions,
 }
 
 /// What a server does with a connection.
@@ -363,6 +379,10 @@ pub struct Stream {
     pub proxy_half_close: bool,
     /// Set TCP_NODELAY on both sockets.
     pub tcp_nodelay: bool,
+    /// Ask silent peers whether they are still there (SO_KEEPALIVE).
+    pub proxy_socket_keepalive: bool,
+    /// Where connections to peers come from.
+    pub proxy_bind: ProxyBind,
     /// How often the counters of idle sessions are looked at.
     pub ebpf_timer_period: Duration,
     /// Bytes that may be outstanding towards one side of an offloaded session before the other is held back.

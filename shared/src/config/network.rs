@@ -1,13 +1,13 @@
 //! Networks: addresses and CIDR blocks, as `set_real_ip_from` names them. IPv4 addresses that come
-//! mapped into IPv6 are IPv4 addresses.
+//! mapped into IPv6 are IPv4 addresses. Unix sockets are one more network (nginx: `unix:`).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::diagnostic::Fault;
+use crate::client::is_unix;
 
 /// What a network looks like.
-const EXAMPLE: &str =
-    "write an address such as \"10.0.0.1\", or a network such as \"10.0.0.0/8\" or \"2001:db8::/32\"";
+const EXAMPLE: &str = "write an address such as \"10.0.0.1\", a network such as \"10.0.0.0/8\" or \"2001:db8::/32\", or \"unix:\"";
 
 /// A block of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,9 +16,18 @@ pub struct Network {
     first: IpAddr,
     /// How many leading bits all its addresses have in common.
     bits: u8,
+    /// It is that of the unix sockets, and has no addresses.
+    unix: bool,
 }
 
 impl Network {
+    /// All clients of unix sockets.
+    pub const UNIX: Network = Network {
+        first: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        bits: 0,
+        unix: true,
+    };
+
     /// The block of all addresses that share `bits` leading bits with `ip`.
     ///
     /// # Errors
@@ -35,6 +44,7 @@ impl Network {
             IpAddr::V4(ip) => Network {
                 first: Ipv4Addr::from(u32::from(ip) & mask_v4(bits)).into(),
                 bits,
+                unix: false,
             },
             IpAddr::V6(ip) => {
                 let first = Ipv6Addr::from(u128::from(ip) & mask_v6(bits));
@@ -42,10 +52,12 @@ impl Network {
                     Some(first) if bits >= 96 => Network {
                         first: first.into(),
                         bits: bits - 96,
+                        unix: false,
                     },
                     _ => Network {
                         first: first.into(),
                         bits,
+                        unix: false,
                     },
                 }
             }
@@ -54,6 +66,9 @@ impl Network {
 
     /// Reads an address or `address/bits`. As with nginx, bits beyond the prefix do not count.
     pub(super) fn read(text: &str) -> Result<Network, Fault> {
+        if text == "unix:" {
+            return Ok(Network::UNIX);
+        }
         let (address, bits) = match text.split_once('/') {
             Some((address, bits)) => (address, Some(bits)),
             None => (text, None),
@@ -71,8 +86,16 @@ impl Network {
         Network::new(ip, bits)
     }
 
-    /// Whether an address belongs to it.
-    pub fn contains(&self, ip: IpAddr) -> bool {
+    /// Whether a client belongs to it.
+    pub fn holds(&self, client: SocketAddr) -> bool {
+        match is_unix(client) {
+            true => self.unix,
+            false => !self.unix && self.contains(client.ip()),
+        }
+    }
+
+    /// Whether an address is within its bounds.
+    fn contains(&self, ip: IpAddr) -> bool {
         match (self.first, ip.to_canonical()) {
             (IpAddr::V4(first), IpAddr::V4(ip)) => u32::from(ip) & mask_v4(self.bits) == u32::from(first),
             (IpAddr::V6(first), IpAddr::V6(ip)) => u128::from(ip) & mask_v6(self.bits) == u128::from(first),
@@ -91,7 +114,10 @@ fn mask_v6(bits: u8) -> u128 {
 
 impl std::fmt::Display for Network {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.first, self.bits)
+        match self.unix {
+            true => f.write_str("unix:"),
+            false => write!(f, "{}/{}", self.first, self.bits),
+        }
     }
 }
 
@@ -116,6 +142,14 @@ mod tests {
         assert!(holds("::/0", "2001:db8::1"));
         assert!(holds("2001:db8::/33", "2001:db8:7fff::1"));
         assert!(!holds("2001:db8::/33", "2001:db8:8000::1"));
+    }
+
+    #[test]
+    fn clients_of_unix_sockets_are_in_a_network_of_their_own() {
+        let (unix, other) = (crate::client::UNIX, "0.0.0.0:80".parse().unwrap());
+        assert!(network("unix:").holds(unix) && !network("unix:").holds(other));
+        assert!(!network("0.0.0.0/0").holds(unix) && network("0.0.0.0/0").holds(other));
+        assert_eq!(network("unix:").to_string(), "unix:");
     }
 
     #[test]

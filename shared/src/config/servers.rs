@@ -1,7 +1,6 @@
 //! `[[server]]`: listeners that clash with none, what is done with a connection, and the stream settings in force.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
@@ -14,13 +13,10 @@ use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
-    Action, Balance, LimitZone, Listen, Network, OnReload, Part, Peer, Rule, Server, Stream, Target,
-    Template, Upstream, VariableMap,
+    Action, Address, Balance, LimitZone, Network, OnReload, Part, Peer, ProxyBind, Rule, Server, Stream,
+    Target, Template, Upstream, VariableMap,
 };
 use super::{address, defaults, units};
-
-/// The kernel caps it at net.core.somaxconn; more than a million waiting connections help nobody.
-const BACKLOG_MAX: u32 = 1 << 20;
 
 /// Two buffers of this size for each relayed session are 128 MiB: enough for any link.
 const BUFFER_MAX_BYTES: usize = 64 << 20;
@@ -42,13 +38,13 @@ const TIMER_PERIOD_MAX: Duration = Duration::from_secs(3600);
 
 /// Reads the servers. Addresses written in `proxy_pass` are collected as unnamed upstreams.
 pub(super) struct Servers<'c, 'a> {
-    check: &'c mut Check<'a>,
+    pub(super) check: &'c mut Check<'a>,
     /// The named groups, then the unnamed ones.
     upstreams: Vec<Upstream>,
     zones: &'c [LimitZone],
     maps: &'c [VariableMap],
     /// Every address that is listened on, with the key and the place of its listener.
-    listeners: HashMap<SocketAddr, (String, OriginId)>,
+    pub(super) listeners: HashMap<Address, (String, OriginId)>,
     access_logs: AccessLogs,
 }
 
@@ -88,6 +84,8 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_buffer_size: 1,
             proxy_half_close: true,
             tcp_nodelay: true,
+            proxy_socket_keepalive: false,
+            proxy_bind: ProxyBind::Off,
             ebpf_timer_period: hour,
             ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
             on_reload: OnReload::Keep,
@@ -158,6 +156,8 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_buffer_size,
             proxy_half_close,
             tcp_nodelay,
+            proxy_socket_keepalive,
+            proxy_bind,
             ebpf_timer_period,
             ebpf_backlog_size,
             on_reload,
@@ -201,6 +201,12 @@ impl<'c, 'a> Servers<'c, 'a> {
             tcp_nodelay: check
                 .at(table, key, "tcp_nodelay", valid::boolean)
                 .unwrap_or(tcp_nodelay),
+            proxy_socket_keepalive: check
+                .at(table, key, "proxy_socket_keepalive", valid::boolean)
+                .unwrap_or(proxy_socket_keepalive),
+            proxy_bind: check
+                .at(table, key, "proxy_bind", ProxyBind::read)
+                .unwrap_or(proxy_bind),
             ebpf_timer_period: check
                 .at(table, key, "ebpf_timer_period", period)
                 .unwrap_or(ebpf_timer_period),
@@ -242,90 +248,6 @@ impl<'c, 'a> Servers<'c, 'a> {
                 .at(table, key, "preread_timeout", timeout)
                 .unwrap_or(preread_timeout),
             access_log,
-        }
-    }
-
-    fn listen(&mut self, key: &str, at: OriginId, table: &Map<String, Value>) -> Vec<Listen> {
-        let key = join(key, "listen");
-        let Some(value) = table.get("listen") else {
-            self.check.findings.report(
-                at,
-                &key,
-                "missing, a server needs an address such as listen = \"0.0.0.0:8080\"",
-            );
-            return Vec::new();
-        };
-        let items: Vec<(String, &Value)> = match &value.kind {
-            ValueKind::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(n, item)| (format!("{key}[{n}]"), item))
-                .collect(),
-            _ => vec![(key.clone(), value)],
-        };
-        if items.is_empty() {
-            self.check.read(&key, value, |_| {
-                Err::<(), _>(Fault::new("empty", "give at least one address"))
-            });
-        }
-        let mut listen = Vec::new();
-        for (key, item) in items {
-            let (backlog, proxy_protocol) = match &item.kind {
-                ValueKind::Table(table) => {
-                    if !table.contains_key("address") {
-                        let at = self.check.findings.origin_of(item);
-                        let text = "missing, a listener needs an address such as \"0.0.0.0:8080\"";
-                        self.check.findings.report(at, &join(&key, "address"), text);
-                    }
-                    let backlog = self.check.at(table, &key, "backlog", |given| {
-                        valid::number(given, 1..=BACKLOG_MAX)
-                    });
-                    let proxy_protocol = self.check.at(table, &key, "proxy_protocol", valid::boolean);
-                    if let Some(address) = table.get("address") {
-                        let options = (backlog, proxy_protocol);
-                        self.bind(&join(&key, "address"), address, options, &mut listen);
-                    }
-                    continue;
-                }
-                _ => (None, None),
-            };
-            self.bind(&key, item, (backlog, proxy_protocol), &mut listen);
-        }
-        listen
-    }
-
-    /// Takes the addresses of one listener, unless another one has them.
-    ///
-    /// Only equal addresses clash: every listener is bound with SO_REUSEPORT by the same user, and then Linux lets
-    /// a wildcard and an address of the same port stand side by side and gives a connection to the closer match
-    /// (`inet_csk_get_port`, `inet_lhash2_lookup`). IPv6 listeners take no IPv4 connections (nginx: ipv6only=on).
-    fn bind(
-        &mut self,
-        key: &str,
-        value: &Value,
-        (backlog, proxy_protocol): (Option<u32>, Option<bool>),
-        listen: &mut Vec<Listen>,
-    ) {
-        let world = self.check.world;
-        let addresses = self.check.read(key, value, |given| match given.kind {
-            ValueKind::I64(port) => address::listener_port(*port),
-            _ => address::listeners(valid::text(given, "\"0.0.0.0:8080\"")?, world),
-        });
-        let at = self.check.findings.origin_of(value);
-        for address in addresses.into_iter().flatten() {
-            if let Some((other, other_at)) = self.listeners.get(&address) {
-                let place = self.check.place(*other_at);
-                let what = format!("{address} is already taken by {other} at {place}");
-                let fault = Fault::new(what, "give each listener an address of its own");
-                self.check.findings.fault(at, key, fault);
-                continue;
-            }
-            self.listeners.insert(address, (key.to_owned(), at));
-            listen.push(Listen {
-                address,
-                backlog: backlog.unwrap_or(defaults::BACKLOG),
-                proxy_protocol: proxy_protocol.unwrap_or(false),
-            });
         }
     }
 

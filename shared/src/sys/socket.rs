@@ -128,6 +128,87 @@ pub fn attach_reuseport(fd: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Resu
     }
 }
 
+/// An option whose value is an int, and for which there is no safe wrapper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IntOption {
+    /// A listener's connections are accepted when their first data has come, or after so many seconds.
+    DeferAccept,
+    /// How many connections of a listener may bring data before their handshake is over; 0: none.
+    FastOpen,
+    /// Which buffers have been given a size, by [`RECEIVE_LOCKED`] and [`SEND_LOCKED`]; the others have the one that
+    /// TCP finds right. Linux 5.14.
+    BufferLock,
+    /// Connections may be made from IPv4 addresses that are not this host's. Setting it needs CAP_NET_RAW.
+    TransparentV4,
+    /// The same for IPv6.
+    TransparentV6,
+    /// Binding to an address without a port leaves the port to connect(2).
+    BindAddressNoPort,
+}
+
+/// See [`IntOption::BufferLock`].
+pub const SEND_LOCKED: i32 = 1;
+/// See [`IntOption::BufferLock`].
+pub const RECEIVE_LOCKED: i32 = 2;
+
+/// `SO_BUF_LOCK` of asm-generic/socket.h, which all architectures have that the program is built for.
+const SO_BUF_LOCK: libc::c_int = 72;
+
+impl IntOption {
+    fn numbers(self) -> (libc::c_int, libc::c_int) {
+        match self {
+            IntOption::DeferAccept => (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
+            IntOption::FastOpen => (libc::IPPROTO_TCP, libc::TCP_FASTOPEN),
+            IntOption::BufferLock => (libc::SOL_SOCKET, SO_BUF_LOCK),
+            IntOption::TransparentV4 => (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
+            IntOption::TransparentV6 => (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT),
+            IntOption::BindAddressNoPort => (libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT),
+        }
+    }
+}
+
+/// Sets an option.
+pub fn set_int(fd: BorrowedFd<'_>, option: IntOption, value: i32) -> io::Result<()> {
+    let (level, name) = option.numbers();
+    // SAFETY: the kernel reads one int from the address given, which lives across the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_ref(&value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Reads an option.
+pub fn get_int(fd: BorrowedFd<'_>, option: IntOption) -> io::Result<i32> {
+    let (level, name) = option.numbers();
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `value`, which lives across the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_mut(&mut value).cast(),
+            &mut len,
+        )
+    };
+    if result != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(value)
+    }
+}
+
 /// Resets a connection although other processes have its socket too, for whom closing would do nothing:
 /// connecting to nowhere disconnects (tcp_disconnect, 6.12).
 pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -133,6 +133,8 @@ fn the_least_configuration_has_every_default() {
         proxy_buffer_size: 16_384,
         proxy_half_close: true,
         tcp_nodelay: true,
+        proxy_socket_keepalive: false,
+        proxy_bind: ProxyBind::Off,
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
         on_reload: OnReload::Keep,
@@ -169,15 +171,20 @@ fn the_least_configuration_has_every_default() {
         limit_zones: Vec::new(),
         servers: vec![Server {
             listen: vec![Listen {
-                address: ([0, 0, 0, 0], 8080).into(),
+                address: Address::Tcp(([0, 0, 0, 0], 8080).into()),
                 backlog: 511,
                 proxy_protocol: false,
+                options: ListenOptions::default(),
             }],
             action: Action::Proxy(Target::Upstream(0)),
             stream,
         }],
     };
     assert_eq!(config, expected);
+}
+
+fn port_of(listen: &Listen) -> u16 {
+    listen.address.tcp().expect("TCP").port()
 }
 
 #[test]
@@ -364,7 +371,7 @@ fn environment_and_command_line_go_over_the_file_in_that_order() {
     let ports: Vec<u16> = config.servers[0]
         .listen
         .iter()
-        .map(|listen| listen.address.port())
+        .map(|listen| port_of(listen))
         .collect();
     assert_eq!(ports, [81, 83]);
 }
@@ -389,7 +396,7 @@ fn included_files_add_up_in_byte_order() {
     let ports: Vec<u16> = config
         .servers
         .iter()
-        .map(|server| server.listen[0].address.port())
+        .map(|server| port_of(&server.listen[0]))
         .collect();
     assert_eq!(ports, [8080, 1, 2]);
     assert_eq!(config.servers[0].stream.proxy_timeout, Duration::from_secs(1));

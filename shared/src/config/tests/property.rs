@@ -26,7 +26,7 @@ fn stream() -> impl Strategy<Value = Stream> {
                 burst,
             }
         });
-    let hello = (1usize..=64 << 10, millis(1..=year));
+    let hello = (1usize..=64 << 10, millis(1..=year), proxy_bind());
     let limits = (
         prop::collection::vec(limit, 0..3),
         prop::collection::vec(rate, 0..3),
@@ -51,6 +51,8 @@ fn stream() -> impl Strategy<Value = Stream> {
                 proxy_buffer_size: sizes.0,
                 proxy_half_close: flags[1],
                 tcp_nodelay: flags[2],
+                proxy_socket_keepalive: flags[5],
+                proxy_bind: hello.2,
                 ebpf_timer_period: times.2,
                 ebpf_backlog_size: sizes.1,
                 on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
@@ -66,6 +68,40 @@ fn stream() -> impl Strategy<Value = Stream> {
                 access_log,
             },
         )
+}
+
+fn proxy_bind() -> impl Strategy<Value = ProxyBind> {
+    let some = any::<std::net::IpAddr>().prop_filter("every address", |ip| !ip.is_unspecified());
+    prop_oneof![
+        Just(ProxyBind::Off),
+        any::<bool>().prop_map(|port| ProxyBind::Client { port }),
+        (some, any::<u16>(), any::<bool>()).prop_map(|(ip, port, transparent)| ProxyBind::Address {
+            address: (ip, port).into(),
+            transparent
+        }),
+    ]
+}
+
+fn listen_options() -> impl Strategy<Value = ListenOptions> {
+    let buffer = || prop::option::of(1u32..=1 << 30);
+    let seconds = || prop::option::of(1u32..=32_767);
+    let keepalive = (seconds(), seconds(), prop::option::of(1u32..=127));
+    let keepalive = prop::option::of(keepalive.prop_map(|(idle_s, interval_s, probes)| Keepalive {
+        idle_s,
+        interval_s,
+        probes,
+    }));
+    let queue = prop::option::of(1u32..=1 << 20);
+    (buffer(), buffer(), any::<bool>(), queue, keepalive).prop_map(
+        |(rcvbuf, sndbuf, deferred, fastopen, keepalive)| ListenOptions {
+            rcvbuf,
+            sndbuf,
+            deferred,
+            fastopen,
+            keepalive,
+            ..ListenOptions::default()
+        },
+    )
 }
 
 fn network() -> impl Strategy<Value = Network> {
@@ -220,7 +256,7 @@ prop_compose! {
         groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4)), 1..4),
         stream in stream(),
         http in any::<bool>(),
-        servers in prop::collection::vec((way(), stream(), 1usize..3, 1u32..=1 << 20), 1..4),
+        servers in prop::collection::vec((way(), stream(), 1usize..4, 1u32..=1 << 20, listen_options()), 1..4),
     ) -> Config {
         let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers))| {
             peers[0].backup = false;
@@ -233,11 +269,20 @@ prop_compose! {
         let named = upstreams.len();
         let mut port = 1000;
         let mut built = Vec::new();
-        for (way, own, listeners, backlog) in servers {
+        for (way, own, listeners, backlog, options) in servers {
             let listen = (0..listeners).map(|n| {
                 port += 1;
                 let ip: std::net::IpAddr = if n == 0 { [127, 0, 0, 1].into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
-                Listen { address: (ip, port).into(), backlog, proxy_protocol: backlog % 2 == 0 }
+                let (address, options) = match n {
+                    2 => {
+                        let (rcvbuf, sndbuf) = (options.rcvbuf, options.sndbuf);
+                        let mode = Some(port as u32 % 0o1000);
+                        let options = ListenOptions { rcvbuf, sndbuf, mode, ..ListenOptions::default() };
+                        (Address::Unix(format!("/run/a ${{b}}é-{port}").into()), options)
+                    }
+                    n => (Address::Tcp((ip, port).into()), ListenOptions { dual: n == 1 && port % 2 == 0, ..options.clone() }),
+                };
+                Listen { address, backlog, proxy_protocol: backlog % 2 == 0, options }
             }).collect();
             let action = match way {
                 Way::Status => Action::Status,
@@ -266,7 +311,12 @@ prop_compose! {
         }
         if http {
             let stream = Stream { access_log: None, ..stream.clone() };
-            let listen = vec![Listen { address: ([127, 0, 0, 1], 9).into(), backlog: 5, proxy_protocol: false }];
+            let listen = vec![Listen {
+                address: Address::Tcp(([127, 0, 0, 1], 9).into()),
+                backlog: 5,
+                proxy_protocol: false,
+                options: ListenOptions::default(),
+            }];
             built.push(Server { listen, action: Action::Http, stream });
         }
         Config {
@@ -336,6 +386,9 @@ fn almost_toml() -> impl Strategy<Value = String> {
         "\"[::]:1\"",
         "\"*:1\"",
         "\"unix:\"",
+        "\"1-2\"",
+        "so_keepalive",
+        "\"1::2\"",
         "é",
         "\r",
     ];
