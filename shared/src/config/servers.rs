@@ -16,7 +16,7 @@ use super::{
     Action, Address, Balance, LimitZone, Network, OnReload, Part, Peer, ProxyBind, Rule, Server, Stream,
     Target, Template, Upstream, VariableMap,
 };
-use super::{address, defaults, units};
+use super::{address, units};
 
 /// Two buffers of this size for each relayed session are 128 MiB: enough for any link.
 const BUFFER_MAX_BYTES: usize = 64 << 20;
