@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use harness::pattern::ping;
 use harness::program::{need, run, shell};
-use harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send, within};
+use harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt,
