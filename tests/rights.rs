@@ -22,11 +22,12 @@ const OTHER: (&str, &str) = ("daemon", "1");
 
 /// The rights that are of use, by the names that setpriv(1) gives them, with their numbers
 /// (linux/capability.h).
-const USEFUL: [(&str, u32); 8] = [
+const USEFUL: [(&str, u32); 9] = [
     ("bpf", 39),
     ("net_admin", 12),
     ("perfmon", 38),
     ("net_bind_service", 10),
+    ("net_raw", 13),
     ("setuid", 7),
     ("setgid", 6),
     ("setpcap", 8),

@@ -37,6 +37,7 @@ sockopt_impl!(
     bool
 );
 sockopt_impl!(
+    /// The last ACK of a client's handshake waits.
     DeferAccept,
     SetOnly,
     libc::IPPROTO_TCP,

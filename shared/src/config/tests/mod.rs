@@ -372,11 +372,7 @@ fn environment_and_command_line_go_over_the_file_in_that_order() {
     assert_eq!(config.worker_cpus, [[0]]);
     assert_eq!(config.servers[0].stream.proxy_timeout, Duration::from_secs(9));
     assert!(!config.servers[0].stream.ebpf_enable);
-    let ports: Vec<u16> = config.servers[0]
-        .listen
-        .iter()
-        .map(|listen| port_of(listen))
-        .collect();
+    let ports: Vec<u16> = config.servers[0].listen.iter().map(port_of).collect();
     assert_eq!(ports, [81, 83]);
 }
 

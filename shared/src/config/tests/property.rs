@@ -33,7 +33,7 @@ fn stream() -> impl Strategy<Value = Stream> {
         [session_rate(), session_rate()],
     );
     (
-        any::<[bool; 6]>(),
+        any::<[bool; 7]>(),
         times,
         (sizes, next),
         header,
@@ -52,7 +52,7 @@ fn stream() -> impl Strategy<Value = Stream> {
                 proxy_buffer_size: sizes.0,
                 proxy_half_close: flags[1],
                 tcp_nodelay: flags[2],
-                proxy_socket_keepalive: flags[5],
+                proxy_socket_keepalive: flags[6],
                 proxy_bind: hello.2,
                 ebpf_timer_period: times.2,
                 ebpf_backlog_size: sizes.1,
