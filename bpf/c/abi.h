@@ -60,7 +60,8 @@ struct slot_total {
 	__u64 low_bytes;	/* user: below this, they are let go again */
 	__u64 pauses;		/* times that a source of the slot was held back */
 	__u32 wake;		/* somebody waits until less than low_bytes are held */
-	__u32 pad[7];
+	__u32 lost_events;	/* for which there was no room in a ring buffer of the slot */
+	__u32 pad[6];
 };
 
 /*
@@ -83,6 +84,7 @@ enum event_kind {
 	EVENT_DRAINED = 2,	/* few enough bytes are outstanding: the source may be let go */
 	EVENT_TROUBLE = 3,	/* a flag was set that a session must not survive */
 	EVENT_ROOM = 4,		/* the slot holds few enough bytes again; index says nothing */
+	EVENT_LOST = 5,		/* events were lost (slot_total.lost_events); index says nothing */
 };
 
 struct event {

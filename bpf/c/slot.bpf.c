@@ -38,15 +38,34 @@ const volatile enum flow_floor flow_floor_layout;
 /* The worker slot's number, set by user space before loading. */
 const volatile __u32 slot_number;
 
+static __always_inline struct slot_total *slot(void)
+{
+	__u32 number = slot_number;
+
+	return bpf_map_lookup_elem(&slot_totals, &number);
+}
+
+/*
+ * A worker that stands still leaves its ring full. What happened is in the flow, but nobody looks there unless told
+ * to: so what could not be told is counted, and the worker compares the count whenever it has run. The second try
+ * is for a worker that had emptied the ring and compared just before the loss was counted: either there is room
+ * now, and that wakes it, or the ring has been filled anew, and that did.
+ */
 static __always_inline void tell(struct flow *flow, __u32 index, enum event_kind kind)
 {
 	struct event event = { .index = index, .kind = kind };
 	__u32 lane = flow->lane;
 	void *events = bpf_map_lookup_elem(&lanes, &lane);
+	struct slot_total *shared;
 
-	/* A full ring loses nothing: the worker looks at paused flows by itself, if later. */
-	if (events)
-		bpf_ringbuf_output(events, &event, sizeof(event), 0);
+	if (!events || !bpf_ringbuf_output(events, &event, sizeof(event), 0))
+		return;
+	shared = slot();
+	if (!shared)
+		return;
+	__sync_fetch_and_add(&shared->lost_events, 1);
+	event.kind = EVENT_LOST;
+	bpf_ringbuf_output(events, &event, sizeof(event), 0);
 }
 
 static __always_inline void trouble(struct flow *flow, __u32 index, enum flow_flag flag)
@@ -122,13 +141,6 @@ static __always_inline int trim(struct __sk_buff *skb, __u32 overlap)
 static __always_inline __s32 outstanding_bytes(struct flow *flow, struct tcp_sock *target)
 {
 	return (__s32)((__u32)flow->forwarded_bytes - ((__u32)target->bytes_acked - flow->acked_base));
-}
-
-static __always_inline struct slot_total *slot(void)
-{
-	__u32 number = slot_number;
-
-	return bpf_map_lookup_elem(&slot_totals, &number);
 }
 
 /*

@@ -94,7 +94,8 @@ pub struct SlotTotal {
     pub low_bytes: AtomicU64,
     pub pauses: AtomicU64,
     pub wake: AtomicU32,
-    pub pad: [AtomicU32; 7],
+    pub lost_events: AtomicU32,
+    pub pad: [AtomicU32; 6],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -131,6 +132,7 @@ const _: () = {
     assert!(offset_of!(SlotTotal, low_bytes) == offset_of!(types::slot_total, low_bytes));
     assert!(offset_of!(SlotTotal, pauses) == offset_of!(types::slot_total, pauses));
     assert!(offset_of!(SlotTotal, wake) == offset_of!(types::slot_total, wake));
+    assert!(offset_of!(SlotTotal, lost_events) == offset_of!(types::slot_total, lost_events));
 };
 
 /// The value of a socket's storage (`struct place`).

@@ -58,6 +58,8 @@ pub enum EventKind {
     Trouble,
     /// The slot holds few enough bytes again: sources that wait for it may be let go.
     Room,
+    /// Events were lost: see [`crate::SlotMaps::lost_events`].
+    Lost,
 }
 
 /// The reader of one ring buffer.
@@ -102,6 +104,7 @@ fn decode(bytes: &[u8]) -> Option<Event> {
         types::event_kind::EVENT_DRAINED => EventKind::Drained,
         types::event_kind::EVENT_TROUBLE => EventKind::Trouble,
         types::event_kind::EVENT_ROOM => EventKind::Room,
+        types::event_kind::EVENT_LOST => EventKind::Lost,
         _ => return None,
     };
     let direction = if index & 1 == 0 {

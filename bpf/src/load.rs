@@ -178,6 +178,8 @@ pub struct SlotState {
     pub limit_bytes: u64,
     /// Times that a source was held back, since the slot's maps were made.
     pub pauses: u64,
+    /// Events for which a ring buffer had no room, since then.
+    pub lost_events: u32,
 }
 
 impl Totals {
@@ -201,6 +203,7 @@ impl Totals {
             held_bytes: total.held_bytes.load(Relaxed),
             limit_bytes: total.limit_bytes.load(Relaxed),
             pauses: total.pauses.load(Relaxed),
+            lost_events: total.lost_events.load(Relaxed),
         }
     }
 
@@ -228,6 +231,7 @@ impl Totals {
             counter.store(0, Relaxed);
         }
         total.wake.store(0, Relaxed);
+        total.lost_events.store(0, Relaxed);
     }
 
     /// Bytes of each direction, by its index, for each CPU that forwarded any, with its number.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::fence;
 
 use anyhow::{Context, Result};
 use culvert_shared::ids::{Direction, Owner};
@@ -439,6 +440,14 @@ impl SlotMaps {
             pauses: flow.pauses.load(Relaxed),
             paused: flow.pause.load(SeqCst) == flow_pause::ON,
         }
+    }
+
+    /// Events that the programs could not tell, because a ring buffer was full. Whoever finds more than before
+    /// after it has emptied its own has to look at its flows.
+    pub fn lost_events(&self) -> u32 {
+        // How far the ring was emptied has to be seen by the programs before the count is read here.
+        fence(SeqCst);
+        self.total().lost_events.load(Relaxed)
     }
 
     /// Frees the ring buffer of a worker that is gone.

@@ -283,7 +283,7 @@ fn pause_and_resume(bench: &mut Bench<'_>) -> Result<()> {
                     );
                 }
                 EventKind::Trouble => bail!("the program met flags {:#x}", session.flow(way).flags),
-                EventKind::Paused | EventKind::Room => {}
+                EventKind::Paused | EventKind::Room | EventKind::Lost => {}
             }
         }
         // Buffers this small let the sender wait for its probe timer now and then (see `SEGMENT_BYTES`).

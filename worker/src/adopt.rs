@@ -174,8 +174,10 @@ impl Worker {
                 }
             }
             for direction in Direction::BOTH {
-                if worker.flow(session, direction).paused {
-                    worker.note_paused(token, direction);
+                // What the programs said of it went to another worker.
+                let next = worker.look_at_flow(token, session, direction);
+                if matches!(next, Next::Close(_)) {
+                    return next;
                 }
                 if session.stream(direction).buffers == Buffers::Narrow {
                     worker.size_buffers(token, session, direction);

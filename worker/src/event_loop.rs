@@ -255,6 +255,7 @@ impl Worker {
             if self.more_events {
                 self.take_session_events();
             }
+            self.make_up_for_lost_events();
             self.accept_more();
             for _ in 0..self.again.len() {
                 let Some(token) = self.again.pop_front() else {

@@ -21,7 +21,7 @@ use crate::store::{Seat, Ward};
 use crate::table::{Side, Token};
 
 /// What the program must never have met on a flow that is to end cleanly.
-const FATAL_FLAGS: u32 = flow_flag::GAP | flow_flag::TRIM_FAILED | flow_flag::NO_TARGET;
+pub(crate) const FATAL_FLAGS: u32 = flow_flag::GAP | flow_flag::TRIM_FAILED | flow_flag::NO_TARGET;
 
 impl Worker {
     /// Both ends are there: the kernel takes the session, or user space copies it.

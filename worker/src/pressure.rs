@@ -10,6 +10,7 @@ use culvert_shared::ids::{Direction, Owner};
 use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::{PRESSURE_TIMER, Worker};
+use crate::offload::FATAL_FLAGS;
 use crate::session::{Buffers, Session, source, target};
 use crate::sockets;
 use crate::store::Ward;
@@ -34,6 +35,8 @@ pub struct Reader {
     lane: LaneNumber,
     /// `None`: nothing is told, the clock is all there is.
     events: Option<Events>,
+    /// Events that were lost when this worker last looked at all flows.
+    lost_events: u32,
 }
 
 impl Reader {
@@ -43,7 +46,11 @@ impl Reader {
             Some(maps) => maps.open_events(owner)?,
             None => Default::default(),
         };
-        Ok(Reader { lane, events })
+        Ok(Reader {
+            lane,
+            events,
+            lost_events: maps.map_or(0, SlotMaps::lost_events),
+        })
     }
 
     /// What becomes readable when there is something to tell.
@@ -95,13 +102,47 @@ impl Worker {
             EventKind::Drained if worker.has_room(session, direction) => {
                 worker.resume(token, session, direction)
             }
-            EventKind::Drained | EventKind::Room => worker.wait(session),
-            EventKind::Trouble => {
-                let flags = worker.flow(session, direction).flags;
-                let what = format!("{}: the program met flags {flags:#x}", direction.name());
-                Next::Close(worker.explain(session, Trouble::Integrity(what)))
-            }
+            EventKind::Drained | EventKind::Room | EventKind::Lost => worker.wait(session),
+            EventKind::Trouble => worker.look_at_flow(token, session, direction),
         });
+    }
+
+    /// Looks at all flows of a store of whose events some were lost. To be called when the ring buffers are empty.
+    pub(crate) fn make_up_for_lost_events(&mut self) {
+        for ward in 0..self.wards.len() {
+            let Ward { store, reader, .. } = &mut self.wards[ward];
+            let lost = store.maps.as_ref().map_or(0, |maps| maps.lost_events());
+            if std::mem::replace(&mut reader.lost_events, lost) == lost {
+                continue;
+            }
+            let tokens: Vec<Token> = self.wards[ward].tokens.iter().flatten().copied().collect();
+            for token in tokens {
+                for direction in Direction::BOTH {
+                    self.with_session(token, |worker, session| {
+                        if worker.flow(session, direction).paused {
+                            worker.size_buffers(token, session, direction);
+                        }
+                        worker.look_at_flow(token, session, direction)
+                    });
+                }
+            }
+        }
+    }
+
+    /// Looks at a flow of which it is not known what has happened.
+    pub(crate) fn look_at_flow(&mut self, token: Token, session: &mut Session, direction: Direction) -> Next {
+        let flags = self.flow(session, direction).flags;
+        if flags & FATAL_FLAGS != 0 {
+            let what = format!("{}: the program met flags {flags:#x}", direction.name());
+            return Next::Close(self.explain(session, Trouble::Integrity(what)));
+        }
+        if self.is_due(session, direction) {
+            return self.resume(token, session, direction);
+        }
+        if self.flow(session, direction).paused {
+            self.note_paused(token, direction);
+        }
+        self.wait(session)
     }
 
     /// A flow is held back, from now on or since before this worker had it.
@@ -222,13 +263,7 @@ impl Worker {
         }
         for (token, direction) in flows {
             self.with_session(token, |worker, session| {
-                if worker.is_due(session, direction) {
-                    return worker.resume(token, session, direction);
-                }
-                if worker.flow(session, direction).paused {
-                    worker.note_paused(token, direction);
-                }
-                worker.wait(session)
+                worker.look_at_flow(token, session, direction)
             });
         }
         // It puts those back for which there is no more room.

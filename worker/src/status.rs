@@ -125,6 +125,7 @@ impl Worker {
                     "slots_used": SLOTS_PER_PAIR * row.pairs.load(Relaxed),
                     "slots_total": SLOTS_PER_PAIR * row.pairs_total.load(Relaxed),
                     "pauses": slot.map_or(0, |slot| slot.pauses),
+                    "lost_events": slot.map_or(0, |slot| slot.lost_events),
                     "backlog_bytes": slot.map_or(0, |slot| slot.held_bytes),
                     "backlog_limit_bytes": slot.map_or(0, |slot| slot.limit_bytes),
                 })
