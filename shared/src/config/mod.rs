@@ -18,6 +18,7 @@ mod dump;
 mod expand;
 mod file;
 mod include;
+mod known;
 mod layer;
 mod limit;
 mod map;
@@ -40,6 +41,7 @@ use std::time::Duration;
 pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
+pub use known::{has_ready_made_format, knows_key, knows_log_variable, knows_variable};
 pub use limit::{LimitConn, LimitRate, LimitZone};
 pub use map::{MapEntry, Pattern, VariableMap};
 pub use network::Network;
@@ -54,7 +56,30 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config, Vec<Diagnostic>
     load_in(&world::Machine, path, overrides)
 }
 
+/// Checks a text as [`load`] checks the file at `path`, which need not exist.
+///
+/// # Errors
+///
+/// As with [`load`].
+pub fn load_text(path: &Path, text: &str) -> Result<Config, Vec<Diagnostic>> {
+    read_in(
+        &world::Machine,
+        |reader| reader.bytes(path, text.as_bytes()),
+        path,
+        &[],
+    )
+}
+
 fn load_in(world: &dyn world::World, path: &Path, overrides: &[String]) -> Result<Config, Vec<Diagnostic>> {
+    read_in(world, |reader| reader.file(path), path, overrides)
+}
+
+fn read_in(
+    world: &dyn world::World,
+    read: impl FnOnce(&mut source::Reader),
+    path: &Path,
+    overrides: &[String],
+) -> Result<Config, Vec<Diagnostic>> {
     let mut findings = diagnostic::Findings::default();
     // What is missing altogether is reported here.
     findings.origin(
@@ -67,7 +92,7 @@ fn load_in(world: &dyn world::World, path: &Path, overrides: &[String]) -> Resul
         false,
     );
     let mut reader = source::Reader::new(world, &mut findings);
-    reader.file(path);
+    read(&mut reader);
     let (files, named, unreadable) = (reader.root, reader.named, reader.unreadable);
     if unreadable {
         // Half a configuration would give errors that are none.
