@@ -91,13 +91,13 @@ fn page(text: &str, minimal: &str) -> String {
                 close(&mut out, &mut in_list);
                 if *header != table || !piece.comment.is_empty() {
                     table = header;
-                    let _ = writeln!(out, ".Ss {}", escaped(header));
+                    let _ = writeln!(out, ".Ss {}\\&", escaped(header));
                     prose(&mut out, &piece.comment);
                 }
             }
             None if number == 0 => {
                 prose(&mut out, &piece.comment);
-                out.push_str(".Sh KEYS\n.Ss At the top of the file\n");
+                out.push_str(".Sh KEYS\n.Ss Top level\n");
             }
             None => {
                 if !in_list {
@@ -161,14 +161,17 @@ fn prose(out: &mut String, comment: &[&str]) {
             continue;
         }
         sentences(out, &mut text);
-        match line.trim().split_once("  ") {
+        let depth = |line: &str| line.len() - line.trim_start().len();
+        let goes_on = lines.peek().is_some_and(|next| depth(next) > depth(line) + 4);
+        let meaning =
+            |text: &str| text.trim_start().starts_with(char::is_lowercase) && !text.trim().contains("  ");
+        let parted = line.trim().split_once("  ").filter(|(_, text)| meaning(text));
+        match parted.or(goes_on.then_some((line.trim(), ""))) {
             Some((word, meaning)) => {
                 let _ = writeln!(out, ".Bl -tag -width Ds -compact\n.It Li {}", escaped(word));
                 text.push_str(meaning.trim());
                 // Whatever is set in further goes on with the meaning.
-                let depth = line.len() - line.trim_start().len();
-                while let Some(more) = lines.next_if(|more| more.len() - more.trim_start().len() > depth + 4)
-                {
+                while let Some(more) = lines.next_if(|more| depth(more) > depth(line) + 4) {
                     text.push(' ');
                     text.push_str(more.trim());
                 }
