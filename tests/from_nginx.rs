@@ -1,6 +1,7 @@
 //! `--from-nginx`: what is printed for nginx's configurations, and that nginx and this program serve the same from one file.
 //!
-//! `data/from_nginx/NAME.conf` is a configuration of nginx, `NAME.toml` and `NAME.stderr` are what is printed for it.
+//! `data/from_nginx/NAME.conf` is a configuration of nginx, `NAME.toml` and `NAME.stderr` are what is printed for it. After a
+//! change, look at the difference: `UPDATE_TRANSLATIONS=1 cargo test -p master --test from_nginx each; git diff tests/data`.
 
 mod harness;
 
@@ -42,6 +43,12 @@ fn each_configuration_of_nginx_gives_exactly_its_translation() {
     let mut wrong = Vec::new();
     for name in names() {
         let printed = master(&data(), &["--from-nginx", &format!("{name}.conf")]);
+        if std::env::var_os("UPDATE_TRANSLATIONS").is_some() {
+            for (ending, text) in [("toml", &printed.out), ("stderr", &printed.err)] {
+                std::fs::write(data().join(format!("{name}.{ending}")), text)
+                    .expect("writing what is printed");
+            }
+        }
         let expected = |ending: &str| {
             std::fs::read_to_string(data().join(format!("{name}.{ending}"))).unwrap_or_default()
         };

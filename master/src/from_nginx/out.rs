@@ -191,8 +191,8 @@ impl Section {
 pub struct Page {
     /// TOML.
     pub text: String,
-    /// The section and the item of each line.
-    lines: Vec<Option<(usize, usize)>>,
+    /// The section and the item of each line; none for a section's header.
+    lines: Vec<Option<(usize, Option<usize>)>>,
 }
 
 /// Everything that is printed.
@@ -218,10 +218,10 @@ impl Document {
                 page.push("# Left out, for the reason below:", None);
             }
             if !section.header.is_empty() {
-                page.push(&format!("{off}{}", section.header), None);
+                page.push(&format!("{off}{}", section.header), Some((number, None)));
             }
             for (item, what) in section.items.iter().enumerate() {
-                let place = Some((number, item));
+                let place = Some((number, Some(item)));
                 match what {
                     Item::Line(text, _) => page.push(&format!("{off}{text}"), place),
                     Item::Comment(text) => page.push(&format!("# {text}"), place),
@@ -239,8 +239,10 @@ impl Document {
             return false;
         };
         let section = &mut self.sections[section];
-        let Item::Line(text, at) = &section.items[item] else {
-            return false;
+        let (text, at) = match item.map(|item| &section.items[item]) {
+            Some(Item::Line(text, at)) => (text, at),
+            Some(_) => return false,
+            None => (&section.header, &None),
         };
         let Some(at) = at.clone().or_else(|| section.at.clone()) else {
             return false;
@@ -248,14 +250,14 @@ impl Document {
         let text = format!(
             "not carried over as it should be: {} ({})",
             one_line(reason, 600),
-            one_line(text.trim(), 80)
+            one_line(text.trim().trim_end_matches(','), 80)
         );
         let remark = Remark {
             at,
             level: Level::Lost,
             text,
         };
-        section.items.insert(item, Item::Remark(remark));
+        section.items.insert(item.unwrap_or(0), Item::Remark(remark));
         true
     }
 
@@ -274,7 +276,7 @@ impl Document {
 }
 
 impl Page {
-    fn push(&mut self, line: &str, place: Option<(usize, usize)>) {
+    fn push(&mut self, line: &str, place: Option<(usize, Option<usize>)>) {
         self.text.push_str(line);
         self.text.push('\n');
         self.lines.push(place);
