@@ -91,18 +91,13 @@ pub fn setting(
     match directive.name.as_str() {
         "allow" | "deny" => {
             let whom = single(directive).map_err(Bad::Block)?;
-            if whom == "unix:" {
-                section.say(directive, Level::Idle, "a unix socket's clients have no address");
-                return Ok(());
-            }
             lists
                 .access
                 .push((quoted(&format!("{} {whom}", directive.name)), at.clone()));
         }
-        "set_real_ip_from" => match single(directive)? {
-            "unix:" => return Err("the clients of unix sockets have no address to be known by".into()),
-            whom => lists.set_real_ip_from.push((quoted(whom), at.clone())),
-        },
+        "set_real_ip_from" => lists
+            .set_real_ip_from
+            .push((quoted(single(directive)?), at.clone())),
         "limit_conn" => {
             let [zone, count] = directive.args.as_slice() else {
                 return Err(Bad::Block("it takes a zone and a number".into()));
