@@ -17,6 +17,7 @@ usage: master [-c FILE] [--set KEY=VALUE]...   run in the foreground
        master -t [-q] [-c FILE]                check the configuration
        master -T [-q] [-c FILE]                check it and print what is in effect, as TOML
        master -s SIGNAL [-c FILE]              signal the running master
+       master --from-nginx NGINX.CONF          print what an nginx configuration is here, as TOML
        master -V                               version and what this kernel can do
 
   -c FILE           configuration file (default: /etc/culvert/proxy.toml)
@@ -29,6 +30,9 @@ usage: master [-c FILE] [--set KEY=VALUE]...   run in the foreground
       --set KEY=VALUE
                     override one key, e.g. --set worker_processes=2 --set stream.proxy_timeout=5s;
                     may be repeated
+      --from-nginx NGINX.CONF
+                    print the stream block of an nginx configuration as TOML, and on standard error each
+                    line that cannot be carried over, with the reason; 0 if there is none
   -V, --version     print version, build, libbpf and the kernel's abilities
   -h, --help        print this text
 
@@ -41,7 +45,7 @@ CULVERT_STREAM__PROXY_TIMEOUT=5s. The order is: defaults, file, environment, --s
 pub struct Args {
     /// What is asked for.
     pub action: Action,
-    /// The configuration file, as given or [`DEFAULT_CONFIG`].
+    /// The configuration file, as given or [`DEFAULT_CONFIG`]; nginx's for [`Action::FromNginx`].
     pub config: PathBuf,
     /// The `--set` overrides, `key=value` each, in the order given; the key is never empty.
     pub set: Vec<String>,
@@ -69,6 +73,8 @@ pub enum Action {
     TakeOverCheck(RawFd),
     /// `--take-over`: go on with it.
     TakeOver(RawFd),
+    /// `--from-nginx`: print what an nginx configuration is here.
+    FromNginx,
     /// `-V`: print the version and what the kernel probe found.
     Version,
     /// `-h`: print [`HELP`].
@@ -157,6 +163,7 @@ struct Seen {
     quiet: bool,
     signal: Option<Signal>,
     upgrade: Option<Action>,
+    from_nginx: Option<PathBuf>,
     version: bool,
     help: bool,
 }
@@ -169,6 +176,14 @@ impl Seen {
                 "-s and {other} exclude each other: check first, then signal"
             )));
         }
+        if self.from_nginx.is_some()
+            && (self.test || self.dump || self.signal.is_some() || self.config.is_some())
+        {
+            return Err(UsageError(
+                "--from-nginx stands alone: write what it prints to a file, then check that with -t"
+                    .to_owned(),
+            ));
+        }
         if self.quiet && !(self.test || self.dump || self.help || self.version) {
             return Err(UsageError("-q goes with -t or -T only".to_owned()));
         }
@@ -177,11 +192,15 @@ impl Seen {
             _ if self.version => Action::Version,
             Some(signal) => Action::Signal(signal),
             None if self.upgrade.is_some() => self.upgrade.unwrap_or(Action::Run),
+            None if self.from_nginx.is_some() => Action::FromNginx,
             None if self.dump => Action::Dump { quiet: self.quiet },
             None if self.test => Action::Test { quiet: self.quiet },
             None => Action::Run,
         };
-        let config = self.config.unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG));
+        let config = self
+            .config
+            .or(self.from_nginx)
+            .unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG));
         Ok(Args {
             action,
             config,
@@ -206,6 +225,10 @@ fn long_option(
         (b"set", inline) => {
             let value = value_of("--set", "KEY=VALUE", inline, rest)?;
             seen.set.push(key_and_value(value)?);
+        }
+        (b"from-nginx", inline) => {
+            let value = value_of("--from-nginx", "NGINX.CONF", inline, rest)?;
+            seen.from_nginx = Some(PathBuf::from(value));
         }
         (b"take-over", inline) => {
             let value = value_of("--take-over", "FD", inline, rest)?;

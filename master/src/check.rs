@@ -94,7 +94,8 @@ pub fn print(text: &str) -> ExitCode {
     }
 }
 
-fn complain(line: &str) {
+/// Prints a line to standard error.
+pub fn complain(line: &str) {
     // There is nowhere to report that standard error cannot be written.
     let _ = writeln!(io::stderr(), "{line}");
 }

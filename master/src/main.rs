@@ -4,7 +4,7 @@
 //! `generation` to the next. A generation is made of `listen` (`tune`, `unix_socket`), `accepting`, `kernel` and `rows`; `spawn` makes a
 //! `worker` of it, which `rights` disarms first; `retain` disarms the master. `keeper` holds what sessions need to
 //! outlive their workers. `notify` tells a service manager, `steering` is what is changed on the host.
-//! `upgrade` turns the running master into another binary.
+//! `upgrade` turns the running master into another binary, `from_nginx` an nginx configuration into one for it.
 
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,7 @@ mod backoff;
 mod boot;
 mod check;
 mod error_log;
+mod from_nginx;
 mod generation;
 mod keeper;
 mod kernel;
@@ -74,6 +75,7 @@ fn act(args: Args) -> Result<ExitCode> {
         },
         Action::TakeOverCheck(document) => Ok(upgrade::check::run(&args, document)),
         Action::TakeOver(document) => upgrade::take_over::run(args, document),
+        Action::FromNginx => from_nginx::run(&args.config),
         Action::Version => Ok(check::version()),
         Action::Help => Ok(check::print(args::HELP.trim_end())),
     }

@@ -124,3 +124,31 @@ fn wrong_usage_says_what_is_wrong_on_one_line() {
     assert!(error(&["-q"]).starts_with("-q goes with -t or -T only"));
     assert!(error(&["--help=1"]).starts_with("--help takes no value"));
 }
+
+#[test]
+fn the_manual_page_has_every_option() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../conf/man/culvert.8");
+    let page = std::fs::read_to_string(&path).expect("the manual page");
+    let words = HELP.split(|c: char| c.is_whitespace() || matches!(c, '[' | ']' | ',' | '.' | ':'));
+    let options: std::collections::BTreeSet<&str> = words
+        .filter(|word| word.starts_with('-') && word.len() > 1)
+        .collect();
+    assert!(options.len() >= 11, "{options:?}");
+    for option in options {
+        let flag = match option.strip_prefix("--") {
+            Some(long) => format!("Fl Fl {long}"),
+            None => format!("Fl {}", &option[1..]),
+        };
+        let items = page.lines().filter(|line| line.starts_with(".It "));
+        assert!(
+            items
+                .into_iter()
+                .any(|line| format!("{line} ").contains(&format!("{flag} "))),
+            "{option} has no entry in {}",
+            path.display()
+        );
+    }
+    for (name, _) in Signal::ALL {
+        assert!(page.contains(&format!("Fl s Cm {name}")), "{name}");
+    }
+}

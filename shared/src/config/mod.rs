@@ -19,6 +19,7 @@ mod expand;
 mod file;
 mod health;
 mod include;
+mod known;
 mod layer;
 mod limit;
 mod listen;
@@ -45,6 +46,7 @@ pub use access::{Rule, allows};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
 pub use health::{CHECK_MAX_BYTES, Check, Expect, write_bytes};
+pub use known::{has_ready_made_format, knows_key, knows_log_variable, knows_variable};
 pub use limit::{LimitConn, LimitRate, LimitZone};
 pub use listen::{Keepalive, ListenOptions};
 pub use map::{MapEntry, Pattern, VariableMap};
@@ -62,7 +64,30 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config, Vec<Diagnostic>
     load_in(&world::Machine, path, overrides)
 }
 
+/// Checks a text as [`load`] checks the file at `path`, which need not exist.
+///
+/// # Errors
+///
+/// As with [`load`].
+pub fn load_text(path: &Path, text: &str) -> Result<Config, Vec<Diagnostic>> {
+    read_in(
+        &world::Machine,
+        |reader| reader.bytes(path, text.as_bytes()),
+        path,
+        &[],
+    )
+}
+
 fn load_in(world: &dyn world::World, path: &Path, overrides: &[String]) -> Result<Config, Vec<Diagnostic>> {
+    read_in(world, |reader| reader.file(path), path, overrides)
+}
+
+fn read_in(
+    world: &dyn world::World,
+    read: impl FnOnce(&mut source::Reader),
+    path: &Path,
+    overrides: &[String],
+) -> Result<Config, Vec<Diagnostic>> {
     let mut findings = diagnostic::Findings::default();
     // What is missing altogether is reported here.
     findings.origin(
@@ -75,7 +100,7 @@ fn load_in(world: &dyn world::World, path: &Path, overrides: &[String]) -> Resul
         false,
     );
     let mut reader = source::Reader::new(world, &mut findings);
-    reader.file(path);
+    read(&mut reader);
     let (files, named, unreadable) = (reader.root, reader.named, reader.unreadable);
     if unreadable {
         // Half a configuration would give errors that are none.

@@ -78,7 +78,12 @@ impl<'a> Reader<'a> {
                 );
             }
         };
-        let text = match std::str::from_utf8(&bytes) {
+        self.bytes(path, &bytes);
+    }
+
+    /// Reads what a file of this name holds.
+    pub(super) fn bytes(&mut self, path: &Path, bytes: &[u8]) {
+        let text = match std::str::from_utf8(bytes) {
             Ok(text) => text,
             Err(error) => {
                 let valid = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);

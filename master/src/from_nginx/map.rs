@@ -1,0 +1,175 @@
+//! `map`: a variable that is made from others. Ours uses only maps that stand before it, nginx's any.
+
+use super::names::Names;
+use super::out::{Level, Section, quoted};
+use super::tree::{Directive, Place};
+use super::value::{Piece, Use, pieces, template};
+
+/// Carries maps over, each behind those that it uses. What cannot be carried over is taken out of `names`.
+pub fn maps(directives: &[&Directive], names: &mut Names) -> Vec<Section> {
+    let mut sections = Vec::new();
+    let mut waiting: Vec<&Directive> = directives.to_vec();
+    while !waiting.is_empty() {
+        let (ready, later): (Vec<&Directive>, Vec<&Directive>) = waiting.iter().partition(|directive| {
+            let others = waiting.iter().filter_map(|other| variable(other));
+            !others.into_iter().any(|other| uses(directive, other))
+        });
+        let in_a_circle = ready.is_empty();
+        let (now, later) = if in_a_circle {
+            (later, Vec::new())
+        } else {
+            (ready, later)
+        };
+        for directive in now {
+            let mut section = Section::new("[[map]]", "map", Some(&directive.at));
+            let done = match in_a_circle {
+                true => Err("it uses itself, or maps that use it".to_owned()),
+                false => map(directive, &mut section, names),
+            };
+            if let Err(reason) = done {
+                section.say(directive, Level::Lost, &reason);
+                section.leave_out();
+                if let Some(variable) = variable(directive) {
+                    names.lose(variable, directive);
+                }
+            }
+            sections.push(section);
+        }
+        waiting = later;
+    }
+    sections
+}
+
+/// The name of what a map makes.
+fn variable(directive: &Directive) -> Option<&str> {
+    directive.args.last().and_then(|name| name.strip_prefix('$'))
+}
+
+fn uses(directive: &Directive, variable: &str) -> bool {
+    let values = directive
+        .block
+        .iter()
+        .flatten()
+        .filter_map(|line| line.args.first());
+    let mut texts = directive.args.iter().take(1).chain(values);
+    texts.any(|text| pieces(text).is_ok_and(|pieces| pieces.contains(&Piece::Variable(variable))))
+}
+
+/// How a line of a map is looked at, first things first.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    /// The text itself, and masks.
+    Plain,
+    /// Texts that only a regular expression can say here, and that nginx looks at before those.
+    Spelled,
+    Regex,
+    Default,
+}
+
+fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Result<(), String> {
+    let [source, name] = directive.args.as_slice() else {
+        return Err("it takes a source and a variable".to_owned());
+    };
+    if let Some(fault) = &directive.fault {
+        return Err(fault.clone());
+    }
+    let source = template(source, Use::Value, names, &[])?;
+    if source.is_empty() {
+        return Err("its source is empty".to_owned());
+    }
+    section.set("source", &quoted(&source), &directive.at)?;
+    section.set("variable", &quoted(name), &directive.at)?;
+    let mut lines: Vec<(Rank, String, Place)> = Vec::new();
+    let mut hostnames = false;
+    for line in directive.block.iter().flatten() {
+        if let Some(fault) = &line.fault {
+            return Err(format!("{} at {}: {fault}", line.shown(), line.at));
+        }
+        match (line.name.as_str(), line.args.as_slice()) {
+            ("hostnames", []) => {
+                hostnames = true;
+                section.set("hostnames", "true", &line.at)?;
+            }
+            ("volatile", []) => section.say(line, Level::Idle, "a value is made anew whenever it is needed"),
+            (pattern, [value]) => match entry(pattern, value, hostnames, names) {
+                Ok((rank, text)) => lines.push((rank, quoted(&text), line.at.clone())),
+                // Another line, or the default, would take what was meant for this one.
+                Err(reason) => return Err(format!("{} at {}: {reason}", line.shown(), line.at)),
+            },
+            _ => {
+                return Err(format!(
+                    "{} at {}: it takes a pattern and a value",
+                    line.shown(),
+                    line.at
+                ));
+            }
+        }
+    }
+    lines.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+    section.begin_list("values", &directive.at)?;
+    for (_, text, at) in lines {
+        section.entry(&text, &at);
+    }
+    section.end_list();
+    Ok(())
+}
+
+fn entry(pattern: &str, value: &str, hostnames: bool, names: &Names) -> Result<(Rank, String), String> {
+    let value = match value.contains('$') {
+        true => captureless(value).and_then(|value| template(value, Use::Value, names, &[]))?,
+        false => names.upstream(value).unwrap_or(value).to_owned(),
+    };
+    if value.trim() != value || value == "\"\"" {
+        return Err("a value neither begins nor ends with a space here".to_owned());
+    }
+    let value = if value.is_empty() { "\"\"" } else { &value };
+    let (rank, pattern) = match pattern {
+        "default" => (Rank::Default, "default".to_owned()),
+        "" => (Rank::Spelled, "~^$".to_owned()),
+        regex if regex.starts_with('~') => (Rank::Regex, unspaced(regex)),
+        text if text.contains(char::is_whitespace) => {
+            let text = text
+                .strip_prefix('\\')
+                .filter(|rest| !rest.is_empty())
+                .unwrap_or(text);
+            (Rank::Spelled, unspaced(&format!("~*^{}$", escaped(text))))
+        }
+        text if !hostnames && text.starts_with(['*', '.']) => (Rank::Plain, text.to_owned()),
+        text => (Rank::Plain, text.to_owned()),
+    };
+    Ok((rank, format!("{pattern} {value}")))
+}
+
+/// The text, if it uses no part of what a regular expression found.
+fn captureless(value: &str) -> Result<&str, String> {
+    let captured = pieces(value)?.iter().any(
+        |piece| matches!(piece, Piece::Variable(name) if name.starts_with(|c: char| c.is_ascii_digit())),
+    );
+    match captured {
+        true => Err("what a regular expression captures is not known here".to_owned()),
+        false => Ok(value),
+    }
+}
+
+/// A regular expression for this text.
+fn escaped(text: &str) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        if c.is_ascii_punctuation() {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// A regular expression without white space.
+fn unspaced(regex: &str) -> String {
+    regex
+        .chars()
+        .map(|c| match c.is_whitespace() {
+            true => format!("\\x{{{:x}}}", u32::from(c)),
+            false => c.to_string(),
+        })
+        .collect()
+}
