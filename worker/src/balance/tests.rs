@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use culvert_shared::config::{Address, Metric};
+use culvert_shared::health::{Outcome, Pace, Turn};
 use culvert_shared::sys::shm::Shared;
 use proptest::prelude::*;
 
@@ -178,6 +179,73 @@ fn backups_serve_only_while_all_primaries_are_out_or_full() {
         world.end(0, 1);
         assert_eq!(world.next(0, "k"), 1);
     }
+}
+
+/// One check of a peer, for which all are due at any time.
+fn check(world: &World, peer: usize, outcome: Outcome) -> Option<Turn> {
+    let row = &world.board[0].peers[peer];
+    let pace = Pace {
+        interval_ms: 0,
+        timeout_ms: 1,
+    };
+    let lease = row.check.claim(0, pace, world.now_ms).expect("it is due");
+    let turn = row.check.settle(lease, outcome, 1, 1);
+    if turn == Some(Turn::Up) {
+        row.revive(world.now_ms);
+    }
+    turn
+}
+
+fn checked(peers: Vec<Peer>) -> World {
+    let mut world = World::new(Balance::RoundRobin, peers);
+    world.upstream.check = Some(culvert_shared::config::Check {
+        interval: Duration::from_secs(5),
+        rise: 1,
+        fall: 1,
+        timeout: Duration::from_secs(5),
+        port: None,
+        send: Vec::new(),
+        expect: None,
+    });
+    let rows: Vec<usize> = (0..world.upstream.peers.len()).collect();
+    world.group = Group::new(&world.upstream, 0, &rows);
+    world
+}
+
+#[test]
+fn a_peer_whose_checks_fail_gets_nothing_though_all_others_have_failed() {
+    let mut world = checked(peers(&[1, 1]));
+    assert_eq!(check(&world, 0, Outcome::NoAnswer), Some(Turn::Down));
+    assert_eq!(world.group.health(&world.scene(0), 0), Health::Unhealthy);
+    assert_eq!(world.shares(10), [0, 10]);
+    world.group.failed(&world.scene(0), 1);
+    assert_eq!(
+        world.next(0, ""),
+        1,
+        "what failed attempts say is forgotten first"
+    );
+    assert_eq!(check(&world, 1, Outcome::NoAnswer), Some(Turn::Down));
+    assert_eq!(world.pick(0, &[], ""), Pick::Nobody);
+    assert_eq!(check(&world, 0, Outcome::Passed), Some(Turn::Up));
+    assert_eq!(world.shares(10), [10, 0]);
+}
+
+#[test]
+fn a_peer_that_checks_find_up_again_starts_slowly() {
+    let mut all = peers(&[10, 10]);
+    all[0].slow_start = Duration::from_secs(100);
+    let mut world = checked(all);
+    assert_eq!(world.shares(20), [10, 10], "at the start all are there at once");
+    check(&world, 0, Outcome::Closed);
+    world.now_ms += 1_000_000;
+    check(&world, 0, Outcome::Passed);
+    let young = world.shares(110)[0];
+    world.now_ms += 100_000;
+    let grown = world.shares(110)[0];
+    assert!(
+        young <= 2 && (53..=57).contains(&grown),
+        "{young} of 110 at once, {grown} later"
+    );
 }
 
 #[test]
