@@ -115,6 +115,6 @@ KERNELS := 6.1 6.12
 .PHONY: test-kernels
 
 test-kernels: SERVICES :=
-test-kernels: ## the data-path tests on Debian's kernels in an emulator, about 5 minutes: make test-kernels [KERNELS=6.12]
+test-kernels: ## the data-path tests on Debian's kernels in an emulator, half an hour: make test-kernels [KERNELS=6.12]
 	@$(call install,$(BUILD_NEEDS) $(KERNEL_NEEDS))
 	TARGET="$(TARGET)" tests/kernels/run $(KERNELS)

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use harness::pattern::{pause, ping};
 use harness::sockets::{connect_from, connect_with_late_ack};
 use harness::status::Worker;
-use harness::{Flag, Plan, Proxy, Status, Upstream, connect};
+use harness::{Flag, Plan, Proxy, Status, Upstream, connect, within};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -38,6 +38,28 @@ fn must_choose_by_cpu(proxy: &Proxy) {
     );
 }
 
+/// Waits until every worker takes connections: on a slow processor the last may be ready seconds after the first.
+#[track_caller]
+fn wait_for_all(proxy: &Proxy, front: SocketAddr) {
+    let all = within(Duration::from_secs(10), || {
+        // Of the slots on a CPU the one with fewer sessions is chosen: so each gets one of these.
+        let mut held = Vec::new();
+        for cpu in [0, 1, 0, 1] {
+            stay_on(cpu);
+            let mut client = connect(front);
+            ping(&mut client, 1, 1).expect("a session");
+            held.push(client);
+        }
+        proxy.status().workers().iter().all(|worker| worker.accepted > 0)
+    });
+    assert!(
+        all,
+        "a worker gets no connections: {:?}",
+        proxy.status().workers()
+    );
+    proxy.settle();
+}
+
 #[test]
 fn a_session_is_accepted_by_the_worker_on_whose_cpu_it_arrived() {
     const SESSIONS: u64 = 10;
@@ -49,6 +71,7 @@ fn a_session_is_accepted_by_the_worker_on_whose_cpu_it_arrived() {
         let front = plan.server_with(ip, &echo, "");
         let proxy = plan.start();
         must_choose_by_cpu(&proxy);
+        wait_for_all(&proxy, front);
         for cpu in [0, 1, 0, 1] {
             stay_on(cpu);
             let before = by_slot(&proxy.status());
@@ -83,6 +106,7 @@ fn with_every_syn_on_one_cpu_no_worker_has_much_more_than_its_share() {
     let front = plan.server(&echo);
     let proxy = plan.start();
     must_choose_by_cpu(&proxy);
+    wait_for_all(&proxy, front);
     stay_on(0);
     // One after the other, so that each worker has long published its sessions; and all at once, so that
     // nothing but what the program has counted itself is known.
@@ -113,7 +137,8 @@ fn with_every_syn_on_one_cpu_no_worker_has_much_more_than_its_share() {
 
 #[test]
 fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
-    const SESSIONS: u64 = 30;
+    // As many as there is time for before the replacement comes.
+    let sessions = 30 / emulation();
     let echo = Upstream::echo("127.0.0.1");
     let mut plan = Plan::new()
         .workers(2)
@@ -143,7 +168,7 @@ fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
         first(s).is_none() && s.active() == 8
     });
     let start = Instant::now();
-    let clients: Vec<TcpStream> = (0..SESSIONS)
+    let clients: Vec<TcpStream> = (0..sessions)
         .map(|seed| {
             let mut client = connect(front);
             ping(&mut client, seed, 2).expect("a session while slot 0 has no worker");
@@ -157,11 +182,11 @@ fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
     let status = proxy.status();
     assert!(
         first(&status).is_none(),
-        "{SESSIONS} sessions had to wait for the replacement, {took:?}"
+        "{sessions} sessions had to wait for the replacement, {took:?}"
     );
     assert_eq!(
         status.workers()[0].accepted - before.workers()[0].accepted,
-        SESSIONS
+        sessions
     );
     drop(clients);
 
@@ -208,9 +233,15 @@ fn what_waits_in_the_queue_of_a_removed_worker_goes_to_another() {
     }
 }
 
+/// By how much slower than real ones the processors are.
+fn emulation() -> u64 {
+    harness::patient(Duration::from_secs(1)).as_secs()
+}
+
 /// New connections, `rate` a second, while the number of workers changes; some of them take their time over
 /// the handshake. Returns how many there were.
 fn change_workers_under_load(rate: u64) -> u64 {
+    let rate = rate / emulation();
     const CLIENTS: u64 = 4;
     const SLOW_CLIENTS: u64 = 24;
     let echo = Upstream::echo("127.0.0.1");
@@ -289,7 +320,7 @@ fn connect_slowly(address: SocketAddr) -> std::io::Result<TcpStream> {
 #[test]
 fn changing_worker_processes_under_load_loses_no_connection() {
     assert!(
-        change_workers_under_load(400) > 1000,
+        change_workers_under_load(400) > 1000 / emulation(),
         "too little load to show anything"
     );
 }

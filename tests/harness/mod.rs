@@ -19,6 +19,7 @@
 //! | `pair` | one session with both ends in the test's hands, and writers that say how far they have come |
 //! | `load` | many long streams and short connections at once, with an account of all of them |
 //! | `slow` | sessions whose reader is slow: their proxy, their end, what must hold |
+//! | `cramped` | a cgroup in which a proxy's sockets are short of memory |
 //! | `memory` | what the kernel's TCP holds, and the memory of the machine |
 //! | `program` | other programs: run to the end, or kept running |
 //! | `random` | numbers that follow from a seed |
@@ -26,6 +27,7 @@
 // Each test binary uses its own part of the harness.
 #![allow(dead_code, unused_imports)]
 
+pub mod cramped;
 pub mod end;
 pub mod load;
 pub mod memory;
