@@ -11,9 +11,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use harness::pattern::ping;
+use harness::pattern::{pause, ping};
 use harness::program::{need, run, shell};
-use harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send};
+use harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send, within};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt,
@@ -178,16 +178,14 @@ fn an_address_that_the_host_lacks_fails_the_session_and_is_said() {
         let mut client = connect(front);
         assert!(!matches!(client.read(&mut [0]), Ok(1..)));
     }
-    let log = proxy.log();
-    let said = format!(
+    let failed = format!(
         "failed to connect to {} from 192.0.2.1:0, as proxy_bind says: ",
         echo.address
     );
-    assert!(
-        log.contains(&said) && log.contains("no address of this host"),
-        "{log}"
-    );
-    assert!(log.contains("they are of two kinds"), "{log}");
+    for said in [&*failed, "no address of this host", "they are of two kinds"] {
+        let is_said = within(Duration::from_secs(5), || proxy.log().contains(said));
+        assert!(is_said, "{said} is not in the log: {}", proxy.log());
+    }
 }
 
 /// The addresses of one family: client, proxy's side to it, server.
@@ -311,6 +309,8 @@ fn a_client_that_is_gone_without_a_word_is_noticed_by_probes() {
             ping(client, 1, 2).expect("a session");
         }
         proxy.wait("both are in the kernel", |s| s.offloaded() == 2);
+        // What is not acknowledged would be sent again, and nothing is probed meanwhile.
+        pause(500);
         // Nobody there takes the probes, and nobody says so.
         let line = format!("ip -n {} addr del 10.77.1.2/24 dev to-p", networks.names[CLIENT]);
         shell(&line, Duration::from_secs(5));
