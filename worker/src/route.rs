@@ -113,25 +113,35 @@ impl Router {
 
     fn value_of(&self, variable: Variable, ends: &Ends) -> String {
         match variable {
-            Variable::RemoteAddr => ends.remote.ip().to_string(),
-            Variable::RemotePort => ends.remote.port().to_string(),
-            Variable::ServerAddr => ends.local.ip().to_string(),
-            Variable::ServerPort => ends.local.port().to_string(),
             Variable::Hostname => self.hostname.clone(),
             Variable::Map(map) => {
                 let map = &self.maps[map];
                 // A map is made from maps before it alone, so this ends.
                 self.expand(map.find(&self.expand(&map.source, ends)), ends)
             }
-            Variable::RealipRemoteAddr => ends.peer.ip().to_string(),
-            Variable::RealipRemotePort => ends.peer.port().to_string(),
-            Variable::SslPrereadServerName => said(ends, |hello| &hello.server_name),
-            Variable::SslPrereadAlpnProtocols => said(ends, |hello| &hello.alpn_protocols),
-            Variable::SslPrereadProtocol => said(ends, |hello| hello.protocol),
-            Variable::ProxyProtocolAddr => named(ends, |named| named.source.ip().to_string()),
-            Variable::ProxyProtocolPort => named(ends, |named| named.source.port().to_string()),
-            Variable::ProxyProtocolServerAddr => named(ends, |named| named.destination.ip().to_string()),
-            Variable::ProxyProtocolServerPort => named(ends, |named| named.destination.port().to_string()),
+            other => ends.value_of(other),
+        }
+    }
+}
+
+impl Ends {
+    /// The value of a variable that the session alone gives; any other one is empty.
+    pub fn value_of(&self, variable: Variable) -> String {
+        match variable {
+            Variable::RemoteAddr => self.remote.ip().to_string(),
+            Variable::RemotePort => self.remote.port().to_string(),
+            Variable::ServerAddr => self.local.ip().to_string(),
+            Variable::ServerPort => self.local.port().to_string(),
+            Variable::RealipRemoteAddr => self.peer.ip().to_string(),
+            Variable::RealipRemotePort => self.peer.port().to_string(),
+            Variable::SslPrereadServerName => said(self, |hello| &hello.server_name),
+            Variable::SslPrereadAlpnProtocols => said(self, |hello| &hello.alpn_protocols),
+            Variable::SslPrereadProtocol => said(self, |hello| hello.protocol),
+            Variable::ProxyProtocolAddr => named(self, |named| named.source.ip().to_string()),
+            Variable::ProxyProtocolPort => named(self, |named| named.source.port().to_string()),
+            Variable::ProxyProtocolServerAddr => named(self, |named| named.destination.ip().to_string()),
+            Variable::ProxyProtocolServerPort => named(self, |named| named.destination.port().to_string()),
+            Variable::Hostname | Variable::Map(_) => String::new(),
         }
     }
 }
