@@ -111,6 +111,45 @@ fn a_hello_leads_its_session_however_it_is_cut_and_the_kernel_forwards_it_too() 
 }
 
 #[test]
+fn an_access_log_tells_what_a_header_and_a_hello_said() {
+    let (_one, one) = marked("one.example", 1);
+    let format = "[[log_format]]\nname = \"said\"\nformat = \"$ssl_preread_server_name $ssl_preread_protocol \
+                  [$ssl_preread_alpn_protocols] $proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_addr \
+                  $proxy_protocol_server_port $remote_addr\"";
+    let mut plan = Plan::new().tables(&one).tables(format);
+    let log = plan.file("access.log");
+    let lines = format!(
+        "{TLS}\naccess_log = {{ path = \"{}\", format = \"said\", flush = \"0\" }}",
+        log.display()
+    );
+    let with_header = plan.server_listening("proxy_protocol = true", "$ssl_preread_server_name", &lines);
+    let without = plan.server_with("127.0.0.1", "one.example", &lines);
+    let proxy = plan.start();
+    let hello = hello("one.example", 10);
+    let header = &b"PROXY TCP4 192.0.2.7 198.51.100.9 40000 443\r\n"[..];
+    for (front, said) in [
+        (with_header, [header, &hello].concat()),
+        (without, b"no TLS".to_vec()),
+    ] {
+        let mut client = connect(front);
+        client.write_all(&said).expect("what is said first");
+        client.read_exact(&mut [0]).expect("the upstream's mark");
+        client.shutdown(Shutdown::Write).expect("the end of the stream");
+        let _ = client.read_to_end(&mut Vec::new());
+        proxy.settle();
+    }
+    let wanted =
+        "one.example TLSv1.2 [-] 192.0.2.7 40000 198.51.100.9 443 127.0.0.1\n- - [-] - - - - 127.0.0.1\n";
+    let read = || std::fs::read_to_string(&log).unwrap_or_default();
+    assert!(
+        harness::within(QUICK, || read().len() >= wanted.len()),
+        "{}",
+        read()
+    );
+    assert_eq!(read(), wanted);
+}
+
+#[test]
 fn a_hello_may_follow_a_proxy_header() {
     let (_one, one) = marked("one.example-192.0.2.7", 1);
     let mut plan = Plan::new().tables(&one);

@@ -11,6 +11,7 @@ use culvert_shared::counters::{CloseReason, FallbackReason};
 use culvert_shared::ids::Direction;
 use culvert_shared::sys::local_time::LocalTime;
 
+use crate::route::Ends;
 use crate::session::Datapath;
 
 const MONTHS: [&str; 12] = [
@@ -68,6 +69,8 @@ pub struct Ended<'a> {
     pub remote: SocketAddr,
     /// What it connected to.
     pub local: SocketAddr,
+    /// What its PROXY header and its TLS hello said.
+    pub ends: &'a Ends,
     /// The listener as configured, unless it is gone since a reload.
     pub listener: Option<&'a Address>,
     /// Why it ended.
@@ -208,6 +211,11 @@ fn value(
         V::SockmapToDownstream => plain(out, format_args!("{}", down.kernel)),
         V::RelayToUpstream => plain(out, format_args!("{}", up.written)),
         V::RelayToDownstream => plain(out, format_args!("{}", down.written)),
+        V::Early(variable) => match ended.ends.value_of(variable).as_str() {
+            "" => missing(out, escape),
+            // The client's own words.
+            said => text(out, escape, said),
+        },
     }
 }
 
@@ -290,6 +298,7 @@ fn text(out: &mut Vec<u8>, escape: Escape, text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use culvert_shared::config::Variable;
 
     fn line(escape: Escape, variables: &[LogVariable], ended: &Ended<'_>) -> String {
         let format = LogFormat {
@@ -327,6 +336,16 @@ mod tests {
             number: 9,
             remote: "[2001:db8::1]:5000".parse().unwrap(),
             local: "192.0.2.1:80".parse().unwrap(),
+            ends: Box::leak(Box::new(Ends {
+                hello: Some(Box::new(crate::client_hello::Hello {
+                    server_name: "a\"b\n".into(),
+                    ..Default::default()
+                })),
+                ..Ends::new(
+                    "[2001:db8::1]:5000".parse().unwrap(),
+                    "192.0.2.1:80".parse().unwrap(),
+                )
+            })),
             listener: None,
             reason: CloseReason::Finished,
             carried: [
@@ -360,6 +379,17 @@ mod tests {
             written,
             "14/Nov/2023:18:43:20 -0330|2023-11-14T18:43:20-03:30|1700000000.042|61.001|\n"
         );
+    }
+
+    #[test]
+    fn what_a_client_said_first_is_made_harmless_and_what_it_did_not_say_is_missing() {
+        use LogVariable::Early;
+        let asked = [
+            Early(Variable::SslPrereadServerName),
+            Early(Variable::ProxyProtocolPort),
+        ];
+        assert_eq!(line(Escape::Default, &asked, &ended(&[])), "a\\x22b\\x0A|-|\n");
+        assert_eq!(line(Escape::Json, &asked, &ended(&[])), "a\\\"b\\u000A||\n");
     }
 
     #[test]

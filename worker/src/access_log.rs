@@ -146,6 +146,7 @@ impl Worker {
             number: session.number,
             remote: session.ends.remote,
             local,
+            ends: &session.ends,
             listener: listener.map(|at| &self.addresses[at]),
             reason,
             carried,

@@ -114,25 +114,35 @@ impl Router {
 
     fn value_of(&self, variable: Variable, ends: &Ends) -> String {
         match variable {
-            Variable::RemoteAddr => client::host(ends.remote),
-            Variable::RemotePort => client::port(ends.remote),
-            Variable::ServerAddr => client::host(ends.local),
-            Variable::ServerPort => client::port(ends.local),
             Variable::Hostname => self.hostname.clone(),
             Variable::Map(map) => {
                 let map = &self.maps[map];
                 // A map is made from maps before it alone, so this ends.
                 self.expand(map.find(&self.expand(&map.source, ends)), ends)
             }
-            Variable::RealipRemoteAddr => client::host(ends.peer),
-            Variable::RealipRemotePort => client::port(ends.peer),
-            Variable::SslPrereadServerName => said(ends, |hello| &hello.server_name),
-            Variable::SslPrereadAlpnProtocols => said(ends, |hello| &hello.alpn_protocols),
-            Variable::SslPrereadProtocol => said(ends, |hello| hello.protocol),
-            Variable::ProxyProtocolAddr => named(ends, |named| named.source.ip().to_string()),
-            Variable::ProxyProtocolPort => named(ends, |named| named.source.port().to_string()),
-            Variable::ProxyProtocolServerAddr => named(ends, |named| named.destination.ip().to_string()),
-            Variable::ProxyProtocolServerPort => named(ends, |named| named.destination.port().to_string()),
+            other => ends.value_of(other),
+        }
+    }
+}
+
+impl Ends {
+    /// The value of a variable that the session alone gives; any other one is empty.
+    pub fn value_of(&self, variable: Variable) -> String {
+        match variable {
+            Variable::RemoteAddr => client::host(self.remote),
+            Variable::RemotePort => client::port(self.remote),
+            Variable::ServerAddr => client::host(self.local),
+            Variable::ServerPort => client::port(self.local),
+            Variable::RealipRemoteAddr => client::host(self.peer),
+            Variable::RealipRemotePort => client::port(self.peer),
+            Variable::SslPrereadServerName => said(self, |hello| &hello.server_name),
+            Variable::SslPrereadAlpnProtocols => said(self, |hello| &hello.alpn_protocols),
+            Variable::SslPrereadProtocol => said(self, |hello| hello.protocol),
+            Variable::ProxyProtocolAddr => named(self, |named| named.source.ip().to_string()),
+            Variable::ProxyProtocolPort => named(self, |named| named.source.port().to_string()),
+            Variable::ProxyProtocolServerAddr => named(self, |named| named.destination.ip().to_string()),
+            Variable::ProxyProtocolServerPort => named(self, |named| named.destination.port().to_string()),
+            Variable::Hostname | Variable::Map(_) => String::new(),
         }
     }
 }

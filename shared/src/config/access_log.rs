@@ -13,7 +13,7 @@ use super::source::join;
 use super::template::is_name_char;
 use super::units::{write_duration, write_size};
 use super::valid::{self, Given};
-use super::{AccessLog, Escape, LogFormat, LogPart, LogVariable, defaults, expand, units};
+use super::{AccessLog, Escape, LogFormat, LogPart, LogVariable, Variable, defaults, expand, units};
 
 /// Each is a descriptor and a thread of every worker.
 const LOGS_MAX: usize = 64;
@@ -53,6 +53,34 @@ pub(super) const VARIABLES: &[(&str, LogVariable)] = &[
     ("sockmap_to_downstream", LogVariable::SockmapToDownstream),
     ("relay_to_upstream", LogVariable::RelayToUpstream),
     ("relay_to_downstream", LogVariable::RelayToDownstream),
+    (
+        "proxy_protocol_addr",
+        LogVariable::Early(Variable::ProxyProtocolAddr),
+    ),
+    (
+        "proxy_protocol_port",
+        LogVariable::Early(Variable::ProxyProtocolPort),
+    ),
+    (
+        "proxy_protocol_server_addr",
+        LogVariable::Early(Variable::ProxyProtocolServerAddr),
+    ),
+    (
+        "proxy_protocol_server_port",
+        LogVariable::Early(Variable::ProxyProtocolServerPort),
+    ),
+    (
+        "ssl_preread_server_name",
+        LogVariable::Early(Variable::SslPrereadServerName),
+    ),
+    (
+        "ssl_preread_alpn_protocols",
+        LogVariable::Early(Variable::SslPrereadAlpnProtocols),
+    ),
+    (
+        "ssl_preread_protocol",
+        LogVariable::Early(Variable::SslPrereadProtocol),
+    ),
 ];
 
 /// The formats that are there without being written: name, escape, text. The keys of the JSON one are the names

@@ -573,6 +573,8 @@ pub enum LogVariable {
     RelayToUpstream,
     /// Bytes to the client that user space copied.
     RelayToDownstream,
+    /// What its PROXY header or TLS hello said; nothing, if it was taken over from another worker since.
+    Early(Variable),
 }
 
 impl Config {
