@@ -99,6 +99,8 @@ fn page(text: &str, minimal: &str) -> String {
                 prose(&mut out, &piece.comment);
                 out.push_str(".Sh KEYS\n.Ss Top level\n");
             }
+            // It goes on with what was said before.
+            None if piece.lines.is_empty() => prose(&mut out, &piece.comment),
             None => {
                 if !in_list {
                     out.push_str(".Bl -tag -width Ds\n");
@@ -188,13 +190,16 @@ fn sentences(out: &mut String, text: &mut String) {
     let mut line = String::new();
     let words: Vec<&str> = text.split_whitespace().collect();
     for (at, word) in words.iter().enumerate() {
-        if line.len() + word.len() > 76 {
+        let word = escaped(word);
+        if line.len() + word.len() > 78 {
             let _ = writeln!(out, "{}", line.trim_end());
             line.clear();
         }
-        line.push_str(&escaped(word));
+        line.push_str(&word);
         line.push(' ');
-        let ends = word.trim_end_matches([')', '"']).ends_with(['.', '?', '!', ':']);
+        let ends = words[at]
+            .trim_end_matches([')', '"'])
+            .ends_with(['.', '?', '!', ':']);
         let begins = words.get(at + 1).is_none_or(|next| {
             next.trim_start_matches(['(', '"'])
                 .starts_with(char::is_uppercase)
