@@ -20,6 +20,7 @@ mod keeper;
 mod kernel;
 mod limits;
 mod listen;
+mod names;
 mod notify;
 mod pidfile;
 mod reload;

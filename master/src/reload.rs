@@ -12,6 +12,7 @@ use culvert_shared::logging;
 
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
+use crate::names::FIRST_ANSWERS;
 use crate::pidfile::PidFile;
 use crate::spawn::{Blueprint, spawn};
 use crate::supervise::{Master, Phase, SlotCare};
@@ -26,8 +27,17 @@ pub struct Pending {
     pub generation: Generation,
     /// When it is given up.
     pub deadline: Instant,
+    /// Until when its names are waited for.
+    names_until: Instant,
     log: ErrorLog,
     pid_file: Option<PidFile>,
+}
+
+impl Pending {
+    /// Until when the switch-over waits for first answers about names; `None`: it does not any more.
+    pub fn waits_for_names(&self, now: Instant) -> Option<Instant> {
+        (now < self.names_until).then_some(self.names_until)
+    }
 }
 
 impl Master {
@@ -53,6 +63,8 @@ impl Master {
         match self.prepare(config, now) {
             Ok(pending) => {
                 self.pending = Some(pending);
+                self.want_names(now);
+                self.publish_names(now);
                 self.start_pending_workers(now);
             }
             Err(error) => self.count_refused(&format!("{error:#}")),
@@ -86,6 +98,7 @@ impl Master {
         Ok(Pending {
             generation,
             deadline: now + READY_PATIENCE,
+            names_until: now + FIRST_ANSWERS,
             log,
             pid_file,
         })
@@ -123,7 +136,8 @@ impl Master {
         let Some(pending) = &self.pending else { return };
         let number = pending.generation.number;
         let ready = |worker: &&Worker| worker.generation == number && worker.state() == State::Serving;
-        if self.workers.iter().filter(ready).count() == pending.generation.slots() {
+        let names = pending.waits_for_names(now).is_none() || self.names.are_heard();
+        if names && self.workers.iter().filter(ready).count() == pending.generation.slots() {
             self.finish_reload(now);
         } else if pending.deadline <= now {
             self.refuse_reload(
@@ -174,6 +188,7 @@ impl Master {
         self.steering.apply(&self.current.config);
         self.slots = vec![SlotCare::default(); self.current.slots()];
         self.phase = Phase::Serving;
+        self.want_names(now);
         // Removed slots get nothing new from here on, so that their workers can empty them.
         self.steer();
         for worker in self
@@ -206,6 +221,13 @@ impl Master {
             worker.stop(now);
         }
         self.count_refused(why);
+        self.go_back_to_names(now);
+    }
+
+    /// The generation that goes on has not heard what was answered meanwhile.
+    fn go_back_to_names(&mut self, now: Instant) {
+        self.want_names(now);
+        self.publish_names(now);
     }
 
     /// Forgets a reload because the program does something else now; its workers are told by the caller.
@@ -213,6 +235,9 @@ impl Master {
         self.reload_again = false;
         if self.pending.take().is_some() {
             self.count_refused("the program was told to stop or to pause meanwhile");
+            if !self.is_ending() {
+                self.go_back_to_names(Instant::now());
+            }
         }
     }
 

@@ -55,6 +55,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                     .iter()
                     .map(|peer| Peer::new(Address::Tcp(address(peer))))
                     .collect(),
+                names: Vec::new(),
             })
             .collect(),
         stream: stream.clone(),

@@ -8,6 +8,7 @@ pub mod counters;
 pub mod ids;
 pub mod limits;
 pub mod logging;
+pub mod members;
 pub mod message;
 pub mod peers;
 pub mod sessions;

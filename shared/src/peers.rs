@@ -80,6 +80,55 @@ impl PeerRow {
     }
 }
 
+/// What peers that are gone have counted together.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Former {
+    /// See [`PeerRow::connected`].
+    pub connected: AtomicU64,
+    /// See [`PeerRow::connect_failures`].
+    pub connect_failures: AtomicU64,
+    /// See [`PeerRow::bytes`].
+    pub bytes: [AtomicU64; 2],
+}
+
+impl Former {
+    /// Adds what a peer has counted, and makes its row that of a peer of whom nothing is known.
+    pub fn take_in(&self, peer: &PeerRow) {
+        let counters = [
+            (&self.connected, &peer.connected),
+            (&self.connect_failures, &peer.connect_failures),
+            (&self.bytes[0], &peer.bytes[0]),
+            (&self.bytes[1], &peer.bytes[1]),
+        ];
+        for (sum, counter) in counters {
+            sum.fetch_add(counter.swap(0, Relaxed), Relaxed);
+        }
+        // All of them, so that a new field is not forgotten.
+        let PeerRow {
+            connected: _,
+            connect_failures: _,
+            bytes: _,
+            fails,
+            penalty,
+            failed_ms,
+            checked_ms,
+            live_since_ms,
+            turn,
+            connect_us,
+            transit,
+            transit_until_ms,
+        } = peer;
+        for number in [fails, penalty, transit] {
+            number.store(0, Relaxed);
+        }
+        for number in [failed_ms, checked_ms, live_since_ms, connect_us, transit_until_ms] {
+            number.store(0, Relaxed);
+        }
+        turn.store(0, Relaxed);
+    }
+}
+
 /// One group of peers.
 #[derive(Debug, Default)]
 #[repr(C)]
@@ -88,6 +137,8 @@ pub struct GroupRow {
     pub lock: Lock,
     /// Sessions for which no peer was to be had.
     pub refused: AtomicU64,
+    /// Of peers that were found by name and are gone.
+    pub former: Former,
 }
 
 /// A lock between processes. It never sleeps in the kernel, and a holder that died or was stopped holds nobody up

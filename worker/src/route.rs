@@ -156,6 +156,7 @@ mod tests {
             name: "port-81".into(),
             balance: Balance::RoundRobin,
             peers: Vec::new(),
+            names: Vec::new(),
         };
         Router::new(&[group], "box".into())
     }

@@ -237,7 +237,7 @@ pub struct Session {
     pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
     pub upstream: Option<Upstream>,
-    /// The group and the peers of it that were tried.
+    /// The group and the rows of its peers that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
     /// Peers that did not take it, for the access log.
     pub failed_peers: Vec<String>,

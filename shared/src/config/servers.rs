@@ -446,6 +446,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             name,
             balance: Balance::RoundRobin,
             peers: peers.collect(),
+            names: Vec::new(),
         });
         Target::Upstream(self.upstreams.len() - 1)
     }

@@ -47,6 +47,7 @@ impl World {
             name: "u".into(),
             balance,
             peers,
+            names: Vec::new(),
         };
         let rows: Vec<usize> = (0..upstream.peers.len()).collect();
         let board = Shared::<Board>::anonymous(1).expect("memory");

@@ -163,6 +163,7 @@ fn the_least_configuration_has_every_default() {
             name: "127.0.0.1:80".to_owned(),
             balance: Balance::RoundRobin,
             peers,
+            names: Vec::new(),
         }],
         stream: stream.clone(),
         maps: Vec::new(),
