@@ -146,7 +146,10 @@ impl Lookup {
             let trouble = std::mem::take(&mut self.trouble);
             return Some(Outcome::Failed(if trouble.is_empty() { late } else { trouble }));
         }
-        self.trouble = format!("no answer from {}", self.address());
+        // Where no socket was to be had, it is said already what is wrong.
+        if self.line.is_some() {
+            self.trouble = format!("no answer from {}", self.address());
+        }
         self.next_server(now);
         None
     }
