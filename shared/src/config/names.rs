@@ -116,7 +116,7 @@ impl Check<'_> {
         let mut servers = Vec::new();
         for (key, item) in items {
             let read = self.read(&key, item, |given| {
-                name_server(valid::text(given, SERVERS)?, world)
+                name_server(valid::text(given, "\"127.0.0.1:5353\"")?, world)
             });
             servers.extend(read.into_iter().flatten());
         }
@@ -237,13 +237,11 @@ impl std::fmt::Display for Named {
 /// A name server; a name is looked up now by the system, as nginx does.
 fn name_server(text: &str, world: &dyn World) -> Result<Vec<SocketAddr>, Fault> {
     let bare = text.trim_start_matches('[').trim_end_matches(']');
-    if let Ok(ip) = bare.parse::<IpAddr>() {
-        return Ok(vec![SocketAddr::new(ip, DNS_PORT)]);
-    }
-    let found = match text.contains(':') {
-        true => address::sockets(text, SERVERS, world),
-        false => address::sockets(&format!("{text}:{DNS_PORT}"), SERVERS, world),
-    }?;
+    let found = match bare.parse::<IpAddr>() {
+        Ok(ip) => vec![SocketAddr::new(ip, DNS_PORT)],
+        Err(_) if text.contains(':') => address::sockets(text, SERVERS, world)?,
+        Err(_) => address::sockets(&format!("{text}:{DNS_PORT}"), SERVERS, world)?,
+    };
     match found.iter().any(|address| address.ip().is_unspecified()) {
         true => Err(Fault::new("no address that can be asked", SERVERS)),
         false => Ok(found),
