@@ -7,7 +7,7 @@ mod lookup;
 mod message;
 mod publish;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -293,25 +293,38 @@ impl Names {
         all
     }
 
-    /// Has an entry for each question that has to be asked, and for no other.
+    /// Has an entry for each question that has to be asked, and for no other. One that is asked in another way than before
+    /// begins with the answer that there was.
     fn keep_needed(&mut self, now: Instant) {
-        let needed: Vec<Key> = self
-            .wanted
-            .iter()
-            .flat_map(|named| self.questions_of(named))
-            .collect();
-        let needed: std::collections::HashSet<Key> = needed.into_iter().collect();
-        self.entries.retain(|key, _| needed.contains(key));
-        for key in needed {
-            self.entries.entry(key).or_insert_with(|| Entry {
-                records: None,
-                is_heard: false,
-                failures: 0,
-                server: 0,
-                due: now,
-                lookup: None,
-            });
+        // Hosts of a service are known only once its own entry is there.
+        for _ in 0..2 {
+            for key in self.needed() {
+                if self.entries.contains_key(&key) {
+                    continue;
+                }
+                let mut before = self
+                    .entries
+                    .iter()
+                    .filter(|(other, _)| other.question == key.question);
+                let records = before.find_map(|(_, entry)| entry.records.clone());
+                let entry = Entry {
+                    records,
+                    is_heard: false,
+                    failures: 0,
+                    server: 0,
+                    due: now,
+                    lookup: None,
+                };
+                self.entries.insert(key, entry);
+            }
         }
+        let needed = self.needed();
+        self.entries.retain(|key, _| needed.contains(key));
+    }
+
+    fn needed(&self) -> HashSet<Key> {
+        let names = self.wanted.iter();
+        names.flat_map(|named| self.questions_of(named)).collect()
     }
 
     fn start_due(&mut self, now: Instant) {

@@ -336,10 +336,9 @@ impl Worker {
                 let sum: u64 = rows.iter().map(|row| value(*row)).sum();
                 page.sample(name, &[("upstream", upstream), ("peer", peer)], sum);
             }
-            for ((upstream, former), gone) in named.iter().zip(std::iter::repeat(gone)) {
-                if let Some(gone) = gone {
-                    page.sample(name, &[("upstream", upstream), ("peer", "gone")], gone(former));
-                }
+            let Some(gone) = gone else { return };
+            for (upstream, former) in &named {
+                page.sample(name, &[("upstream", upstream), ("peer", "gone")], gone(former));
             }
         };
         let rows = &board.peers;

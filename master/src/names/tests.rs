@@ -292,6 +292,28 @@ fn hosts_that_a_service_has_no_more_are_not_asked_for_any_more_and_what_is_incom
 }
 
 #[test]
+fn a_name_that_is_asked_for_in_another_way_goes_on_with_what_was_known() {
+    let (mut named, now) = (named(Some("http")), Instant::now());
+    let mut names = names(&[&named], now);
+    hear(
+        &mut names,
+        "_http._tcp.a.test",
+        Kind::Srv,
+        services(&[(1, 1, "one.test", 81)]),
+        now,
+    );
+    hear(&mut names, "one.test", Kind::A, found(&["10.0.0.1"], 60), now);
+    hear(&mut names, "one.test", Kind::Aaaa, Outcome::Nothing(None), now);
+    named.resolver.valid = Some(Duration::from_secs(5));
+    names.wanted = vec![named.clone()];
+    names.keep_needed(now);
+    assert!(!names.are_heard() && names.entries.len() == 3);
+    let failed = Outcome::Failed("SERVFAIL".into());
+    hear(&mut names, "_http._tcp.a.test", Kind::Srv, failed, now);
+    assert_eq!(listed(&names.peers_of(&named, now)), ["10.0.0.1:81 1"]);
+}
+
+#[test]
 fn no_more_peers_are_made_than_there_is_room_for() {
     let (named, now) = (named(None), Instant::now());
     let mut names = names(&[&named], now);
