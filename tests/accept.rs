@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use harness::pattern::{pause, ping};
 use harness::sockets::{connect_from, connect_with_late_ack};
 use harness::status::Worker;
-use harness::{Flag, Plan, Proxy, Status, Upstream, connect, within};
+use harness::{Flag, Plan, Proxy, Status, Upstream, connect, process, within};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -52,11 +52,13 @@ fn wait_for_all(proxy: &Proxy, front: SocketAddr) {
         }
         proxy.status().workers().iter().all(|worker| worker.accepted > 0)
     });
-    assert!(
-        all,
-        "a worker gets no connections: {:?}",
-        proxy.status().workers()
-    );
+    let workers = proxy.status().workers();
+    for worker in workers.iter().filter(|_| !all) {
+        let waits_in = std::fs::read_to_string(format!("/proc/{}/wchan", worker.pid)).unwrap_or_default();
+        let state = process::field(worker.pid, "State");
+        eprintln!("worker {}: {state}, waits in {waits_in}", worker.slot);
+    }
+    assert!(all, "a worker gets no connections: {workers:?}");
     proxy.settle();
 }
 

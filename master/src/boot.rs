@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use culvert_shared::counters::Board;
@@ -18,6 +18,7 @@ use crate::check;
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::kernel::Kernel;
+use crate::names::Names;
 use crate::pidfile::PidFile;
 use crate::retain;
 use crate::steering::Steering;
@@ -67,8 +68,14 @@ pub fn run(args: Args) -> Result<ExitCode> {
         .context("the clock is before 1970: set it")?;
     board[0].started_unix_ms.store(now.as_millis() as u64, Relaxed);
 
+    // Before anything listens, so that the first connections find peers.
+    let mut names = Names::default();
+    names.want([&config], Instant::now());
+    names.wait_for_first();
+
     let mut kernel = Kernel::default();
-    let generation = Generation::first(config, &mut kernel)?;
+    let mut generation = Generation::first(config, &mut kernel)?;
+    generation.publish(&mut names, &board[0], Instant::now());
     board[0].kept_limit.store(generation.keeper_room, Relaxed);
     let steering = Steering::begin(&generation.config);
 
@@ -84,7 +91,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
         steering,
         upgrade: Upgrade::new(board_file)?,
     };
-    Master::new(args, generation, kernel, board, outside).run(&signals)?;
+    let mut master = Master::new(args, generation, kernel, board, outside);
+    master.names = names;
+    master.run(&signals)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -8,6 +8,8 @@ use culvert_shared::busy::Lookout;
 use culvert_shared::config::{Config, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_shared::limits::Limits;
+use culvert_shared::members::{Member, MemberSet};
+use culvert_shared::sys::shm::Shared;
 use culvert_worker::Listener;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -47,6 +49,10 @@ pub struct Generation {
     pub bell: Arc<EventFd>,
     /// Every name that has had a row.
     pub rows: Rows,
+    /// The peers that names stand for, for each upstream, as its workers see them.
+    pub members: Arc<Shared<MemberSet>>,
+    /// Those of them that get sessions.
+    pub present: Vec<Vec<Member>>,
 }
 
 impl Generation {
@@ -70,6 +76,8 @@ impl Generation {
         Ok(Generation {
             number: 1,
             user: rights::target_user(&config),
+            members: member_sets(&config)?,
+            present: vec![Vec::new(); config.upstreams.len()],
             config: Arc::new(config),
             listeners,
             groups,
@@ -104,6 +112,8 @@ impl Generation {
         Ok(Generation {
             number: self.number + 1,
             user: rights::target_user(&config),
+            members: member_sets(&config)?,
+            present: vec![Vec::new(); config.upstreams.len()],
             config: Arc::new(config),
             listeners,
             groups,
@@ -137,6 +147,8 @@ impl Generation {
             assigned: rows.assign(&config)?,
             lookout: Arc::new(Lookout::new()?),
             access_logs: AccessLogs::open(&config)?,
+            members: member_sets(&config)?,
+            present: vec![Vec::new(); config.upstreams.len()],
             config: Arc::new(config),
             limits: Arc::new(limits),
             // Workers of the binary before have another; they look by themselves ten times a second as well.
@@ -199,6 +211,12 @@ pub fn check(config: &Config, rows: &Rows) -> Result<()> {
     check_workers(config)?;
     limits::raise_descriptors(config)?;
     rows.clone().assign(config).map(drop)
+}
+
+/// A set for each upstream: memory of the generation's own, so that workers of others never read it.
+fn member_sets(config: &Config) -> Result<Arc<Shared<MemberSet>>> {
+    // Sets that are never written take no memory, and no mapping is empty.
+    Ok(Arc::new(Shared::anonymous(config.upstreams.len().max(1))?))
 }
 
 fn check_workers(config: &Config) -> Result<()> {

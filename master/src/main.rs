@@ -21,6 +21,7 @@ mod keeper;
 mod kernel;
 mod limits;
 mod listen;
+mod names;
 mod notify;
 mod pidfile;
 mod reload;

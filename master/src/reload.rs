@@ -13,6 +13,7 @@ use culvert_shared::logging;
 
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
+use crate::names::FIRST_ANSWERS;
 use crate::pidfile::PidFile;
 use crate::spawn::{Blueprint, spawn};
 use crate::supervise::{Master, Phase, SlotCare};
@@ -28,8 +29,17 @@ pub struct Pending {
     pub generation: Generation,
     /// When it is given up.
     pub deadline: Instant,
+    /// Until when its names are waited for.
+    names_until: Instant,
     log: ErrorLog,
     pid_file: Option<PidFile>,
+}
+
+impl Pending {
+    /// Until when the switch-over waits for first answers about names; `None`: it does not any more.
+    pub fn waits_for_names(&self, now: Instant) -> Option<Instant> {
+        (now < self.names_until).then_some(self.names_until)
+    }
 }
 
 impl Master {
@@ -55,6 +65,8 @@ impl Master {
         match self.prepare(config, now) {
             Ok(pending) => {
                 self.pending = Some(pending);
+                self.want_names(now);
+                self.publish_names(now);
                 self.start_pending_workers(now);
             }
             Err(error) => self.count_refused(&format!("{error:#}")),
@@ -88,6 +100,7 @@ impl Master {
         Ok(Pending {
             generation,
             deadline: now + READY_PATIENCE,
+            names_until: now + FIRST_ANSWERS,
             log,
             pid_file,
         })
@@ -125,7 +138,8 @@ impl Master {
         let Some(pending) = &self.pending else { return };
         let number = pending.generation.number;
         let ready = |worker: &&Worker| worker.generation == number && worker.state() == State::Serving;
-        if self.workers.iter().filter(ready).count() == pending.generation.slots() {
+        let names = pending.waits_for_names(now).is_none() || self.names.are_heard();
+        if names && self.workers.iter().filter(ready).count() == pending.generation.slots() {
             self.finish_reload(now);
         } else if pending.deadline <= now {
             self.refuse_reload(
@@ -177,6 +191,7 @@ impl Master {
         self.steering.apply(&self.current.config);
         self.slots = vec![SlotCare::default(); self.current.slots()];
         self.phase = Phase::Serving;
+        self.want_names(now);
         // Removed slots get nothing new from here on, so that their workers can empty them.
         self.steer();
         for worker in self
@@ -199,13 +214,14 @@ impl Master {
     /// A peer that is not checked any more is not down for what checks found.
     fn forget_checks(&self) {
         let upstreams = self.current.config.upstreams.iter();
-        let checked: HashSet<usize> = upstreams
-            .zip(&self.current.assigned.peers)
-            .filter(|(upstream, _)| upstream.check.is_some())
-            .flat_map(|(upstream, rows)| upstream.peers.iter().zip(rows))
-            .filter(|(peer, _)| !peer.down)
-            .map(|(_, row)| *row)
-            .collect();
+        let mut checked = HashSet::new();
+        for (upstream, rows) in upstreams.zip(&self.current.assigned.peers) {
+            if upstream.check.is_some() {
+                let written = upstream.peers.iter().zip(rows);
+                checked.extend(written.filter(|(peer, _)| !peer.down).map(|(_, row)| *row));
+                checked.extend(self.current.rows.found_of(&upstream.name).map(|(_, row)| row));
+            }
+        }
         self.board[0].forget_checks(|row| checked.contains(&row));
     }
 
@@ -223,6 +239,13 @@ impl Master {
             worker.stop(now);
         }
         self.count_refused(why);
+        self.go_back_to_names(now);
+    }
+
+    /// The generation that goes on has not heard what was answered meanwhile.
+    fn go_back_to_names(&mut self, now: Instant) {
+        self.want_names(now);
+        self.publish_names(now);
     }
 
     /// Forgets a reload because the program does something else now; its workers are told by the caller.
@@ -230,6 +253,9 @@ impl Master {
         self.reload_again = false;
         if self.pending.take().is_some() {
             self.count_refused("the program was told to stop or to pause meanwhile");
+            if !self.is_ending() {
+                self.go_back_to_names(Instant::now());
+            }
         }
     }
 

@@ -165,6 +165,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         listeners,
         peer_rows: generation.assigned.peers.clone(),
         group_rows: generation.assigned.groups.clone(),
+        members: Arc::clone(&generation.members),
         board: Arc::clone(board),
         limits: Arc::clone(&generation.limits),
         stores,

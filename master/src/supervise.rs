@@ -26,6 +26,7 @@ use crate::generation::Generation;
 use crate::keeper::Keeper;
 use crate::kernel::Kernel;
 use crate::listen::Listeners;
+use crate::names::Names;
 use crate::notify::Notifier;
 use crate::pidfile::PidFile;
 use crate::reload::Pending;
@@ -104,6 +105,8 @@ pub struct Master {
     pub keeper: Keeper,
     /// What is changed on the host; before the pid file, so that it is put back before another may start.
     pub steering: Steering,
+    /// What names stand for.
+    pub names: Names,
     /// The pid file.
     pub pid_file: PidFile,
     /// What the program is doing.
@@ -146,6 +149,7 @@ impl Master {
             slots,
             log,
             keeper: Keeper::default(),
+            names: Names::default(),
             pid_file,
             steering,
             phase: Phase::Serving,
@@ -174,6 +178,7 @@ impl Master {
                 worker.hear(now);
             }
             self.take_mail();
+            self.look_up(now);
             while let Some(info) = signals.read_signal().context("failed to read a signal")? {
                 let from_kernel = info.ssi_code == nix::libc::SI_KERNEL;
                 if let Ok(signal) = Signal::try_from(info.ssi_signo as i32) {
@@ -221,14 +226,21 @@ impl Master {
             };
             worker.control().map(|fd| PollFd::new(fd, wanted))
         }));
+        sources.extend(self.names.sources());
         let deadlines = self.workers.iter().filter_map(|worker| worker.state().deadline());
         let replacements = self.slots.iter().filter_map(|slot| slot.replace_at);
         let pending = self.pending.iter().map(|pending| pending.deadline);
         let sleep = deadlines
             .chain(replacements)
             .chain(pending)
+            .chain(
+                self.pending
+                    .iter()
+                    .flat_map(|pending| pending.waits_for_names(now)),
+            )
             .chain(self.notifier.deadline())
             .chain(self.upgrade.deadline())
+            .chain(self.names.deadline())
             .min()
             // One more millisecond: poll counts whole ones, and waking early would mean spinning.
             .map_or(LONGEST_SLEEP, |at| {
@@ -389,6 +401,7 @@ impl Master {
 
     fn end(&mut self, phase: Phase) {
         self.phase = phase;
+        self.names.stop();
         self.abandon_reload();
         self.upgrade.abandon();
         self.slots.iter_mut().for_each(|slot| slot.replace_at = None);
@@ -441,7 +454,7 @@ impl Master {
 }
 
 /// The clock that workers read.
-fn now_ms() -> u64 {
+pub fn now_ms() -> u64 {
     // CLOCK_MONOTONIC exists on every Linux.
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| Duration::from(time).as_millis() as u64)
 }

@@ -61,6 +61,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
                     .collect(),
                 check: None,
                 queue: None,
+                names: Vec::new(),
             })
             .collect(),
         stream: stream.clone(),

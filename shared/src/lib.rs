@@ -10,6 +10,7 @@ pub mod health;
 pub mod ids;
 pub mod limits;
 pub mod logging;
+pub mod members;
 pub mod message;
 pub mod peers;
 pub mod queue;

@@ -67,6 +67,12 @@ impl Transit {
         self.sessions.fetch_add(sessions, Relaxed);
     }
 
+    /// Nothing is known of any.
+    fn forget(&self) {
+        self.until_ms.store(0, Relaxed);
+        self.sessions.store(0, Relaxed);
+    }
+
     /// One of them has arrived.
     pub fn end(&self) {
         let lower = |sessions: u32| sessions.checked_sub(1);
@@ -102,6 +108,63 @@ impl PeerRow {
     }
 }
 
+/// What peers that are gone have counted together.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Former {
+    /// See [`PeerRow::connected`].
+    pub connected: AtomicU64,
+    /// See [`PeerRow::connect_failures`].
+    pub connect_failures: AtomicU64,
+    /// See [`PeerRow::bytes`].
+    pub bytes: [AtomicU64; 2],
+    /// See [`CheckRow::passed`].
+    pub checks_passed: AtomicU64,
+    /// See [`CheckRow::failed`].
+    pub checks_failed: AtomicU64,
+}
+
+impl Former {
+    /// Adds what a peer has counted, and makes its row that of a peer of whom nothing is known.
+    pub fn take_in(&self, peer: &PeerRow) {
+        let counters = [
+            (&self.connected, &peer.connected),
+            (&self.connect_failures, &peer.connect_failures),
+            (&self.bytes[0], &peer.bytes[0]),
+            (&self.bytes[1], &peer.bytes[1]),
+            (&self.checks_passed, &peer.check.passed),
+            (&self.checks_failed, &peer.check.failed),
+        ];
+        for (sum, counter) in counters {
+            sum.fetch_add(counter.swap(0, Relaxed), Relaxed);
+        }
+        // All of them, so that a new field is not forgotten.
+        let PeerRow {
+            connected: _,
+            connect_failures: _,
+            bytes: _,
+            fails,
+            penalty,
+            failed_ms,
+            checked_ms,
+            live_since_ms,
+            turn,
+            connect_us,
+            check,
+            transit,
+        } = peer;
+        for number in [fails, penalty] {
+            number.store(0, Relaxed);
+        }
+        for number in [failed_ms, checked_ms, live_since_ms, connect_us] {
+            number.store(0, Relaxed);
+        }
+        turn.store(0, Relaxed);
+        check.forget();
+        transit.forget();
+    }
+}
+
 /// One group of peers.
 #[derive(Debug, Default)]
 #[repr(C)]
@@ -112,6 +175,8 @@ pub struct GroupRow {
     pub refused: AtomicU64,
     /// What became of those that waited for a place.
     pub queue: QueueCounters,
+    /// Of peers that were found by name and are gone.
+    pub former: Former,
 }
 
 /// A lock between processes. It never sleeps in the kernel, and a holder that died or was stopped holds nobody up

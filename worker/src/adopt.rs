@@ -135,6 +135,7 @@ impl Worker {
 
     /// Gives a session that was built from its record a slot, and goes on with it.
     fn take_in(&mut self, mut session: Session, died: bool) {
+        self.refresh_groups();
         let gone = self.is_gone(&session);
         let token = self.table.reserve();
         self.count_in(token, &session, died);
@@ -243,21 +244,21 @@ impl Worker {
             return true;
         };
         let peer = session.upstream.as_ref().and_then(|upstream| upstream.row);
-        let leads_to = |group: usize| peer.is_some_and(|row| self.peer_rows[group].contains(&row));
+        let leads_to = |group: usize| peer.is_some_and(|row| self.groups[group].knows(row));
         match &self.config.servers[server].action {
             Action::Proxy(Target::Upstream(group)) => !leads_to(*group),
-            Action::Proxy(Target::Variable(_)) => peer.is_some() && !(0..self.peer_rows.len()).any(leads_to),
+            Action::Proxy(Target::Variable(_)) => peer.is_some() && !(0..self.groups.len()).any(leads_to),
             Action::Status | Action::Http => true,
         }
     }
 
-    /// The group of a session that is still connecting, and the peer that is being tried.
+    /// The group of a session that is still connecting, and the row of the peer that is being tried.
     fn tried_by(&self, session: &Session) -> Option<(usize, Vec<usize>)> {
         let row = session.upstream.as_ref().and_then(|upstream| upstream.row)?;
-        let groups = self.peer_rows.iter().enumerate();
+        let mut groups = self.groups.iter().enumerate();
         groups
-            .filter(|_| session.phase != Phase::Streaming)
-            .find_map(|(group, rows)| Some((group, vec![rows.iter().position(|own| *own == row)?])))
+            .find(|(_, group)| session.phase != Phase::Streaming && group.knows(row))
+            .map(|(group, _)| (group, vec![row]))
     }
 }
 

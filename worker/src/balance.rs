@@ -8,12 +8,13 @@ mod tests;
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use culvert_shared::config::{Balance, Part, Peer, Template, Upstream, Variable};
+use culvert_shared::config::{Address, Balance, Part, Peer, Template, Upstream, Variable};
 use culvert_shared::counters::{Board, PeerRow, WorkerRow};
+use culvert_shared::members::MemberSet;
 
 use ring::Ring;
 
-/// One group as one configuration has it.
+/// One group as one configuration has it, with the peers that names stand for at the moment.
 pub struct Group {
     method: Method,
     peers: Vec<Member>,
@@ -23,8 +24,18 @@ pub struct Group {
     is_single: bool,
     /// How many sessions each peer has matters.
     counts: bool,
+    /// What checks find counts.
+    checked: bool,
     /// Sessions wait for places.
     has_queue: bool,
+    /// Peers that have their address from the file, with their rows.
+    fixed: Vec<(Peer, usize)>,
+    /// What the peers of each name are like.
+    likes: Vec<Peer>,
+    /// The version of the set that the peers were taken from.
+    version: u64,
+    /// Peers that names stood for, with their rows: they get no new sessions.
+    former: Vec<(Address, usize)>,
 }
 
 enum Method {
@@ -37,18 +48,56 @@ enum Method {
     Ring(Template, Ring),
 }
 
-struct Member {
-    row: usize,
-    weight: u32,
-    backup: bool,
-    down: bool,
+/// One peer of a group.
+pub struct Member {
+    /// Its row on the board.
+    pub row: usize,
+    /// Where to connect.
+    pub address: Address,
+    /// Its share.
+    pub weight: u32,
+    /// Takes sessions only when no other peer does.
+    pub backup: bool,
+    /// The operator has taken it out.
+    pub down: bool,
     /// `u32::MAX`: no limit.
     max_conns: u32,
-    max_fails: u32,
-    fail_timeout_ms: u64,
+    /// Failed attempts that take it out.
+    pub max_fails: u32,
+    /// For how long.
+    pub fail_timeout_ms: u64,
     slow_start_ms: u64,
     /// What checks find counts.
     checked: bool,
+}
+
+impl Member {
+    fn new(peer: &Peer, row: usize, checked: bool) -> Member {
+        Member {
+            row,
+            address: peer.address.clone(),
+            weight: peer.weight,
+            backup: peer.backup,
+            down: peer.down,
+            max_conns: if peer.max_conns == 0 {
+                u32::MAX
+            } else {
+                peer.max_conns
+            },
+            max_fails: peer.max_fails,
+            fail_timeout_ms: peer.fail_timeout.as_millis() as u64,
+            slow_start_ms: peer.slow_start.as_millis() as u64,
+            checked,
+        }
+    }
+
+    /// As the file has it: 0 is no limit.
+    pub fn max_conns(&self) -> u32 {
+        match self.max_conns {
+            u32::MAX => 0,
+            limit => limit,
+        }
+    }
 }
 
 /// What a choice needs besides the group.
@@ -109,25 +158,6 @@ impl Health {
 impl Group {
     /// A group whose state lies in these rows.
     pub fn new(upstream: &Upstream, row: usize, peer_rows: &[usize]) -> Group {
-        let member = |(peer, row): (&Peer, &usize)| Member {
-            row: *row,
-            weight: peer.weight,
-            backup: peer.backup,
-            down: peer.down,
-            max_conns: if peer.max_conns == 0 {
-                u32::MAX
-            } else {
-                peer.max_conns
-            },
-            max_fails: peer.max_fails,
-            fail_timeout_ms: peer.fail_timeout.as_millis() as u64,
-            slow_start_ms: peer.slow_start.as_millis() as u64,
-            checked: upstream.check.is_some(),
-        };
-        let ring = || {
-            let peers = upstream.peers.iter().enumerate();
-            Ring::new(peers.filter(|(_, peer)| !peer.backup))
-        };
         let method = match &upstream.balance {
             Balance::RoundRobin => Method::RoundRobin,
             Balance::LeastConn => Method::LeastConn,
@@ -137,25 +167,114 @@ impl Group {
             Balance::Hash {
                 key,
                 consistent: true,
-            } => Method::Ring(key.clone(), ring()),
+            } => Method::Ring(key.clone(), Ring::default()),
             Balance::Hash {
                 key,
                 consistent: false,
             } => Method::Hash(key.clone()),
-            Balance::Source => Method::Ring(Template(vec![Part::Variable(Variable::RemoteAddr)]), ring()),
+            Balance::Source => Method::Ring(
+                Template(vec![Part::Variable(Variable::RemoteAddr)]),
+                Ring::default(),
+            ),
         };
-        let counts = matches!(
+        let fixed: Vec<(Peer, usize)> = upstream
+            .peers
+            .iter()
+            .cloned()
+            .zip(peer_rows.iter().copied())
+            .collect();
+        let mut group = Group {
             method,
-            Method::LeastConn | Method::LeastTime | Method::RandomTwo(_)
-        ) || upstream.peers.iter().any(|peer| peer.max_conns != 0);
-        Group {
-            method,
-            peers: upstream.peers.iter().zip(peer_rows).map(member).collect(),
+            peers: Vec::new(),
             row,
-            is_single: upstream.peers.len() == 1,
-            counts,
+            is_single: false,
+            counts: false,
+            checked: upstream.check.is_some(),
             has_queue: upstream.queue.is_some(),
+            likes: upstream.names.iter().map(|named| named.like.clone()).collect(),
+            version: 0,
+            former: Vec::new(),
+            fixed: Vec::new(),
+        };
+        group.arrange(&fixed);
+        group.fixed = fixed;
+        group
+    }
+
+    /// Takes the peers that names stand for from the set, if it has changed.
+    pub fn refresh(&mut self, set: &MemberSet) {
+        if self.likes.is_empty() || set.version() == self.version {
+            return;
         }
+        // One that is being written is read the next time.
+        let Some((version, members)) = set.read() else {
+            return;
+        };
+        self.version = version;
+        let mut peers = self.fixed.clone();
+        self.former.clear();
+        for member in members {
+            let address = Address::Tcp(member.address);
+            match self.likes.get(member.name) {
+                _ if member.former => self.former.push((address, member.row)),
+                Some(like) => {
+                    let peer = Peer {
+                        address,
+                        weight: member.weight,
+                        backup: member.backup,
+                        ..like.clone()
+                    };
+                    peers.push((peer, member.row));
+                }
+                None => {}
+            }
+        }
+        self.arrange(&peers);
+    }
+
+    fn arrange(&mut self, peers: &[(Peer, usize)]) {
+        if let Method::Ring(_, ring) = &mut self.method {
+            let numbered = peers.iter().map(|(peer, _)| peer).enumerate();
+            *ring = Ring::new(numbered.filter(|(_, peer)| !peer.backup));
+        }
+        self.counts = matches!(
+            self.method,
+            Method::LeastConn | Method::LeastTime | Method::RandomTwo(_)
+        ) || peers.iter().any(|(peer, _)| peer.max_conns != 0);
+        self.is_single = peers.len() == 1;
+        self.peers = peers
+            .iter()
+            .map(|(peer, row)| Member::new(peer, *row, self.checked))
+            .collect();
+    }
+
+    /// Its peers, in the order of their indexes. They change at [`Group::refresh`]; a row stays a peer's own.
+    pub fn members(&self) -> &[Member] {
+        &self.peers
+    }
+
+    /// Peers that names stood for, with their rows.
+    pub fn former(&self) -> &[(Address, usize)] {
+        &self.former
+    }
+
+    /// The index of the peer with this row, if it is still there.
+    pub fn index_of(&self, row: usize) -> Option<usize> {
+        self.peers.iter().position(|peer| peer.row == row)
+    }
+
+    /// Where the peer of this row is, or was.
+    pub fn address_of(&self, row: usize) -> Option<&Address> {
+        let former = || self.former.iter().find(|(_, former)| *former == row);
+        match self.index_of(row) {
+            Some(index) => Some(&self.peers[index].address),
+            None => former().map(|(address, _)| address),
+        }
+    }
+
+    /// Whether a session may stay with the peer of this row: those of names keep their sessions when they are gone.
+    pub fn knows(&self, row: usize) -> bool {
+        self.address_of(row).is_some()
     }
 
     /// What the session's key is made of, if the group goes by one.
@@ -166,7 +285,7 @@ impl Group {
         }
     }
 
-    /// Chooses a peer that was not tried yet, and counts the session in at it. `random` is any number, `ticket` the
+    /// Chooses a peer whose row was not tried yet, and counts the session in at it. `random` is any number, `ticket` the
     /// session's if it waits for a place. While others wait, nobody goes before them.
     pub fn pick(
         &self,
@@ -193,7 +312,7 @@ impl Group {
         for backup in [false, true] {
             for (index, peer) in self.peers.iter().enumerate() {
                 let is_away = self.is_away(scene, index) || self.is_out(scene, index);
-                if peer.backup != backup || tried.contains(&index) || is_away {
+                if peer.backup != backup || tried.contains(&peer.row) || is_away {
                     continue;
                 }
                 match active.get(index) {
@@ -211,7 +330,7 @@ impl Group {
         // Nobody is left but those that have failed: rather than refuse everybody for fail_timeout, they are
         // all taken for alive.
         for (index, peer) in self.peers.iter().enumerate() {
-            if self.is_out(scene, index) && !self.is_away(scene, index) && !tried.contains(&index) {
+            if self.is_out(scene, index) && !self.is_away(scene, index) && !tried.contains(&peer.row) {
                 self.board_row(scene, index).fails.store(0, Relaxed);
                 match active.get(index) {
                     Some(active) if *active >= u64::from(peer.max_conns) => full = true,

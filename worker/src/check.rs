@@ -14,6 +14,7 @@ use mio::Interest;
 use mio::unix::SourceFd;
 use nix::errno::Errno;
 
+use crate::balance::Member;
 use crate::clock;
 use crate::connect::is_ours;
 use crate::dial::start_connecting;
@@ -31,6 +32,8 @@ const BATCH: usize = 32;
 const SCAN_EVERY_MS: u64 = 10;
 /// How often a worker of a generation that is not in force yet looks whether it is.
 const IN_FORCE_EVERY_MS: u64 = 50;
+/// How often it is looked at whether names stand for other addresses.
+const NAMES_EVERY_MS: u64 = 500;
 /// Each peer has a worker of its own that checks it; how much later the others would, as a part of the interval.
 const OTHERS_PART: u64 = 4;
 /// How much of a wrong answer the log shows.
@@ -145,6 +148,7 @@ impl Worker {
 
     /// Begins the checks that are due, and says when to look again.
     fn begin_due(&mut self, now_ms: u64) -> u64 {
+        self.refresh_groups();
         let workers = self.config.worker_cpus.len().max(1);
         let slot = self.gauges().slot.load(Relaxed) as usize;
         let mut due = Vec::new();
@@ -152,15 +156,20 @@ impl Worker {
         for (upstream, group) in self.config.upstreams.iter().enumerate() {
             let Some(check) = &group.check else { continue };
             let pace = pace(check);
-            for (peer, row) in self.peer_rows[upstream].iter().enumerate() {
-                if group.peers[peer].down {
+            if !group.names.is_empty() {
+                // Addresses come and go.
+                next_ms = next_ms.min(now_ms + NAMES_EVERY_MS);
+            }
+            for (peer, member) in self.groups[upstream].members().iter().enumerate() {
+                if member.down {
                     continue;
                 }
+                let row = member.row;
                 let own = row % workers == slot;
                 let after_ms = if own { 0 } else { pace.interval_ms / OTHERS_PART };
-                let due_ms = self.board[0].peers[*row].check.due_ms(pace, now_ms) + after_ms;
+                let due_ms = self.board[0].peers[row].check.due_ms(pace, now_ms) + after_ms;
                 if due_ms <= now_ms {
-                    due.push((upstream, peer, *row));
+                    due.push((upstream, peer));
                 } else {
                     next_ms = next_ms.min(due_ms);
                 }
@@ -171,22 +180,23 @@ impl Worker {
             // Those that find no room, and those that another worker is faster with.
             next_ms = 0;
         }
-        for (upstream, peer, row) in due.into_iter().take(room) {
-            self.begin_check(upstream, peer, row, now_ms);
+        for (upstream, peer) in due.into_iter().take(room) {
+            self.begin_check(upstream, peer, now_ms);
         }
         next_ms.max(now_ms + SCAN_EVERY_MS)
     }
 
-    fn begin_check(&mut self, upstream: usize, peer: usize, row: usize, now_ms: u64) {
+    fn begin_check(&mut self, upstream: usize, peer: usize, now_ms: u64) {
         let group = &self.config.upstreams[upstream];
         let Some(check) = &group.check else { return };
+        let Member { row, address, .. } = &self.groups[upstream].members()[peer];
+        let row = *row;
         let Some(lease) = self.board[0].peers[row]
             .check
             .claim(self.row, pace(check), now_ms)
         else {
             return;
         };
-        let address = &group.peers[peer].address;
         let token = FIRST_TOKEN + self.checks.next;
         self.checks.next += 1;
         let opened = open(address, check.port).and_then(|(socket, under_way)| {

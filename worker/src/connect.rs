@@ -70,6 +70,7 @@ impl Worker {
                 return Next::Close(CloseReason::ConnectFailed);
             };
             let group = *group;
+            self.groups[group].refresh(&self.members[group]);
             let key = match self.groups[group].key() {
                 Some(key) => self.router.expand(key, &session.ends),
                 None => String::new(),
@@ -98,11 +99,11 @@ impl Worker {
                 // Until the attempt is under way.
                 session.phase = Phase::Connecting { deadline_ms: 0 };
             }
+            let peer = &self.groups[group].members()[peer];
+            let (row, address) = (peer.row, peer.address.clone());
             if let Some((_, tried)) = &mut session.tried {
-                tried.push(peer);
+                tried.push(row);
             }
-            let row = self.peer_rows[group][peer];
-            let address = self.config.upstreams[group].peers[peer].address.clone();
             match self.open(token, session, &address, Some(row)) {
                 Ok(next) => return next,
                 Err(errno) => {
@@ -147,6 +148,13 @@ impl Worker {
             session.client()
         );
         Next::Close(CloseReason::ConnectFailed)
+    }
+
+    /// Has the peers of every group that names stand for now.
+    pub(crate) fn refresh_groups(&mut self) {
+        for (group, set) in self.groups.iter_mut().zip(self.members.iter()) {
+            group.refresh(set);
+        }
     }
 
     /// What a choice of a peer needs to know.
@@ -268,14 +276,14 @@ impl Worker {
             errno.desc()
         );
         if let Some((group, tried)) = &session.tried
-            && let Some(peer) = tried.last()
-            && self.groups[*group].failed(&self.scene(), *peer) == Some(Change::TakenOut)
+            && let Some(peer) = tried.last().and_then(|row| self.groups[*group].index_of(*row))
+            && self.groups[*group].failed(&self.scene(), peer) == Some(Change::TakenOut)
         {
-            let peer = &self.config.upstreams[*group].peers[*peer];
+            let peer = &self.groups[*group].members()[peer];
             log::warn!(
                 "upstream {}: peer {name} is taken out for {:?}, max_fails = {} is reached",
                 self.config.upstreams[*group].name,
-                peer.fail_timeout,
+                std::time::Duration::from_millis(peer.fail_timeout_ms),
                 peer.max_fails
             );
         }
@@ -293,15 +301,14 @@ impl Worker {
             Board::add(&self.board[0].peers[row].connected, 1);
         }
         if let Some((group, tried)) = session.tried.take()
-            && let Some(peer) = tried.last()
+            && let Some(peer) = tried.last().and_then(|row| self.groups[group].index_of(*row))
         {
             let took_us = clock::now_ns().saturating_sub(session.connect_began_ns) / 1000;
-            if self.groups[group].connected(&self.scene(), *peer, took_us) == Some(Change::Revived) {
-                let upstream = &self.config.upstreams[group];
+            if self.groups[group].connected(&self.scene(), peer, took_us) == Some(Change::Revived) {
                 log::info!(
                     "upstream {}: peer {} is alive again",
-                    upstream.name,
-                    upstream.peers[*peer].address
+                    self.config.upstreams[group].name,
+                    self.groups[group].members()[peer].address
                 );
             }
         }

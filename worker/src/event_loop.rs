@@ -13,6 +13,7 @@ use culvert_shared::busy::Lookout;
 use culvert_shared::config::{self, Address, Config};
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Owner;
+use culvert_shared::members::MemberSet;
 use culvert_shared::message::ToMaster;
 use culvert_shared::sys::{fdpass, shm::Shared};
 use mio::unix::SourceFd;
@@ -93,7 +94,8 @@ pub struct Worker {
     pub(crate) keeping: Keeping,
     /// Sessions that it took over.
     pub(crate) adopted: u64,
-    pub(crate) peer_rows: Vec<Vec<usize>>,
+    /// The peers that names stand for, for each group.
+    pub(crate) members: Arc<Shared<MemberSet>>,
     pub(crate) poll: Poll,
     pub(crate) sockets: Sockets,
     pub(crate) control: OwnedFd,
@@ -209,7 +211,7 @@ impl Worker {
             adopted: 0,
             relay_reason: start.relay_reason,
             totals: start.totals,
-            peer_rows: start.peer_rows,
+            members: start.members,
             poll,
             sockets,
             control: start.control,

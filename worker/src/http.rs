@@ -197,6 +197,7 @@ impl Worker {
                 }
                 connection.request.drain(..request.length);
                 connection.last = !request.keep_alive || self.draining;
+                self.refresh_groups();
                 (self.answer(&request), request.head_only)
             }
         };

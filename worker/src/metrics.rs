@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use culvert_shared::counters::{CloseReason, FallbackReason, HISTOGRAM_US, Histogram};
 use culvert_shared::ids::Direction;
+use culvert_shared::members::NameState;
+use culvert_shared::peers::Former;
 
-use crate::balance::Health;
+use crate::balance::{Group, Health};
 use crate::clock;
 use crate::event_loop::Worker;
 
@@ -75,6 +77,7 @@ impl Worker {
         self.datapath_metrics(&mut page);
         self.listener_metrics(&mut page);
         self.upstream_metrics(&mut page);
+        self.name_metrics(&mut page);
         page.0
     }
 
@@ -310,48 +313,86 @@ impl Worker {
 
     fn upstream_metrics(&self, page: &mut Page) {
         let (board, now_ms) = (&self.board[0], clock::now_ms());
-        // An address may stand twice in a group; a sample may not.
+        // An address may stand twice in a group; a sample may not. Peers whose names do not stand for them any more are
+        // shown as long as they have rows; after that they count in the upstream's sum of those that are gone.
         let mut peers: BTreeMap<(&str, String), Vec<usize>> = BTreeMap::new();
-        for (group, rows) in self.config.upstreams.iter().zip(&self.peer_rows) {
-            for (peer, row) in group.peers.iter().zip(rows) {
-                let of_peer = peers.entry((&group.name, peer.address.to_string())).or_default();
-                of_peer.push(*row);
+        for (upstream, group) in self.config.upstreams.iter().zip(&self.groups) {
+            let members = group.members().iter().map(|peer| (&peer.address, peer.row));
+            let former = group.former().iter().map(|(address, row)| (address, *row));
+            for (address, row) in members.chain(former) {
+                let of_peer = peers.entry((&upstream.name, address.to_string())).or_default();
+                of_peer.push(row);
             }
         }
-        let mut all = |name: &str, kind, help, value: &dyn Fn(usize) -> u64| {
+        let named = self.config.upstreams.iter().zip(&self.group_rows);
+        let named: Vec<(&str, &Former)> = named
+            .filter(|(upstream, _)| !upstream.names.is_empty())
+            .map(|(upstream, row)| (upstream.name.as_str(), &board.groups[*row].former))
+            .collect();
+        type Gone<'a> = Option<&'a dyn Fn(&Former) -> u64>;
+        let mut all = |name: &str, kind, help, value: &dyn Fn(usize) -> u64, gone: Gone<'_>| {
             page.family(name, kind, help);
             for ((upstream, peer), rows) in &peers {
                 let sum: u64 = rows.iter().map(|row| value(*row)).sum();
                 page.sample(name, &[("upstream", upstream), ("peer", peer)], sum);
             }
+            let Some(gone) = gone else { return };
+            for (upstream, former) in &named {
+                page.sample(name, &[("upstream", upstream), ("peer", "gone")], gone(former));
+            }
         };
         let rows = &board.peers;
         let name = "culvert_upstream_connections_total";
-        all(name, COUNTER, "Connections established.", &|row| {
-            load(&rows[row].connected)
-        });
+        let help = "Connections established.";
+        let gone = |gone: &Former| load(&gone.connected);
+        all(
+            name,
+            COUNTER,
+            help,
+            &|row| load(&rows[row].connected),
+            Some(&gone),
+        );
         let name = "culvert_upstream_connect_failures_total";
         let help = "Attempts to connect that failed.";
-        all(name, COUNTER, help, &|row| load(&rows[row].connect_failures));
+        let value = |row: usize| load(&rows[row].connect_failures);
+        all(
+            name,
+            COUNTER,
+            help,
+            &value,
+            Some(&|gone| load(&gone.connect_failures)),
+        );
         let name = "culvert_upstream_checks_passed_total";
-        all(name, COUNTER, "Health checks that passed.", &|row| {
-            load(&rows[row].check.passed)
-        });
+        let value = |row: usize| load(&rows[row].check.passed);
+        let help = "Health checks that passed.";
+        all(
+            name,
+            COUNTER,
+            help,
+            &value,
+            Some(&|gone| load(&gone.checks_passed)),
+        );
         let name = "culvert_upstream_checks_failed_total";
-        all(name, COUNTER, "Health checks that failed.", &|row| {
-            load(&rows[row].check.failed)
-        });
+        let value = |row: usize| load(&rows[row].check.failed);
+        let help = "Health checks that failed.";
+        all(
+            name,
+            COUNTER,
+            help,
+            &value,
+            Some(&|gone| load(&gone.checks_failed)),
+        );
         let name = "culvert_upstream_sessions_active";
-        all(name, GAUGE, "Open sessions.", &|row| {
-            board.peer_active(row, now_ms)
-        });
+        let value = |row: usize| board.peer_active(row, now_ms);
+        all(name, GAUGE, "Open sessions.", &value, None);
         let name = "culvert_upstream_sent_bytes_total";
-        all(name, COUNTER, "Bytes to peers, over ended sessions.", &|row| {
-            load(&rows[row].bytes[0])
-        });
+        let help = "Bytes to peers, over ended sessions.";
+        let value = |row: usize| load(&rows[row].bytes[0]);
+        all(name, COUNTER, help, &value, Some(&|gone| load(&gone.bytes[0])));
         let name = "culvert_upstream_received_bytes_total";
         let help = "Bytes from peers, over ended sessions.";
-        all(name, COUNTER, help, &|row| load(&rows[row].bytes[1]));
+        let value = |row: usize| load(&rows[row].bytes[1]);
+        all(name, COUNTER, help, &value, Some(&|gone| load(&gone.bytes[1])));
         let name = "culvert_upstream_peer_up";
         page.family(name, GAUGE, "Whether the peer takes sessions.");
         for ((upstream, peer), rows) in &peers {
@@ -363,11 +404,12 @@ impl Worker {
 
     fn is_peer_up(&self, row: usize) -> bool {
         let scene = self.scene();
-        let mut groups = self.groups.iter().zip(&self.peer_rows);
-        groups.any(|(group, rows)| {
-            let mut peers = rows.iter().enumerate();
-            peers.any(|(index, own)| *own == row && group.health(&scene, index) == Health::Up)
-        })
+        let is_up = |group: &Group| {
+            group
+                .index_of(row)
+                .is_some_and(|index| group.health(&scene, index) == Health::Up)
+        };
+        self.groups.iter().any(is_up)
     }
 
     fn queue_metrics(&self, page: &mut Page) {
@@ -397,6 +439,33 @@ impl Worker {
         all(name, COUNTER, "Sessions that found the queue full.", &|row| {
             load(&counters(row).overflowed)
         });
+    }
+
+    fn name_metrics(&self, page: &mut Page) {
+        let upstreams = self.config.upstreams.iter().zip(self.members.iter());
+        // A name may stand twice in a group; a sample may not.
+        let mut states: BTreeMap<(&str, String), NameState> = BTreeMap::new();
+        for (upstream, set) in upstreams {
+            for (index, named) in upstream.names.iter().enumerate() {
+                states.insert((&upstream.name, named.to_string()), set.state(index));
+            }
+        }
+        let mut all = |name: &str, kind, help, value: &dyn Fn(&NameState) -> f64| {
+            page.family(name, kind, help);
+            for ((upstream, named), state) in &states {
+                page.sample(name, &[("upstream", upstream), ("name", named)], value(state));
+            }
+        };
+        let name = "culvert_name_lookups_total";
+        let help = "Lookups of a name that ended, one way or the other.";
+        all(name, COUNTER, help, &|state| state.lookups as f64);
+        let name = "culvert_name_lookup_failures_total";
+        all(name, COUNTER, "Lookups of a name that failed.", &|state| {
+            state.failures as f64
+        });
+        let name = "culvert_name_last_lookup_timestamp_seconds";
+        let help = "When a lookup of a name last ended; 0: none has yet.";
+        all(name, GAUGE, help, &|state| state.last_lookup_unix_ms as f64 / 1e3);
     }
 }
 

@@ -169,6 +169,7 @@ mod tests {
             peers: Vec::new(),
             check: None,
             queue: None,
+            names: Vec::new(),
         };
         Router::new(&[group], "box".into())
     }

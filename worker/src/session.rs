@@ -251,7 +251,7 @@ pub struct Session {
     pub upstream: Option<Upstream>,
     /// The PROXY header that its peer is to be sent before all else, as the settings said when connecting began.
     pub owes: Option<ProxyProtocol>,
-    /// The group and the peers of it that were tried.
+    /// The group and the rows of its peers that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
     /// Peers that did not take it, for the access log.
     pub failed_peers: Vec<String>,

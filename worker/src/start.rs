@@ -10,6 +10,7 @@ use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
 use culvert_shared::limits::Limits;
 use culvert_shared::logging;
+use culvert_shared::members::MemberSet;
 use culvert_shared::sys::shm::Shared;
 
 use nix::sys::eventfd::EventFd;
@@ -32,6 +33,8 @@ pub struct WorkerStart {
     pub listeners: Vec<Listener>,
     /// Rows on the board: for each upstream, for each of its peers.
     pub peer_rows: Vec<Vec<usize>>,
+    /// The peers that names stand for at the moment, for each upstream.
+    pub members: Arc<Shared<MemberSet>>,
     /// Rows on the board: for each upstream.
     pub group_rows: Vec<usize>,
     /// The board.

@@ -4,13 +4,14 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use culvert_shared::busy::{BUSIEST, BusySession};
 use culvert_shared::client::Shown;
-use culvert_shared::config::{Address, Peer};
-use culvert_shared::counters::{CloseReason, FallbackReason, PeerRow};
+use culvert_shared::config::Address;
+use culvert_shared::counters::{CloseReason, FallbackReason, GroupRow, PeerRow};
 use culvert_shared::health::Outcome;
 use culvert_shared::ids::Direction;
+use culvert_shared::members::NameState;
 use serde_json::{Map, Value, json};
 
-use crate::balance::{Group, Scene};
+use crate::balance::{Group, Member, Scene};
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
@@ -31,6 +32,7 @@ impl Worker {
         session.datapath = Datapath::Relay;
         session.ready[Side::Downstream.index()].readable = true;
         session.ready[Side::Downstream.index()].writable = true;
+        self.refresh_groups();
         let mut text = self.status().to_string();
         text.push('\n');
         let stream = session.stream(Direction::ToDownstream);
@@ -69,17 +71,14 @@ impl Worker {
             .rows
             .iter()
             .position(|(row, _)| *row == session.listener as usize);
-        let groups = self.config.upstreams.iter().zip(&self.peer_rows);
-        let mut peers = groups.flat_map(|(group, rows)| group.peers.iter().zip(rows));
-        let peer = session
-            .peer
-            .and_then(|wanted| peers.find(|(_, row)| **row == wanted as usize));
+        let wanted = session.peer.map(|row| row as usize);
+        let peer = wanted.and_then(|row| self.groups.iter().find_map(|group| group.address_of(row)));
         json!({
             "session": session.number,
             "worker": slot,
             "client": Shown(session.client).to_string(),
             "listener": listener.map(|at| self.addresses[at].to_string()),
-            "peer": peer.map(|(peer, _)| peer.address.to_string()),
+            "peer": peer.map(ToString::to_string),
             "datapath": if session.in_kernel { "sockmap" } else { "relay" },
             "age_seconds": now_ms.saturating_sub(session.started_ms) / 1000,
             "bytes": by_direction(|way| session.bytes[way.index()]),
@@ -206,30 +205,38 @@ impl Worker {
         let scene = self.scene();
         let groups = self.config.upstreams.iter().zip(&self.groups);
         groups
-            .zip(self.peer_rows.iter().zip(&self.group_rows))
+            .zip(self.members.iter().zip(&self.group_rows))
             .enumerate()
-            .map(|(index, ((config, group), (rows, group_row)))| {
-                let peers = config.peers.iter().zip(rows).enumerate();
-                let peers: Vec<Value> = peers
-                    .map(|(index, (peer, row))| {
-                        peer_status(&scene, (group, config.check.is_some()), index, peer, *row)
-                    })
-                    .collect();
+            .map(|(index, ((config, group), (set, group_row)))| {
+                let is_checked = config.check.is_some();
+                let peers =
+                    (0..group.members().len()).map(|peer| peer_status(&scene, (group, is_checked), peer));
+                let gone = group
+                    .former()
+                    .iter()
+                    .filter_map(|(address, row)| former_status(&scene, address, *row));
                 let row = &scene.board.groups[*group_row];
-                json!({
+                let mut status = json!({
                     "name": config.name,
                     "balance": self.config.balance_of(config),
                     "refused": load(&row.refused),
                     "queue": self.queue_status(index),
-                    "peers": peers,
-                })
+                    "peers": peers.chain(gone).collect::<Vec<Value>>(),
+                });
+                if !config.names.is_empty() {
+                    let names = config.names.iter().enumerate();
+                    let names = names.map(|(index, named)| name_status(&named.to_string(), set.state(index)));
+                    status["names"] = names.collect();
+                    status["former"] = former_sum(&scene, row, group.former());
+                }
+                status
             })
             .collect()
     }
 }
 
 /// What checks found of a peer; null: it is not checked.
-fn check_status(row: &PeerRow, peer: &Peer, is_checked: bool) -> Value {
+fn check_status(row: &PeerRow, peer: &Member, is_checked: bool) -> Value {
     if !is_checked || peer.down {
         return Value::Null;
     }
@@ -240,27 +247,67 @@ fn check_status(row: &PeerRow, peer: &Peer, is_checked: bool) -> Value {
     })
 }
 
-fn peer_status(
-    scene: &Scene<'_>,
-    (group, is_checked): (&Group, bool),
-    index: usize,
-    peer: &Peer,
-    row: usize,
-) -> Value {
-    let counters: &PeerRow = &scene.board.peers[row];
+fn peer_status(scene: &Scene<'_>, (group, is_checked): (&Group, bool), index: usize) -> Value {
+    let peer = &group.members()[index];
+    let counters: &PeerRow = &scene.board.peers[peer.row];
     json!({
         "address": peer.address.to_string(),
         "weight": peer.weight,
         "backup": peer.backup,
         "state": group.health(scene, index).name(),
-        "active": scene.board.peer_active(row, scene.now_ms),
-        "max_conns": peer.max_conns,
+        "active": scene.board.peer_active(peer.row, scene.now_ms),
+        "max_conns": peer.max_conns(),
         "fails": counters.fails.load(Relaxed),
         "connected": load(&counters.connected),
         "connect_failures": load(&counters.connect_failures),
         "connect_time_us": load(&counters.connect_us),
         "check": check_status(counters, peer, is_checked),
         "bytes": by_direction(|way| load(&counters.bytes[way.index()])),
+    })
+}
+
+/// A peer that its name does not stand for any more is shown as long as it has sessions.
+fn former_status(scene: &Scene<'_>, address: &Address, row: usize) -> Option<Value> {
+    let active = scene.board.peer_active(row, scene.now_ms);
+    let counters = &scene.board.peers[row];
+    (active > 0).then(|| {
+        json!({
+            "address": address.to_string(),
+            "weight": 0,
+            "backup": false,
+            "state": "gone",
+            "active": active,
+            "max_conns": 0,
+            "fails": 0,
+            "connected": load(&counters.connected),
+            "connect_failures": load(&counters.connect_failures),
+            "connect_time_us": load(&counters.connect_us),
+            "bytes": by_direction(|way| load(&counters.bytes[way.index()])),
+        })
+    })
+}
+
+/// What all peers that names stood for have counted: those with rows of their own, and those before them.
+fn former_sum(scene: &Scene<'_>, group: &GroupRow, former: &[(Address, usize)]) -> Value {
+    let rows = || former.iter().map(|(_, row)| &scene.board.peers[*row]);
+    let sum = |folded: &AtomicU64, of: &dyn Fn(&PeerRow) -> u64| load(folded) + rows().map(of).sum::<u64>();
+    json!({
+        "connected": sum(&group.former.connected, &|row| load(&row.connected)),
+        "connect_failures": sum(&group.former.connect_failures, &|row| load(&row.connect_failures)),
+        "bytes": by_direction(|way| {
+            let way = way.index();
+            sum(&group.former.bytes[way], &|row| load(&row.bytes[way]))
+        }),
+    })
+}
+
+fn name_status(name: &str, state: NameState) -> Value {
+    json!({
+        "name": name,
+        "lookups": state.lookups,
+        "failures": state.failures,
+        "failing": state.failing,
+        "last_lookup_unix_ms": state.last_lookup_unix_ms,
     })
 }
 

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::rows::Rows;
 
 /// The version of [`State`]: change it with it.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 #[derive(Serialize, Deserialize)]
 struct Head {

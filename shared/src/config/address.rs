@@ -41,6 +41,17 @@ fn unix(path: &str, remedy: &str) -> Result<Address, Fault> {
     }
 }
 
+/// As [`peers`], for what speaks over sockets of the internet only.
+pub(super) fn sockets(text: &str, remedy: &str, world: &dyn World) -> Result<Vec<SocketAddr>, Fault> {
+    let (host, port) = split(text, remedy)?;
+    resolve(host, port, remedy, world)
+}
+
+/// The name and the port of a peer whose name is looked up later.
+pub(super) fn host_and_port(text: &str) -> Result<(&str, u16), Fault> {
+    split(text, PEER)
+}
+
 /// The addresses that a listener stands for. A bare port and `*` mean every IPv4 address, as with nginx; each port of a
 /// range is a listener of its own.
 pub(super) fn listeners(text: &str, world: &dyn World) -> Result<Vec<Address>, Fault> {

@@ -37,6 +37,8 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.proxy_next_upstream", Default::Flag(true)),
     ("stream.proxy_next_upstream_tries", Default::Number(0)),
     ("stream.proxy_next_upstream_timeout", Default::Text("0")),
+    // nginx: resolver_timeout 30s.
+    ("stream.resolver_timeout", Default::Text("30s")),
     // nginx: proxy_buffer_size 16k.
     ("stream.proxy_buffer_size", Default::Text("16k")),
     // nginx says off and so loses what still flows the other way; a proxy must not cut a half-closed stream.
@@ -123,6 +125,11 @@ pub(super) const CHECK_TIMEOUT: std::time::Duration = std::time::Duration::from_
 
 /// How long a session waits for a place: nginx's.
 pub(super) const QUEUE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
+/// How long a lookup may take where nothing is written: nginx's.
+pub(super) const RESOLVER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
+/// For how long a name that is said to have no addresses keeps those that it had: HAProxy's `hold nx`. nginx
+/// believes it at once, so that a zone that is empty for a second takes everything down.
+pub(super) const RESOLVER_HOLD: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Length of an accept queue, in connections: nginx's on Linux. The kernel caps it at net.core.somaxconn.
 pub(super) const BACKLOG: u32 = 511;

@@ -84,7 +84,16 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
             "balance = {}\nserver = [",
             quoted(&balance::write(&upstream.balance, &config.maps))
         )?;
-        upstream.peers.iter().try_for_each(|peer| write_peer(out, peer))?;
+        for peer in &upstream.peers {
+            write_peer(out, &peer.address.to_string(), peer, "")?;
+        }
+        for named in &upstream.names {
+            let (address, service) = match &named.service {
+                Some(service) => (named.host.clone(), format!(", service = {}", quoted(service))),
+                None => (format!("{}:{}", named.host, named.port), String::new()),
+            };
+            write_peer(out, &address, &named.like, &format!(", resolve = true{service}"))?;
+        }
         writeln!(out, "]")?;
         if let Some(check) = &upstream.check {
             writeln!(out, "check = {}", health::write(check, quoted))?;
@@ -92,6 +101,9 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
         if let Some(queue) = &upstream.queue {
             let timeout = quoted(&write_duration(queue.timeout));
             writeln!(out, "queue = {{ size = {}, timeout = {timeout} }}", queue.size)?;
+        }
+        if let Some(named) = upstream.names.first() {
+            writeln!(out, "{}", named.resolver.write())?;
         }
     }
     let mut servers = config
@@ -121,7 +133,7 @@ fn write_log_formats(out: &mut String, config: &Config) -> std::fmt::Result {
     Ok(())
 }
 
-fn write_peer(out: &mut String, peer: &Peer) -> std::fmt::Result {
+fn write_peer(out: &mut String, address: &str, peer: &Peer, name: &str) -> std::fmt::Result {
     let Peer {
         weight,
         backup,
@@ -130,7 +142,7 @@ fn write_peer(out: &mut String, peer: &Peer) -> std::fmt::Result {
         max_fails,
         ..
     } = peer;
-    let address = quoted(&expand::escape(&peer.address.to_string()));
+    let address = quoted(&expand::escape(address));
     let fail_timeout = quoted(&write_duration(peer.fail_timeout));
     write!(
         out,
@@ -141,7 +153,7 @@ fn write_peer(out: &mut String, peer: &Peer) -> std::fmt::Result {
     if !peer.slow_start.is_zero() {
         write!(out, ", slow_start = {}", quoted(&write_duration(peer.slow_start)))?;
     }
-    writeln!(out, " }},")
+    writeln!(out, "{name} }},")
 }
 
 fn write_server(out: &mut String, config: &Config, server: &Server) -> std::fmt::Result {

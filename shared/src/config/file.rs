@@ -83,6 +83,21 @@ pub(super) const STREAM: &[Key] = &[
     value("preread_buffer_size"),
     value("preread_timeout"),
     shaped("access_log", Shape::Mixed(ACCESS_LOG)),
+    shaped("resolver", Shape::Mixed(RESOLVER)),
+    value("resolver_timeout"),
+];
+
+/// Keys of [`STREAM`] that upstreams inherit, not servers: a name is looked up once, whoever leads to it.
+#[cfg(test)]
+const OF_UPSTREAMS: &[&str] = &["resolver", "resolver_timeout"];
+
+/// A `resolver` that is a table.
+const RESOLVER: &[Key] = &[
+    value("addresses"),
+    value("valid"),
+    value("hold"),
+    value("ipv4"),
+    value("ipv6"),
 ];
 
 /// `[[map]]`.
@@ -112,6 +127,8 @@ const ACCESS_LOG: &[Key] = &[value("path"), value("format"), value("buffer"), va
 const UPSTREAM: &[Key] = &[
     value("name"),
     value("balance"),
+    shaped("resolver", Shape::Mixed(RESOLVER)),
+    value("resolver_timeout"),
     shaped("server", Shape::Mixed(PEER)),
     shaped("check", Shape::Table(CHECK)),
     shaped("queue", Shape::Table(&[value("size"), value("timeout")])),
@@ -138,6 +155,8 @@ const PEER: &[Key] = &[
     value("max_fails"),
     value("fail_timeout"),
     value("slow_start"),
+    value("resolve"),
+    value("service"),
 ];
 
 /// `[[server]]`: its own keys, then those of [`STREAM`].
@@ -261,7 +280,7 @@ mod tests {
 
     #[test]
     fn every_stream_key_can_be_set_in_a_server() {
-        for key in STREAM {
+        for key in STREAM.iter().filter(|key| !OF_UPSTREAMS.contains(&key.name)) {
             assert!(
                 find(SERVER, key.name).is_some(),
                 "{} is missing in SERVER",
@@ -307,7 +326,8 @@ mod tests {
         );
         assert_eq!(
             unknown_key(PEER, "priority"),
-            "unknown key, known here: address, weight, backup, down, max_conns, max_fails, fail_timeout, slow_start"
+            "unknown key, known here: address, weight, backup, down, max_conns, max_fails, fail_timeout, slow_start, \
+             resolve, service"
         );
     }
 }

@@ -24,6 +24,7 @@ mod layer;
 mod limit;
 mod listen;
 mod map;
+mod names;
 mod network;
 mod proxy_bind;
 mod rate;
@@ -225,12 +226,46 @@ pub struct Upstream {
     pub name: String,
     /// How a peer is chosen.
     pub balance: Balance,
-    /// Its peers, in file order; never empty.
+    /// Its peers, in file order; empty only where there are names.
     pub peers: Vec<Peer>,
     /// How they are checked; `None`: not at all.
     pub check: Option<Check>,
     /// Where sessions wait while all peers are at `max_conns`; `None`: they do not.
     pub queue: Option<Queue>,
+    /// Names whose addresses are peers as well, looked up while the program runs; in file order.
+    pub names: Vec<Named>,
+}
+
+/// A server with `resolve`: whatever addresses its name stands for are peers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Named {
+    /// The name, in lower case, without a dot at its end.
+    pub host: String,
+    /// The port of all its peers; 0 with a service.
+    pub port: u16,
+    /// The service whose records (SRV) say peers and ports.
+    pub service: Option<String>,
+    /// What each of its peers is like; the address says nothing.
+    pub like: Peer,
+    /// Who is asked.
+    pub resolver: Resolver,
+}
+
+/// Who is asked for the addresses of names, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Resolver {
+    /// Name servers, at least one.
+    pub servers: Vec<SocketAddr>,
+    /// How long an answer is valid; `None`: as long as it says itself.
+    pub valid: Option<Duration>,
+    /// How long the last addresses are kept when the answer is that there are none.
+    pub hold: Duration,
+    /// Ask for IPv4 addresses.
+    pub ipv4: bool,
+    /// Ask for IPv6 addresses.
+    pub ipv6: bool,
+    /// How long one lookup may take.
+    pub timeout: Duration,
 }
 
 /// Where sessions wait for a place.

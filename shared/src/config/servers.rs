@@ -381,6 +381,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             peers: peers.collect(),
             check: None,
             queue: None,
+            names: Vec::new(),
         });
         Target::Upstream(self.upstreams.len() - 1)
     }

@@ -9,8 +9,9 @@ use super::diagnostic::{Fault, OriginId};
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Address, Balance, Peer, Queue, Upstream, VariableMap};
+use super::{Address, Balance, Named, Peer, Queue, Resolver, Upstream, VariableMap};
 use super::{address, balance, defaults, units};
+use crate::members::MAX_NAMES;
 
 /// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
 const WEIGHT_MAX: u32 = 65_535;
@@ -24,6 +25,7 @@ const CONNS_MAX: u32 = 1 << 30;
 impl Check<'_> {
     pub(super) fn upstreams(&mut self, root: &Map<String, Value>, maps: &[VariableMap]) -> Vec<Upstream> {
         let mut found: Vec<(Upstream, OriginId)> = Vec::new();
+        let stream_resolver = self.stream_resolver(root);
         for (key, at, table) in self.tables(root, "upstream") {
             let name_key = join(&key, "name");
             if !table.contains_key("name") {
@@ -47,7 +49,8 @@ impl Check<'_> {
             let balance = self.at(table, &key, "balance", |given| balance::read(given, maps));
             let name_at = table.get("name").map_or(at, |name| self.findings.origin_of(name));
             let balance = balance.unwrap_or(Balance::RoundRobin);
-            let peers = self.peers(&key, at, table, &balance);
+            let resolver = self.written_resolver(table, &key).or(&stream_resolver);
+            let (peers, names) = self.peers(&key, at, table, &balance, resolver.as_ref());
             let check = self.health(&key, table);
             if let (Some(port), Some(value)) =
                 (check.as_ref().and_then(|check| check.port), table.get("check"))
@@ -61,14 +64,22 @@ impl Check<'_> {
                 peers,
                 check,
                 queue: self.queue(&key, table),
+                names,
             };
             found.push((upstream, name_at));
         }
         found.into_iter().map(|(upstream, _)| upstream).collect()
     }
 
-    /// The peers of one upstream.
-    fn peers(&mut self, key: &str, at: OriginId, table: &Map<String, Value>, balance: &Balance) -> Vec<Peer> {
+    /// The peers of one upstream, and the names of others.
+    fn peers(
+        &mut self,
+        key: &str,
+        at: OriginId,
+        table: &Map<String, Value>,
+        balance: &Balance,
+        resolver: Option<&Resolver>,
+    ) -> (Vec<Peer>, Vec<Named>) {
         let list_key = join(key, "server");
         let key = list_key.clone();
         let Some(value) = table.get("server") else {
@@ -77,7 +88,7 @@ impl Check<'_> {
                 &key,
                 "missing, an upstream needs at least one server = [\"host:port\"]",
             );
-            return Vec::new();
+            return (Vec::new(), Vec::new());
         };
         let items: Vec<(String, &Value)> = match &value.kind {
             ValueKind::Array(items) => items
@@ -93,7 +104,7 @@ impl Check<'_> {
             });
         }
         let world = self.world;
-        let mut peers = Vec::new();
+        let (mut peers, mut names) = (Vec::new(), Vec::new());
         for (key, item) in items {
             let (addresses, like) = match &item.kind {
                 ValueKind::Table(table) => {
@@ -105,8 +116,13 @@ impl Check<'_> {
                             "missing, a server needs an address",
                         );
                     }
+                    let like = self.peer(&key, table, balance);
+                    if let Some(named) = self.named(&key, table, &like, resolver) {
+                        names.extend(named);
+                        continue;
+                    }
                     let addresses = self.at(table, &key, "address", |given| peer_addresses(given, world));
-                    (addresses, self.peer(&key, table, balance))
+                    (addresses, like)
                 }
                 _ => (
                     self.read(&key, item, |given| peer_addresses(given, world)),
@@ -119,8 +135,8 @@ impl Check<'_> {
                 ..like.clone()
             }));
         }
-        self.check_together(&list_key, value, &peers, balance);
-        peers
+        self.check_together(&list_key, value, (&peers, &names), balance);
+        (peers, names)
     }
 
     /// What a server's table says besides its address.
@@ -205,8 +221,23 @@ impl Check<'_> {
     }
 
     /// What only all peers of a group together show.
-    fn check_together(&mut self, key: &str, value: &Value, peers: &[Peer], balance: &Balance) {
-        if !peers.is_empty() && peers.iter().all(|peer| peer.backup) {
+    fn check_together(
+        &mut self,
+        key: &str,
+        value: &Value,
+        (peers, names): (&[Peer], &[Named]),
+        balance: &Balance,
+    ) {
+        if names.len() > MAX_NAMES {
+            self.read(key, value, |_| {
+                Err::<(), _>(Fault::new(
+                    format!("{} names to look up", names.len()),
+                    format!("an upstream has room for {MAX_NAMES}"),
+                ))
+            });
+        }
+        let mut all = peers.iter().chain(names.iter().map(|named| &named.like));
+        if all.next().is_some_and(|first| first.backup) && all.all(|peer| peer.backup) {
             self.read(key, value, |_| {
                 Err::<(), _>(Fault::new(
                     "all servers are backups, of nothing",

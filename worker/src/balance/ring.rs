@@ -9,12 +9,22 @@ const POINTS: u32 = 160;
 /// Tries of the plain hash before the choice is another's.
 const TRIES: u32 = 20;
 
+/// Units of weight that a ring has room for, as many as a file may have; records of a service may say more.
+const WEIGHT_MAX: u64 = 8_192;
+
 /// The points of a consistent hash, sorted: where one is, and whose it is.
+#[derive(Default)]
 pub(super) struct Ring(Vec<(u32, usize)>);
 
 impl Ring {
     pub(super) fn new<'a>(peers: impl Iterator<Item = (usize, &'a Peer)>) -> Ring {
         let mut points = Vec::new();
+        let peers: Vec<(usize, &Peer)> = peers.collect();
+        let total: u64 = peers.iter().map(|(_, peer)| u64::from(peer.weight)).sum();
+        let share = |weight: u32| match total <= WEIGHT_MAX {
+            true => u64::from(weight),
+            false => (u64::from(weight) * WEIGHT_MAX / total).max(1),
+        };
         for (index, peer) in peers {
             let (host, port) = match &peer.address {
                 Address::Tcp(address) => match address.to_string().rsplit_once(':') {
@@ -27,7 +37,7 @@ impl Ring {
                 .iter()
                 .fold(!0, |crc, part| update(crc, part));
             let mut before = 0u32;
-            for _ in 0..peer.weight.saturating_mul(POINTS) {
+            for _ in 0..share(peer.weight) * u64::from(POINTS) {
                 let point = !update(base, &before.to_le_bytes());
                 points.push((point, index));
                 before = point;

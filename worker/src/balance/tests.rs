@@ -50,6 +50,7 @@ impl World {
             peers,
             check: None,
             queue: None,
+            names: Vec::new(),
         };
         let rows: Vec<usize> = (0..upstream.peers.len()).collect();
         let board = Shared::<Board>::anonymous(1).expect("memory");
@@ -417,4 +418,73 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn peers_that_names_stand_for_come_and_go_and_the_file_says_what_they_are_like() {
+    use culvert_shared::config::{Named, Resolver};
+    use culvert_shared::members::{Member, MemberSet};
+    let mut like = peers(&[1]).remove(0);
+    like.max_conns = 1;
+    let named = Named {
+        host: "a.test".into(),
+        port: 80,
+        service: None,
+        like,
+        resolver: Resolver {
+            servers: Vec::new(),
+            valid: None,
+            hold: std::time::Duration::ZERO,
+            ipv4: true,
+            ipv6: true,
+            timeout: std::time::Duration::ZERO,
+        },
+    };
+    let upstream = Upstream {
+        name: "u".into(),
+        balance: by_key(true),
+        peers: peers(&[1]),
+        check: None,
+        queue: None,
+        names: vec![named],
+    };
+    let set = Shared::<MemberSet>::anonymous(1).expect("memory");
+    let member = |row: usize, weight: u32, former: bool| Member {
+        row,
+        name: 0,
+        address: std::net::SocketAddr::from(([10, 9, 9, row as u8], 80)),
+        weight,
+        backup: false,
+        former,
+    };
+    let mut group = Group::new(&upstream, 0, &[7]);
+    group.refresh(&set[0]);
+    assert_eq!(group.len(), 1);
+    // A record may say more weight than a ring has room for.
+    set[0].write(&[member(8, 65_535, false), member(9, 1, false), member(10, 1, true)]);
+    group.refresh(&set[0]);
+    let rows: Vec<usize> = group.members().iter().map(|peer| peer.row).collect();
+    assert_eq!(rows, [7, 8, 9]);
+    assert_eq!(group.members()[1].max_conns(), 1);
+    assert!(group.knows(10) && group.index_of(10).is_none() && !group.knows(11));
+    let board = Shared::<Board>::anonymous(1).expect("memory");
+    board[0].worker_rows.store(1, Relaxed);
+    let scene = Scene {
+        board: &board[0],
+        worker: 0,
+        now_ms: 1_000_000,
+    };
+    // max_conns holds for each: a row that was tried is not tried again, the one that is gone is never taken.
+    let picks: Vec<Pick> = (0..4).map(|_| group.pick(&scene, &[7], "key", 1, None)).collect();
+    assert_eq!(picks[2..], [Pick::Full, Pick::Full]);
+    let mut taken = [picks[0], picks[1]];
+    taken.sort_by_key(|pick| format!("{pick:?}"));
+    assert_eq!(taken, [Pick::Peer(1), Pick::Peer(2)]);
+    set[0].write(&[member(9, 1, false), member(8, 1, true)]);
+    group.refresh(&set[0]);
+    assert_eq!(group.index_of(9), Some(1));
+    assert_eq!(
+        group.address_of(8).map(ToString::to_string).as_deref(),
+        Some("10.9.9.8:80")
+    );
 }

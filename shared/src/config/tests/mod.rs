@@ -170,6 +170,7 @@ fn the_least_configuration_has_every_default() {
             peers,
             check: None,
             queue: None,
+            names: Vec::new(),
         }],
         stream: stream.clone(),
         maps: Vec::new(),

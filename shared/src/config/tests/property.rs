@@ -233,6 +233,55 @@ fn check() -> impl Strategy<Value = Check> {
     })
 }
 
+fn resolver() -> impl Strategy<Value = Resolver> {
+    let servers = prop::collection::vec((any::<[u8; 15]>(), 1u16..), 1..3).prop_map(|servers| {
+        let address = |(ip, port): ([u8; 15], u16)| {
+            let mut v6 = [1; 16];
+            v6[1..].copy_from_slice(&ip);
+            match port % 2 {
+                0 => SocketAddr::from((v6, port)),
+                _ => SocketAddr::from(([1, ip[0], ip[1], ip[2]], port)),
+            }
+        };
+        servers.into_iter().map(address).collect()
+    });
+    let seconds = |least: u64| (least..=1_000_000).prop_map(Duration::from_secs);
+    let valid = prop::option::of(seconds(1));
+    (
+        servers,
+        valid,
+        seconds(0),
+        any::<bool>(),
+        any::<bool>(),
+        seconds(1),
+    )
+        .prop_map(|(servers, valid, hold, ipv4, ipv6, timeout)| Resolver {
+            servers,
+            valid,
+            hold,
+            ipv4,
+            ipv6: ipv6 || !ipv4,
+            timeout,
+        })
+}
+
+prop_compose! {
+    /// All names of an upstream ask the same resolver.
+    fn names()(
+        found in prop::collection::vec(("[a-z0-9_-]{1,9}[.][a-z]{1,63}", prop::option::of("[a-z_.]{1,9}"), 1u16.., peer()), 0..3),
+        resolver in resolver(),
+    ) -> Vec<Named> {
+        let named = |(host, service, port, mut like): (String, Option<String>, u16, Peer)| {
+            let service = service.filter(|name| name.split('.').all(|label| !label.is_empty()));
+            like.address = Address::Unix(Default::default());
+            like.backup = false;
+            let port = if service.is_some() { 0 } else { port };
+            Named { host, port, service, like, resolver: resolver.clone() }
+        };
+        found.into_iter().map(named).collect()
+    }
+}
+
 fn balance() -> impl Strategy<Value = Balance> {
     let key = |text: &str| {
         Template(vec![
@@ -291,20 +340,21 @@ prop_compose! {
         flow_steering in prop::sample::select(vec![FlowSteering::Off, FlowSteering::Rfs]),
         paths in ("/[ -~é\n]{1,30}", prop::option::of("/[ -~é\n]{1,30}")),
         level in prop::sample::select(vec![log::LevelFilter::Error, log::LevelFilter::Warn, log::LevelFilter::Trace]),
-        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4), prop::option::of(check()), prop::option::of(queue())), 1..4),
+        groups in prop::collection::vec((balance(), prop::collection::vec(peer(), 1..4), prop::option::of(check()), prop::option::of(queue()), names()), 1..4),
         stream in stream(),
         http in any::<bool>(),
         servers in prop::collection::vec((way(), stream(), 1usize..4, 1u32..=1 << 20, listen_options()), 1..4),
     ) -> Config {
-        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers, check, queue))| {
+        let mut upstreams: Vec<Upstream> = groups.into_iter().enumerate().map(|(n, (balance, mut peers, check, queue, mut names))| {
             peers[0].backup = false;
             let grows = matches!(balance, Balance::RoundRobin | Balance::LeastConn | Balance::LeastTime);
-            for peer in peers.iter_mut().filter(|_| !grows) {
+            let likes = names.iter_mut().map(|named| &mut named.like);
+            for peer in peers.iter_mut().chain(likes).filter(|_| !grows) {
                 peer.slow_start = Duration::ZERO;
             }
             let tcp = peers.iter().all(|peer| matches!(peer.address, Address::Tcp(_)));
             let check = check.map(|check| Check { port: check.port.filter(|_| tcp), ..check });
-            Upstream { name: format!("group-{n}.é"), balance, peers, check, queue }
+            Upstream { name: format!("group-{n}.é"), balance, peers, check, queue, names }
         }).collect();
         let named = upstreams.len();
         let mut port = 1000;
@@ -331,7 +381,7 @@ prop_compose! {
                     let name = address.to_string();
                     let index = upstreams.iter().position(|upstream| upstream.name == name).unwrap_or_else(|| {
                         let peers = vec![Peer::new(Address::Tcp(address))];
-                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers, check: None, queue: None });
+                        upstreams.push(Upstream { name, balance: Balance::RoundRobin, peers, check: None, queue: None, names: Vec::new() });
                         upstreams.len() - 1
                     });
                     Action::Proxy(Target::Upstream(index))
