@@ -52,7 +52,7 @@ impl Master {
                 ));
             }
         };
-        match self.prepare(config, now) {
+        match self.prepare(config) {
             Ok(pending) => {
                 self.pending = Some(pending);
                 self.start_pending_workers(now);
@@ -61,7 +61,7 @@ impl Master {
         }
     }
 
-    fn prepare(&mut self, config: config::Config, now: Instant) -> Result<Pending> {
+    fn prepare(&mut self, config: config::Config) -> Result<Pending> {
         let log = ErrorLog::open(&config.error_log)?;
         let pid_file = match self.pid_file.path() == config.pid {
             true => None,
@@ -87,7 +87,8 @@ impl Master {
         let generation = self.current.next(config, &filling, &mut self.kernel)?;
         Ok(Pending {
             generation,
-            deadline: now + READY_PATIENCE,
+            // Building it takes its time where there are many listeners.
+            deadline: Instant::now() + READY_PATIENCE,
             log,
             pid_file,
         })
