@@ -373,10 +373,7 @@ impl Worker {
     fn queue_metrics(&self, page: &mut Page) {
         let board = &self.board[0];
         let groups = self.config.upstreams.iter().zip(&self.group_rows);
-        let queues: Vec<(&str, usize)> = groups
-            .filter(|(group, _)| group.queue.is_some())
-            .map(|(group, row)| (group.name.as_str(), *row))
-            .collect();
+        let queues: Vec<(&str, usize)> = groups.map(|(group, row)| (group.name.as_str(), *row)).collect();
         let mut all = |name: &str, kind, help, value: &dyn Fn(usize) -> u64| {
             page.family(name, kind, help);
             for (upstream, row) in &queues {
