@@ -62,7 +62,7 @@ impl Master {
                 ));
             }
         };
-        match self.prepare(config, now) {
+        match self.prepare(config) {
             Ok(pending) => {
                 self.pending = Some(pending);
                 self.want_names(now);
@@ -73,7 +73,7 @@ impl Master {
         }
     }
 
-    fn prepare(&mut self, config: config::Config, now: Instant) -> Result<Pending> {
+    fn prepare(&mut self, config: config::Config) -> Result<Pending> {
         let log = ErrorLog::open(&config.error_log)?;
         let pid_file = match self.pid_file.path() == config.pid {
             true => None,
@@ -99,8 +99,9 @@ impl Master {
         let generation = self.current.next(config, &filling, &mut self.kernel)?;
         Ok(Pending {
             generation,
-            deadline: now + READY_PATIENCE,
-            names_until: now + FIRST_ANSWERS,
+            // Building it takes its time where there are many listeners.
+            deadline: Instant::now() + READY_PATIENCE,
+            names_until: Instant::now() + FIRST_ANSWERS,
             log,
             pid_file,
         })

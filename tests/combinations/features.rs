@@ -111,7 +111,8 @@ pub struct Setup {
     pub expects: Header,
     /// The client ends its stream before it has its answer.
     pub ends_early: bool,
-    pub closes: &'static str,
+    /// The reasons that its end may be counted as.
+    pub closes: &'static [&'static str],
 }
 
 impl Setup {
@@ -130,7 +131,7 @@ impl Setup {
             peer: Peer::V4,
             expects: Header::None,
             ends_early: false,
-            closes: "finished",
+            closes: &["finished"],
         }
     }
 
@@ -299,7 +300,8 @@ pub const FEATURES: &[Feature] = &[
         s.peer = Peer::Unix
     }),
     kernel("no half close", "`proxy_half_close = false`", &["end"], |s| {
-        s.closes = "half_closed";
+        // Whichever end comes first.
+        s.closes = &["half_closed", "finished"];
         s.lines.push("proxy_half_close = false");
     }),
     kernel(

@@ -1,4 +1,4 @@
-//! What the kernel carries: every feature by itself, every two of them on one listener, and all that go together, at rest
+//! What the kernel carries: every feature by itself, every two of them on a listener among others, and all that go together, at rest
 //! and while workers are replaced. Who carries the bytes is read from the access log's line of each session, and must
 //! be what the table in the README says.
 
@@ -239,7 +239,7 @@ fn compare(setup: &Setup, said: &str, rounds: usize) -> Result<(), &'static str>
     if words[5] != setup.carrier.reason() {
         return Err("another reason");
     }
-    if words[6] != setup.closes {
+    if !setup.closes.contains(&words[6]) {
         return Err("another end");
     }
     Ok(())
@@ -312,7 +312,7 @@ impl Client<'_> {
         }
         let rest = self.stream.read(&mut [0; 1]);
         // Without half close the end of one stream is a reset of the other.
-        let reset = self.setup.closes == "half_closed" && rest.is_err();
+        let reset = self.setup.closes.contains(&"half_closed") && rest.is_err();
         assert!(reset || matches!(rest, Ok(0)), "{}: {rest:?}", self.setup.name);
     }
 }
@@ -347,7 +347,7 @@ fn one_round_each(setups: Vec<Setup>) {
         let mut client = Client::new(&bench, number);
         client.round();
         client.end();
-        if number % 50 == 0 {
+        if number == 0 {
             bench.scrape();
         }
     }
@@ -355,18 +355,50 @@ fn one_round_each(setups: Vec<Setup>) {
     bench.must_be_carried_as_said(1);
 }
 
-#[test]
-fn every_feature_and_every_two_of_them_are_carried_as_the_readme_says() {
-    let mut setups = vec![Setup::plain()];
-    for (n, first) in FEATURES.iter().enumerate() {
-        setups.push(Setup::with(&[first]));
-        for second in &FEATURES[n + 1..] {
-            if go_together(&[first, second]) {
-                setups.push(Setup::with(&[first, second]));
+/// Few sets of features in which each two that go together stand side by side. What copies stands beside features that do
+/// not, or what these do would not be seen: so no set has two that copy, unless the two are what it is for.
+fn sets() -> Vec<Vec<&'static Feature>> {
+    let copies = |feature: &Feature| feature.carrier != Carrier::Kernel;
+    let mut open: Vec<[usize; 2]> = (0..FEATURES.len())
+        .flat_map(|one| (one + 1..FEATURES.len()).map(move |other| [one, other]))
+        .filter(|pair| go_together(&pair.map(|n| &FEATURES[n])))
+        .collect();
+    let mut sets = Vec::new();
+    while let Some(&first) = open.first() {
+        let mut set = first.to_vec();
+        loop {
+            let gain = |n: usize| {
+                let news =
+                    |pair: &&[usize; 2]| pair.contains(&n) && pair.iter().any(|other| set.contains(other));
+                open.iter().filter(news).count()
+            };
+            let fits = |n: &usize| {
+                let with: Vec<&Feature> = set.iter().chain([n]).map(|n| &FEATURES[*n]).collect();
+                go_together(&with) && !copies(&FEATURES[*n])
+            };
+            let best = (0..FEATURES.len())
+                .filter(|n| !set.contains(n))
+                .filter(fits)
+                .max_by_key(|n| gain(*n));
+            match best.filter(|n| gain(*n) > 0) {
+                Some(n) => set.push(n),
+                None => break,
             }
         }
+        open.retain(|pair| !pair.iter().all(|n| set.contains(n)));
+        sets.push(set.into_iter().map(|n| &FEATURES[n]).collect());
     }
-    one_round_each(setups);
+    sets
+}
+
+#[test]
+fn every_two_features_on_one_listener_are_carried_as_the_readme_says() {
+    let sets: Vec<Setup> = sets().iter().map(|set| Setup::with(set)).collect();
+    assert!(sets.len() < 100, "{} sets", sets.len());
+    // A listener takes a while to start.
+    for part in sets.chunks(16) {
+        one_round_each(part.to_vec());
+    }
 }
 
 #[test]
