@@ -375,7 +375,8 @@ mod tests {
             value["state"] = "of another kind".into();
         });
         let error = format!("{:#}", parse(&later).unwrap_err());
-        assert!(error.contains("hands over in format 3"), "{error}");
+        let hands_over = format!("hands over in format {}", FORMAT + 1);
+        assert!(error.contains(&hands_over), "{error}");
         let broken = changed(|value| value["state"] = "of another kind".into());
         assert!(format!("{:#}", parse(&broken).unwrap_err()).contains("cannot be understood"));
     }
