@@ -281,7 +281,10 @@ fn what_checks_found_outlives_reloads_and_workers() {
     assert_eq!(names(front, 4), [2; 4]);
     proxy.reload();
     assert_eq!(names(front, 4), [2; 4]);
-    let before: Vec<i32> = proxy.status().workers().iter().map(|w| w.pid).collect();
+    let old = proxy.wait("the old workers are gone", |s| {
+        s.workers().len() == 2 && s.workers().iter().all(|w| !w.draining)
+    });
+    let before: Vec<i32> = old.workers().iter().map(|w| w.pid).collect();
     for worker in &before {
         kill(Pid::from_raw(*worker), Signal::SIGKILL).expect("killing a worker");
     }

@@ -99,7 +99,9 @@ pub struct Setup {
     /// Of the `[[server]]`.
     pub lines: Vec<&'static str>,
     /// Of the listener.
-    pub listen: &'static str,
+    pub listen: Vec<&'static str>,
+    /// Of the `[[upstream]]`.
+    pub group: Vec<&'static str>,
     pub ip: &'static str,
     /// What the client says before its payload.
     pub says: &'static [u8],
@@ -122,7 +124,8 @@ impl Setup {
             name: "nothing else".to_owned(),
             carrier: Carrier::Kernel,
             lines: Vec::new(),
-            listen: "backlog = 511",
+            listen: vec!["backlog = 511"],
+            group: Vec::new(),
             ip: "127.0.0.1",
             says: b"",
             pass: Pass::Name,
@@ -223,14 +226,13 @@ pub const FEATURES: &[Feature] = &[
         s.lines.push("ssl_preread = true");
     }),
     kernel("v1 in", PROXY_IN, &["in"], |s| {
-        (s.says, s.listen) = (
-            b"PROXY TCP4 192.0.2.7 198.51.100.9 40000 443\r\n",
-            "proxy_protocol = true",
-        );
+        s.says = b"PROXY TCP4 192.0.2.7 198.51.100.9 40000 443\r\n";
+        s.listen.push("proxy_protocol = true");
         s.lines.push(BELIEVED);
     }),
     kernel("v2 in", PROXY_IN, &["in"], |s| {
-        (s.says, s.listen) = (V2, "proxy_protocol = true");
+        s.says = V2;
+        s.listen.push("proxy_protocol = true");
         s.lines.push(BELIEVED);
     }),
     kernel("v1 out", PROXY_OUT, &["out"], |s| {
@@ -330,6 +332,30 @@ pub const FEATURES: &[Feature] = &[
         Carrier::Off,
         |s| s.lines.push("ebpf_enable = false"),
     ),
+    kernel("bind", "`proxy_bind`", &["bind", "peer"], |s| {
+        s.lines.push("proxy_bind = \"127.0.0.1\"");
+    }),
+    kernel(
+        "keepalive",
+        "`proxy_socket_keepalive`, `so_keepalive`",
+        &["keepalive"],
+        |s| {
+            s.lines.push("proxy_socket_keepalive = true");
+            s.listen.push("so_keepalive = true");
+        },
+    ),
+    kernel("buffers", "`rcvbuf`, `sndbuf`", &["buffers"], |s| {
+        s.listen.push("rcvbuf = \"128k\", sndbuf = \"128k\"");
+    }),
+    kernel("deferred", "`deferred`", &["deferred"], |s| {
+        s.listen.push("deferred = true")
+    }),
+    kernel("check", "`check`", &["check"], |s| {
+        s.group.push("check = { interval = \"200ms\" }")
+    }),
+    kernel("queue", "`queue`", &["queue"], |s| {
+        s.group.push("queue = { size = 10 }")
+    }),
 ];
 
 /// What is on in every test here, or happens to sessions: the rows that have no feature of their own.
