@@ -244,6 +244,9 @@ fn sessions_that_wait_outlive_a_reload_and_keep_their_order() {
         wait_for_waiting(&proxy, u64::from(name));
         if name == 4 {
             proxy.reload();
+            proxy.wait("the old workers are gone, whoever waits", |s| {
+                s.workers().len() == 2
+            });
             wait_for_waiting(&proxy, 4);
         }
     }

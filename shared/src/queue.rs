@@ -6,10 +6,35 @@
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64, fence};
 
-use crate::counters::{Board, MAX_WORKERS, WorkerRow};
+use crate::counters::{Board, MAX_GROUPS, MAX_WORKERS, WorkerRow};
+
+const TICKET: u64 = (1 << 48) - 1;
 
 /// How long a session whose time is over holds the others up: longer, and its worker was stopped.
 const GRACE_MS: u64 = 1_000;
+
+/// The place of one session in the order of those that wait for a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The group's row.
+    pub group: usize,
+    /// Its ticket.
+    pub ticket: u64,
+}
+
+impl Claim {
+    /// Both in one word, never 0. A ticket has 48 bits: a million sessions a second would have to wait for nine years.
+    pub(crate) fn to_word(self) -> u64 {
+        (self.group as u64 + 1) << 48 | self.ticket & TICKET
+    }
+
+    /// What [`Claim::to_word`] made.
+    pub(crate) fn of_word(word: u64) -> Option<Claim> {
+        let group = (word >> 48).checked_sub(1)? as usize;
+        let ticket = word & TICKET;
+        (group < MAX_GROUPS && ticket != 0).then_some(Claim { group, ticket })
+    }
+}
 
 /// The sessions of one worker that wait for one group.
 #[derive(Debug, Default)]
@@ -86,7 +111,8 @@ impl Board {
                 .any(|row| row.waiting.load(Relaxed) != 0)
     }
 
-    /// A session of this worker waits from now on, if fewer than `size` do: its ticket. Under the group's lock only.
+    /// A session of this worker waits from now on, if fewer than `size` do: its ticket. One that has waited in another
+    /// worker keeps its `own` ticket, and was counted before. Under the group's lock only.
     pub fn enqueue(
         &self,
         group: usize,
@@ -94,14 +120,15 @@ impl Board {
         size: u64,
         until_ms: u64,
         is_first: bool,
+        own: Option<u64>,
     ) -> Option<u64> {
         let counters = &self.groups[group].queue;
         let waiting = self.waiting(group);
-        if waiting >= size {
+        if waiting >= size && own.is_none() {
             counters.overflowed.fetch_add(1, Relaxed);
             return None;
         }
-        let ticket = 1 + counters.queued.fetch_add(1, Relaxed);
+        let ticket = own.unwrap_or_else(|| 1 + counters.queued.fetch_add(1, Relaxed));
         let worker = &self.workers[worker];
         let row = &worker.queues[group];
         if is_first {
@@ -132,11 +159,11 @@ mod tests {
         let shared = board();
         let board = &shared[0];
         assert!(!board.is_anybody_waiting() && board.first_in_queue(7, 0).is_none());
-        let first = board.enqueue(7, 2, 3, 9_000, true).expect("room");
-        let second = board.enqueue(7, 0, 3, 9_000, true).expect("room");
-        let third = board.enqueue(7, 0, 3, 9_000, false).expect("room");
+        let first = board.enqueue(7, 2, 3, 9_000, true, None).expect("room");
+        let second = board.enqueue(7, 0, 3, 9_000, true, None).expect("room");
+        let third = board.enqueue(7, 0, 3, 9_000, false, None).expect("room");
         assert!(first < second && second < third);
-        assert_eq!(board.enqueue(7, 1, 3, 9_000, true), None, "three wait");
+        assert_eq!(board.enqueue(7, 1, 3, 9_000, true, None), None, "three wait");
         assert_eq!((board.waiting(7), board.first_in_queue(7, 0)), (3, Some(first)));
         assert!(board.is_anybody_waiting());
         board.clear_worker(2, 0);
@@ -150,8 +177,8 @@ mod tests {
     fn a_worker_that_was_stopped_holds_the_others_up_no_longer_than_its_session_would_wait() {
         let shared = board();
         let board = &shared[0];
-        board.enqueue(0, 0, 9, 1_000, true).expect("room");
-        let next = board.enqueue(0, 1, 9, 5_000, true).expect("room");
+        board.enqueue(0, 0, 9, 1_000, true, None).expect("room");
+        let next = board.enqueue(0, 1, 9, 5_000, true, None).expect("room");
         assert_ne!(board.first_in_queue(0, 1_000), Some(next));
         assert_eq!(board.first_in_queue(0, 1_000 + GRACE_MS), Some(next));
     }

@@ -13,11 +13,12 @@ use crate::config::ProxyProtocol;
 use crate::counters::FallbackReason;
 use crate::ids::Owner;
 use crate::limits::MAX_HOLDS;
+use crate::queue::Claim;
 use crate::sys::shm::Shareable;
 
 /// The version of this layout: another binary may go on with a table if it has the same ([`layout`]). Change it
 /// whenever a word or a bit changes its place or meaning.
-const LAYOUT: &str = "culvert sessions, layout 3";
+const LAYOUT: &str = "culvert sessions, layout 4";
 
 /// How a record is laid out, for two binaries to compare.
 pub fn layout() -> String {
@@ -48,8 +49,9 @@ mod at {
     pub const HOLDS: usize = 24;
     pub const HEADER: usize = 26;
     pub const RATES: usize = 32;
-    pub const NAME_LEN: usize = 34;
-    pub const NAME: usize = 35;
+    pub const CLAIM: usize = 34;
+    pub const NAME_LEN: usize = 35;
+    pub const NAME: usize = 36;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -105,11 +107,19 @@ pub enum Stage {
     Connecting = 2,
     /// Bytes move.
     Streaming = 3,
+    /// It waits for a place at a peer. Both its sockets are the client's.
+    Waiting = 4,
 }
 
 impl Stage {
     /// All of them.
-    pub const ALL: [Stage; 4] = [Stage::Header, Stage::Hello, Stage::Connecting, Stage::Streaming];
+    pub const ALL: [Stage; 5] = [
+        Stage::Header,
+        Stage::Hello,
+        Stage::Connecting,
+        Stage::Streaming,
+        Stage::Waiting,
+    ];
 }
 
 /// A place of a worker slot: the index of its record, and of its pair in the slot's maps.
@@ -179,6 +189,8 @@ pub struct Saved {
     pub joined: bool,
     /// Who carries its bytes.
     pub carrier: Carrier,
+    /// Its place among those that wait for a group.
+    pub claim: Option<Claim>,
     /// What it is connected to, for people.
     pub upstream: String,
     /// When connecting to the peer began, in nanoseconds of CLOCK_MONOTONIC.
@@ -384,6 +396,7 @@ impl Saved {
         for (word, pair) in self.holds.chunks(2).enumerate() {
             words[at::HOLDS + word] = u64::from(pair[0]) | u64::from(pair[1]) << 32;
         }
+        words[at::CLAIM] = self.claim.map_or(0, Claim::to_word);
         words[at::CONNECT_BEGAN] = self.connect_began_ns;
         words[at::CONNECT_TOOK] = self.connect_us;
         let name = self.upstream.as_bytes();
@@ -446,6 +459,7 @@ impl Saved {
             joined: has(JOINED),
             carrier,
             upstream: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
+            claim: Claim::of_word(words[at::CLAIM]),
             connect_began_ns: words[at::CONNECT_BEGAN],
             connect_us: words[at::CONNECT_TOOK],
             streams: [stream(0), stream(1)],
@@ -550,6 +564,7 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::counters::MAX_GROUPS;
     use crate::sys::shm::Shared;
     use proptest::prelude::*;
 
@@ -637,7 +652,8 @@ mod tests {
             small in any::<[u32; 3]>(),
             bits in any::<[bool; 5]>(),
             deadline_ms in any::<u64>(),
-            stage in 0usize..4,
+            stage in 0usize..5,
+            claim in proptest::option::of((0usize..MAX_GROUPS, 1u64..1 << 48)),
             header in proptest::option::of([socket_address(), socket_address()]),
             owes in 0usize..3,
             client in socket_address(),
@@ -670,6 +686,7 @@ mod tests {
                     n => Carrier::Fallback(FallbackReason::ALL[n - 2]),
                 },
                 upstream,
+                claim: claim.map(|(group, ticket)| Claim { group, ticket }),
                 connect_began_ns: numbers[7],
                 connect_us: numbers[8],
                 streams,

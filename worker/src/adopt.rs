@@ -164,7 +164,7 @@ impl Worker {
                     worker.recall_hello(session);
                     return Next::Wait(deadline_ms);
                 }
-                Phase::Waiting { deadline_ms, .. } => return Next::Wait(deadline_ms),
+                Phase::Waiting { .. } => return worker.wait_again(token, session),
                 Phase::Streaming | Phase::Http { .. } => {}
             }
             // What is there already is found by trying.
@@ -229,7 +229,7 @@ impl Worker {
 
     /// Whether the listener or the peer of a session is gone and it is to be closed for that.
     fn is_gone(&self, session: &Session) -> bool {
-        if matches!(session.phase, Phase::Reading { .. }) {
+        if matches!(session.phase, Phase::Reading { .. } | Phase::Waiting { .. }) {
             // Without a listener nobody knows where it would have to go.
             return match session.server.map(|server| &self.config.servers[server].action) {
                 Some(Action::Proxy(_)) => session.is_status,
@@ -302,8 +302,13 @@ fn revive(
             awaited: Awaited::Hello,
         },
         Stage::Connecting => Phase::Connecting { deadline_ms },
+        Stage::Waiting => Phase::Waiting {
+            deadline_ms,
+            ticket: saved.claim.map_or(0, |claim| claim.ticket),
+        },
         Stage::Streaming => Phase::Streaming,
     };
+    session.claim = saved.claim.map(|claim| (claim, deadline_ms));
     session.connect_began_ns = saved.connect_began_ns;
     session.connect_us = Some(saved.connect_us).filter(|_| saved.stage == Stage::Streaming);
     session.streams = saved.streams.map(revive_stream);
@@ -316,7 +321,7 @@ fn revive(
     };
     session.upstream = match saved.stage {
         // The second socket is the client's as well.
-        Stage::Header | Stage::Hello => None,
+        Stage::Header | Stage::Hello | Stage::Waiting => None,
         Stage::Connecting | Stage::Streaming => Some(Upstream {
             socket: upstream,
             tcp: saved.tcp,

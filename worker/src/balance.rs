@@ -346,11 +346,18 @@ impl Group {
     }
 
     /// A session waits for a place from now on; `None`: too many do. `is_first`: none of its worker's waits already.
-    pub fn enqueue(&self, scene: &Scene<'_>, size: u64, until_ms: u64, is_first: bool) -> Option<u64> {
+    pub fn enqueue(
+        &self,
+        scene: &Scene<'_>,
+        size: u64,
+        until_ms: u64,
+        is_first: bool,
+        own: Option<u64>,
+    ) -> Option<u64> {
         let _held = scene.board.groups[self.row].lock.take(scene.worker);
         scene
             .board
-            .enqueue(self.row, scene.worker, size, until_ms, is_first)
+            .enqueue(self.row, scene.worker, size, until_ms, is_first, own)
     }
 
     /// An attempt has failed.

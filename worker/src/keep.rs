@@ -10,6 +10,7 @@ use culvert_shared::config::OnReload;
 use culvert_shared::counters::{Board, Transit, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::{BATCH, SessionId, ToMaster};
+use culvert_shared::queue::Claim;
 use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream, Stage};
 use culvert_shared::sys::{fdpass, socket};
 use nix::errno::Errno;
@@ -124,7 +125,7 @@ impl Worker {
         session.seat = Some(seat);
         let (Some(record), Some(saved)) = (
             self.wards[seat.ward].store.record(seat.id.place),
-            saved(session, seat),
+            saved(session, seat, self.claim_of(session)),
         ) else {
             return false;
         };
@@ -203,7 +204,7 @@ impl Worker {
             if session.phase == Phase::Streaming {
                 let streams = [0, 1].map(|way| saved_stream(&session.streams[way]));
                 record.save(session.last_active_ms, &streams, session.holds_bytes());
-            } else if let Some(saved) = saved(session, seat) {
+            } else if let Some(saved) = saved(session, seat, self.claim_of(session)) {
                 record.fill(&saved, false);
             }
         }
@@ -238,6 +239,8 @@ impl Worker {
     /// Takes no new sessions, and lets go of each of the old ones as soon as it can be moved.
     pub(crate) fn hand_over(&mut self) {
         self.keeping.handing_over = true;
+        // The next workers begin them anew.
+        self.drop_checks();
         self.drain();
         self.wheel
             .set(SERVICE_TIMER, clock::now_ms() + SERVICE_PATIENCE_MS);
@@ -263,7 +266,11 @@ impl Worker {
     }
 
     /// Takes a session out of the table for another worker.
-    pub(crate) fn leave(&mut self, token: Token, session: Box<Session>) {
+    pub(crate) fn leave(&mut self, token: Token, mut session: Box<Session>) {
+        if let Phase::Waiting { deadline_ms, .. } = session.phase {
+            session.claim = self.claim_of(&session).map(|claim| (claim, deadline_ms));
+            self.leave_queue(&session);
+        }
         self.keeping.leaving.push((token, session));
     }
 
@@ -366,7 +373,10 @@ impl Worker {
                 }
             }
             self.table.put(token, session);
-            self.with_session(token, |worker, session| worker.drive(token, session));
+            self.with_session(token, |worker, session| match session.phase {
+                Phase::Waiting { .. } => worker.wait_again(token, session),
+                _ => worker.drive(token, session),
+            });
         }
     }
 }
@@ -377,7 +387,9 @@ fn can_be_moved(session: &Session) -> bool {
         // What is read is in the receive queue until it is there whole.
         Phase::Reading { .. } => true,
         Phase::Connecting { .. } | Phase::Streaming => session.upstream.is_some(),
-        Phase::Waiting { .. } | Phase::Http { .. } => false,
+        // Nothing was read of it.
+        Phase::Waiting { .. } => true,
+        Phase::Http { .. } => false,
     }
 }
 
@@ -396,7 +408,7 @@ fn both_sockets(session: &Session) -> [BorrowedFd<'_>; 2] {
     [Side::Downstream, Side::Upstream].map(|side| session.socket(side).unwrap_or(&session.downstream).as_fd())
 }
 
-fn saved(session: &Session, seat: Seat) -> Option<Saved> {
+fn saved(session: &Session, seat: Seat, claim: Option<Claim>) -> Option<Saved> {
     let upstream = session.upstream.as_ref();
     let [downstream_fd, upstream_fd] = both_sockets(session);
     let (stage, deadline_ms) = match session.phase {
@@ -406,7 +418,8 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
         },
         Phase::Connecting { deadline_ms } => (Stage::Connecting, deadline_ms),
         Phase::Streaming => (Stage::Streaming, 0),
-        Phase::Waiting { .. } | Phase::Http { .. } => return None,
+        Phase::Waiting { deadline_ms, .. } => (Stage::Waiting, deadline_ms),
+        Phase::Http { .. } => return None,
     };
     let settings = &session.settings;
     Some(Saved {
@@ -437,6 +450,7 @@ fn saved(session: &Session, seat: Seat) -> Option<Saved> {
             Datapath::Relay | Datapath::Pending => Carrier::Relay,
         },
         upstream: upstream.map_or(String::new(), |upstream| upstream.name.clone()),
+        claim,
         connect_began_ns: session.connect_began_ns,
         connect_us: session.connect_us.unwrap_or(0),
         streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use culvert_shared::counters::{Board, WorkerRow};
+use culvert_shared::queue::Claim;
 use mio::Interest;
 use mio::unix::SourceFd;
 use nix::sys::eventfd::EventFd;
@@ -61,21 +62,33 @@ impl Worker {
         let Some(queue) = self.config.upstreams[group].queue else {
             return false;
         };
-        let until_ms = clock::now_ms() + queue.timeout.as_millis() as u64;
-        let is_first = self.queues.groups[group].is_empty();
+        // One that has waited in another worker keeps its place and its time.
+        let (own, until_ms) = match session.claim.take() {
+            Some((claim, until_ms)) if claim.group == self.group_rows[group] => {
+                (Some(claim.ticket), until_ms)
+            }
+            _ => (None, clock::now_ms() + queue.timeout.as_millis() as u64),
+        };
+        let waiters = &self.queues.groups[group];
+        let at = own.map_or(waiters.len(), |own| {
+            waiters.partition_point(|waiter| waiter.ticket < own)
+        });
         let size = u64::from(queue.size);
-        let Some(ticket) = self.groups[group].enqueue(&self.scene(), size, until_ms, is_first) else {
+        let Some(ticket) = self.groups[group].enqueue(&self.scene(), size, until_ms, at == 0, own) else {
             return false;
         };
-        self.queues.groups[group].push_back(Waiter {
+        let waiter = Waiter {
             ticket,
             token,
             until_ms,
-        });
+        };
+        self.queues.groups[group].insert(at, waiter);
         session.phase = Phase::Waiting {
             deadline_ms: until_ms,
             ticket,
         };
+        // If its last peer failed, the master has another socket of it.
+        self.keep_again(token, session);
         if !self.queues.listening {
             let bell = &mut SourceFd(&self.queues.bell.as_fd().as_raw_fd());
             // Without it, the timer alone brings them on.
@@ -87,6 +100,22 @@ impl Worker {
             self.wheel.set(QUEUE_TIMER, clock::now_ms() + LOOK_EVERY_MS);
         }
         true
+    }
+
+    /// The place of a session that waits, for the worker that goes on with it.
+    pub(crate) fn claim_of(&self, session: &Session) -> Option<Claim> {
+        let (Phase::Waiting { ticket, .. }, Some((group, _))) = (session.phase, &session.tried) else {
+            return None;
+        };
+        let group = self.group_rows[*group];
+        Some(Claim { group, ticket })
+    }
+
+    /// A session that has waited in another worker, or that was to leave for one, waits here.
+    pub(crate) fn wait_again(&mut self, token: Token, session: &mut Session) -> Next {
+        self.recall_hello(session);
+        session.phase = Phase::Connecting { deadline_ms: 0 };
+        self.connect(token, session)
     }
 
     /// The session waits no more, for whatever reason.

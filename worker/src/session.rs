@@ -9,6 +9,7 @@ use culvert_shared::config::{ProxyProtocol, Stream as Settings};
 use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
 use culvert_shared::limits::Held;
+use culvert_shared::queue::Claim;
 use nix::errno::Errno;
 
 use crate::busy::Seen;
@@ -261,6 +262,8 @@ pub struct Session {
     pub connect_us: Option<u64>,
     /// When its first attempt began.
     pub connecting_since_ms: u64,
+    /// Its place in a queue, and until when it waits there, while it goes from one worker to another.
+    pub claim: Option<(Claim, u64)>,
     /// How far it is.
     pub phase: Phase,
     /// Its directions, by [`Direction`].
@@ -315,6 +318,7 @@ impl Session {
             connect_began_ns: 0,
             connect_us: None,
             connecting_since_ms: now_ms,
+            claim: None,
             phase: Phase::Streaming,
             streams: [Stream::new(), Stream::new()],
             ready: [Readiness::default(); 2],
