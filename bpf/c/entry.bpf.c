@@ -31,10 +31,6 @@ int entry(struct bpf_sock_ops *ops)
 		bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
-		/* tcp_current_mss asks several times for each segment that is sent; nothing is sent there. */
-		if (ops->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
-			break;
-		/* fallthrough */
 	case BPF_SOCK_OPS_RTT_CB:
 		sk = ops->sk;
 		place = sk ? bpf_sk_storage_get(&places, sk, 0, 0) : 0;
