@@ -103,7 +103,11 @@ fn a_peer_that_is_down_gets_nothing_and_is_back_after_rise() {
     assert_eq!(peer(&first, 0, "/active"), 0);
     assert_eq!(
         (0..4)
-            .filter(|_| visit(front).expect("a greeting").1 == 1)
+            .filter(|_| {
+                let (_, seed) = visit(front).expect("a greeting");
+                proxy.wait("its place is free again", |s| peer(s, 0, "/active") == 0);
+                seed == 1
+            })
             .count(),
         2
     );

@@ -464,6 +464,7 @@ fn a_reload_brings_a_new_name_with_its_addresses_and_keeps_sessions_of_peers_tha
         [format!("127.0.0.2:{port} 1")],
         "the first answer is waited for"
     );
+    proxy.wait("only the new workers accept", |s| s.workers().len() == 2);
     assert_eq!(seed(front), Some(2));
     ping(&mut old, 9, 20).expect("an echo: its peer is one of the group again");
 }

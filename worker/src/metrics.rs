@@ -450,6 +450,9 @@ impl Worker {
                 states.insert((&upstream.name, named.to_string()), set.state(index));
             }
         }
+        if states.is_empty() {
+            return;
+        }
         let mut all = |name: &str, kind, help, value: &dyn Fn(&NameState) -> f64| {
             page.family(name, kind, help);
             for ((upstream, named), state) in &states {
