@@ -283,7 +283,11 @@ fn records_of_a_service_say_ports_and_weights_and_who_is_a_backup() {
     seen.sort_unstable();
     assert_eq!(seen, [1, 1, 1, 1, 1, 1, 2, 2]);
     drop((one, two));
-    assert_eq!(seed(front), Some(3), "the backup serves");
+    // What is closed may take a connection yet.
+    assert!(
+        within(Duration::from_secs(5), || seed(front) == Some(3)),
+        "the backup serves"
+    );
 
     server.stop();
     server.options = vec![record("two", ports[2], 7, 9)];
