@@ -158,7 +158,8 @@ fn one(front: SocketAddr, number: u64, ledger: &Ledger) -> Option<(u64, Duration
 
 fn talk(front: SocketAddr, number: u64, begin: Instant) -> Result<(u64, Duration), Failure> {
     let failed = |e: std::io::Error| match e.kind() {
-        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => Failure::Reset,
+        // The last is what shutdown says of a socket that was reset before.
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::NotConnected => Failure::Reset,
         ErrorKind::WouldBlock | ErrorKind::TimedOut => Failure::Silent,
         _ => Failure::Refused(e),
     };
