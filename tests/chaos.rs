@@ -52,7 +52,7 @@ impl Chaos<'_> {
             }
             "upgrade" => {
                 let new = self.binary.with_extension("new");
-                std::fs::copy(env!("CARGO_BIN_EXE_master"), &new).expect("copying the binary");
+                harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
                 std::fs::rename(&new, self.binary).expect("putting the new binary in its place");
                 self.proxy.signal(Signal::SIGUSR2);
             }
@@ -101,7 +101,7 @@ fn whatever_happens_to_workers_no_old_session_is_lost_and_none_ends_wrong() {
         .global("error_log = { path = \"stderr\", level = \"warn\" }")
         .global("worker_connections = 2048");
     let binary = plan.file("culvert");
-    std::fs::copy(env!("CARGO_BIN_EXE_master"), &binary).expect("copying the binary");
+    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     plan = plan.binary(binary.clone());
     let mut load = Load::new(&mut plan, sizes);
     let proxy = plan.start();

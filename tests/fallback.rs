@@ -86,7 +86,7 @@ fn an_unprivileged_user_is_served_by_copying() {
     let plan = Plan::new();
     // The build directory may be closed to others; the test's own is not, once that user owns it.
     let binary = plan.file("master");
-    std::fs::copy(env!("CARGO_BIN_EXE_master"), &binary).expect("copying the binary");
+    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
     let dir = binary.parent().expect("a directory");
     std::os::unix::fs::chown(dir, Some(NOBODY), Some(NOBODY)).expect("giving the directory away");

@@ -272,7 +272,7 @@ fn transparency_without_its_right_is_refused_at_the_start() {
     let mut plan = Plan::new();
     plan.server_with("127.0.0.1", "127.0.0.1:1", "proxy_bind = \"transparent\"");
     let binary = plan.file("master");
-    std::fs::copy(env!("CARGO_BIN_EXE_master"), &binary).expect("copying the binary");
+    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
     let file = plan.file("proxy.toml");
     std::fs::write(&file, plan.text()).expect("writing the configuration");

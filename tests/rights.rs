@@ -50,7 +50,7 @@ fn as_user_without(left_out: &str) -> Plan {
     let plan = Plan::new();
     // The build directory may be closed to others; the test's own is not, once that user owns it.
     let binary = plan.file("master");
-    std::fs::copy(env!("CARGO_BIN_EXE_master"), &binary).expect("copying the binary");
+    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
     let dir = binary.parent().expect("a directory");
     std::os::unix::fs::chown(dir, Some(NOBODY), Some(NOBODY)).expect("giving the directory away");
@@ -93,7 +93,7 @@ fn give_rights(file: &Path) {
 /// Puts a new copy of the binary in the place of the one that runs, and asks the master to become it.
 fn begin_upgrade(proxy: &Proxy, prepare: impl FnOnce(&Path)) {
     let (binary, new) = (proxy.dir().join("master"), proxy.dir().join("new"));
-    std::fs::copy(env!("CARGO_BIN_EXE_master"), &new).expect("copying the binary");
+    harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
     prepare(&new);
     std::fs::rename(&new, &binary).expect("putting the new binary in its place");
     assert_ne!(process::executable(proxy.pid()), binary, "the old binary runs");

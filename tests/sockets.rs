@@ -389,7 +389,7 @@ fn a_unix_listener_loses_no_connection_at_reloads_upgrades_and_deaths_of_workers
     let echo = Upstream::echo("127.0.0.1");
     let (plan, path) = unix_plan(2, "", &echo.address.to_string(), "");
     let binary = plan.file("culvert");
-    std::fs::copy(env!("CARGO_BIN_EXE_master"), &binary).expect("copying the binary");
+    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     let proxy = plan.binary(binary.clone()).start();
     let mut resting = unix_connect(&path).expect("connecting");
     unix_ping(&mut resting, b"before").expect("a session");
@@ -412,7 +412,7 @@ fn a_unix_listener_loses_no_connection_at_reloads_upgrades_and_deaths_of_workers
             });
         }
         let new = binary.with_extension("new");
-        std::fs::copy(env!("CARGO_BIN_EXE_master"), &new).expect("copying the binary");
+        harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
         std::fs::rename(&new, &binary).expect("a new binary");
         let generation = proxy.status().generation();
         proxy.signal(Signal::SIGUSR2);

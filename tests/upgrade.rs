@@ -24,7 +24,7 @@ fn install(at: &Path, what: impl FnOnce(&Path)) {
 }
 
 fn good(at: &Path) {
-    std::fs::copy(env!("CARGO_BIN_EXE_master"), at).expect("copying the binary");
+    harness::program::copy(env!("CARGO_BIN_EXE_master"), at);
 }
 
 fn script(at: &Path, text: &str) {
@@ -158,7 +158,7 @@ fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
             std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o755)).expect("its mode");
         }),
         ("another program", |at| {
-            std::fs::copy("/bin/true", at).expect("copying true");
+            harness::program::copy("/bin/true", at);
         }),
     ];
     let name = binary.display().to_string();

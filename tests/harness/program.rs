@@ -24,6 +24,17 @@ pub struct Finished {
     pub err: String,
 }
 
+/// Copies a program that is to be run at once. Another process does it: a file that is open for writing cannot be executed
+/// (ETXTBSY), and whatever another test starts meanwhile would inherit this one's descriptor for an instant.
+#[track_caller]
+pub fn copy(from: &str, to: impl AsRef<std::path::Path>) {
+    let status = Command::new("cp").arg(from).arg(to.as_ref()).status();
+    assert!(
+        status.as_ref().is_ok_and(std::process::ExitStatus::success),
+        "copying {from}: {status:?}"
+    );
+}
+
 impl Finished {
     /// Panics unless it succeeded; returns its output.
     #[track_caller]
