@@ -28,7 +28,8 @@ fn a_reader_stands_still(ip: &str, towards: Towards, first: u64, piece: usize, t
     let end = Instant::now() + standstill();
     while Instant::now() < end {
         most_tcp = most_tcp.max(memory::tcp_bytes().saturating_sub(tcp));
-        most_held = most_held.max(writer.accepted() - first);
+        // The reader may have what the writer's thread has not counted yet.
+        most_held = most_held.max(writer.accepted().saturating_sub(first));
         pause(20);
     }
     let taken = available.saturating_sub(memory::available_bytes());
