@@ -82,8 +82,9 @@ run: build ## build, then start the proxy in the foreground: make run [CONF=FILE
 format-check: ## check the formatting
 	cargo fmt --all --check
 
+# In release: what runs while building (build scripts, macros) is then compiled once for this and for the tests.
 lint: setup ## clippy, warnings are errors
-	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --release --workspace --all-targets --locked -- -D warnings
 
 # In release: the tests drive what users run.
 test: setup-tests format-check lint ## everything: formatting, lints, unit and black-box tests (as root)

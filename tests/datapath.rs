@@ -1,15 +1,13 @@
 //! What a session may expect of the proxy, whichever way its bytes go: every byte and then FIN, or an
 //! exact prefix and then RST; and that the kernel, not user space, carries it where it can.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;
 
-use harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
-use harness::sockets::{Deaf, rewind};
-use harness::{
+use crate::harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
+use crate::harness::sockets::{Deaf, rewind};
+use crate::harness::{
     Bytes, Plan, Proxy, Received, Upstream, connect, exchange, receive, receive_exactly, send, upstream,
 };
 
@@ -235,7 +233,7 @@ fn bytes_sent_twice_in_an_overlapping_segment_are_delivered_once() {
 
 #[test]
 fn a_unix_socket_upstream_is_served_by_copying() {
-    let scratch = harness::Scratch::new();
+    let scratch = crate::harness::Scratch::new();
     let path = scratch.file("upstream.sock");
     let results = upstream::unix(&path, |mut stream| {
         let question = receive(&mut stream, UP);
@@ -247,7 +245,7 @@ fn a_unix_socket_upstream_is_served_by_copying() {
     let proxy = plan.start();
     exchange(connect(front), UP, 50_000, DOWN).must_be_whole(100_000);
     results
-        .recv_timeout(harness::PATIENCE)
+        .recv_timeout(crate::harness::PATIENCE)
         .expect("a result")
         .must_be_whole(50_000);
     let status = proxy.settle();

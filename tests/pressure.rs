@@ -3,17 +3,16 @@
 //!
 //! `TEST_PRESSURE_SECONDS` is how long a reader stands still in the tests of memory (5 unless set).
 
-mod harness;
-
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, ping, receive_from};
-use harness::slow::{
-    BACKLOG_DEFAULT, BOUND, DOWN, MIB, PIECE, UP, alone, beside_others, finish,
-    must_have_stayed_in_the_kernel, proxy_with, standstill,
+use crate::harness::pattern::{pause, ping, receive_from};
+use crate::harness::slow::{
+    BACKLOG_DEFAULT, BOUND, DOWN, MIB, PIECE, UP, finish, must_have_stayed_in_the_kernel, proxy_with,
+    standstill,
 };
-use harness::{Ending, Towards, Writer, memory};
+use crate::harness::turns::{alone, beside_others};
+use crate::harness::{Ending, Towards, Writer, memory};
 
 /// Fast at first, so that buffers grow, then a reader that stands still while the writer pushes, then the rest.
 fn a_reader_stands_still(ip: &str, towards: Towards, first: u64, piece: usize, total: u64) {
@@ -207,7 +206,7 @@ fn other_sessions_go_on_while_many_are_held_back() {
     }
     pause(500);
     let (mut client, upstream) = front.offloaded(&proxy, Towards::Upstream);
-    let echo = std::thread::spawn(move || harness::upstream::echo(upstream));
+    let echo = std::thread::spawn(move || crate::harness::upstream::echo(upstream));
     let start = Instant::now();
     ping(&mut client, DOWN, 1000).expect("1000 rounds");
     assert!(

@@ -1,14 +1,12 @@
 //! `conf/seed.toml`: the test configuration of the nginx module that this program replaces, carried
 //! over. Its ports are replaced by free ones; everything else is used as it stands.
 
-mod harness;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use harness::{Bytes, Plan, Port, Proxy, Upstream, connect, exchange, program, upstream};
+use crate::harness::{Bytes, Plan, Port, Proxy, Upstream, connect, exchange, program, upstream};
 
 fn seed_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../conf/seed.toml")
