@@ -3,6 +3,8 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
@@ -320,18 +322,25 @@ fn the_stream_defaults_decide_where_the_server_is_silent() {
 
 #[test]
 fn a_stream_in_full_flow_both_ways_at_the_takeover_keeps_its_bytes() {
+    let length = Arc::new(AtomicU64::new(0));
+    let answering = Arc::clone(&length);
+    let upstream = Upstream::serve("127.0.0.1", move |stream| {
+        exchange(stream, DOWN, answering.load(Ordering::SeqCst), UP)
+    });
+    let (proxy, front) = proxy_for(&upstream);
+    let mut sum = 0;
     for round in 0..40 {
-        let length = 500_000 + round * 40_009;
-        let upstream = Upstream::serve("127.0.0.1", move |stream| exchange(stream, DOWN, length, UP));
-        let (proxy, front) = proxy_for(&upstream);
-        exchange(connect(front), UP, length, DOWN).must_be_whole(length);
-        upstream.result().must_be_whole(length);
+        let bytes = 500_000 + round * 40_009;
+        length.store(bytes, Ordering::SeqCst);
+        exchange(connect(front), UP, bytes, DOWN).must_be_whole(bytes);
+        upstream.result().must_be_whole(bytes);
+        sum += bytes;
         let carried = proxy.settle().carried();
         assert_eq!(
             carried,
             Bytes {
-                to_upstream: length,
-                to_downstream: length
+                to_upstream: sum,
+                to_downstream: sum
             },
             "in round {round}"
         );

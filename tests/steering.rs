@@ -5,12 +5,11 @@
 
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::sync::RwLockWriteGuard;
 use std::time::Duration;
 
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, shell};
-use crate::harness::turns::alone;
+use crate::harness::turns::{Turn, alone};
 use crate::harness::{
     Bytes, Plan, Proxy, Status, Upstream, connect, exchange, process, receive, send, within,
 };
@@ -29,7 +28,7 @@ const ON: &str = "flow_steering = \"rfs\"\nworker_cpu_affinity = [\"10\"]";
 /// The host's settings, for one test alone, as an administrator has left them.
 struct Host {
     before: [String; 2],
-    _alone: RwLockWriteGuard<'static, ()>,
+    _alone: Turn,
 }
 
 /// What the administrator of these tests has set: not nothing, so that putting back is not just clearing.

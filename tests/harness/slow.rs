@@ -1,6 +1,6 @@
 //! Sessions whose reader is slow or stands still: the proxy, the streams and the checks that all such tests share.
 //!
-//! `TEST_PRESSURE_SECONDS` is how long a reader stands still in the tests of memory (5 unless set).
+//! `TEST_PRESSURE_SECONDS` is how long a reader stands still at the least in the tests of memory (2 unless set).
 
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
@@ -32,7 +32,7 @@ pub fn proxy_with(ip: &str, stream: &str) -> (Proxy, Front) {
 
 /// How long a reader stands still.
 pub fn standstill() -> Duration {
-    let seconds = std::env::var("TEST_PRESSURE_SECONDS").map_or(5, |text| {
+    let seconds = std::env::var("TEST_PRESSURE_SECONDS").map_or(2, |text| {
         text.parse()
             .expect("TEST_PRESSURE_SECONDS must be a whole number")
     });
