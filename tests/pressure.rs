@@ -13,7 +13,11 @@ use crate::harness::slow::{
 };
 use crate::harness::turns::{alone, beside_others};
 use crate::harness::{Ending, PATIENCE, Towards, Writer, memory};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBuf;
 
+/// The reader's own buffer, which the kernel doubles.
+const READERS_BUFFER: usize = MIB as usize;
 /// A writer that has got rid of nothing for so long is held back.
 const STALLED: Duration = Duration::from_millis(500);
 
@@ -22,6 +26,8 @@ fn a_reader_stands_still(ip: &str, towards: Towards, first: u64, piece: usize, t
     let _alone = alone();
     let (proxy, front) = proxy_with(ip, "");
     let (writing, mut reading) = front.offloaded(&proxy, towards);
+    // What the reader's own socket takes is not the proxy's doing, and without this up to the host's tcp_rmem.
+    setsockopt(&reading, RcvBuf, &READERS_BUFFER).expect("SO_RCVBUF");
     let (tcp, available) = (memory::tcp_bytes(), memory::available_bytes());
     let writer = Writer::start(&writing, UP, total, piece);
     assert_eq!(receive_from(&mut reading, UP, 0, first).bytes, first);
