@@ -1,8 +1,6 @@
 //! USR2: the master becomes the program that now stands where it was started from. The process stays, nobody is cut
 //! off, and a program that cannot take over changes nothing.
 
-mod harness;
-
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -10,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use harness::load::{Load, Sizes};
-use harness::pattern::{pause, ping};
-use harness::program::{need, run};
-use harness::{Plan, Proxy, Upstream, connect, process, within};
+use crate::harness::load::{Load, Sizes};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::program::{need, run};
+use crate::harness::{Plan, Proxy, Upstream, connect, process, within};
 use nix::sys::signal::Signal;
 
 /// An upgrade is through, or refused, in this time.
@@ -28,7 +26,7 @@ fn install(at: &Path, what: impl FnOnce(&Path)) {
 }
 
 fn good(at: &Path) {
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), at);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), at);
 }
 
 fn script(at: &Path, text: &str) {
@@ -162,7 +160,7 @@ fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
             std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o755)).expect("its mode");
         }),
         ("another program", |at| {
-            harness::program::copy("/bin/true", at);
+            crate::harness::program::copy("/bin/true", at);
         }),
     ];
     let name = binary.display().to_string();
