@@ -3,7 +3,6 @@
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -117,15 +116,14 @@ impl SlotMaps {
 }
 
 impl Bpf {
-    /// Loads new programs, which go on counting by CPU where those of `before` do, in the cgroup that this process
-    /// is in.
+    /// Loads new programs, which go on counting by CPU where those of `before` do.
     ///
     /// # Errors
     /// BPF is not to be had any more.
-    pub fn take_over(before: &Entry, cgroup: PathBuf, parent: Option<PathBuf>) -> Result<Bpf> {
+    pub fn take_over(before: &Entry, cgroup: &Cgroup) -> Result<Bpf> {
         crate::probe::log_libbpf_at_debug();
         let totals = MapHandle::try_from(before.totals_map()).context(WHAT)?;
-        Bpf::with(totals, Cgroup::take_over(cgroup, parent)?)
+        Bpf::with(totals, cgroup)
     }
 }
 
