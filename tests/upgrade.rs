@@ -134,6 +134,30 @@ fn an_upgraded_master_still_reloads_replaces_workers_and_stops() {
 }
 
 #[test]
+fn an_upgrade_may_take_listeners_away_and_bring_others() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (plan, binary) = with_own_binary(Plan::new().workers(2));
+    let mut plan = plan;
+    let (stays, goes) = (plan.server(&echo), plan.server(&echo));
+    let new = crate::harness::Port::claim();
+    let proxy = plan.start();
+    let mut client = connect(goes);
+    ping(&mut client, 1, 3).expect("a session before");
+    let comes = new.on("127.0.0.1");
+    proxy.edit(&goes.to_string(), &comes.to_string());
+    upgrade(&proxy, &binary);
+    assert_eq!(proxy.status().json()["accept"], "cpu");
+    for front in [stays, comes] {
+        ping(&mut connect(front), 2, 3).expect("a new session");
+    }
+    ping(&mut client, 3, 3).expect("the session of the listener that is gone");
+    assert!(
+        crate::harness::sockets::try_connect(goes).is_err(),
+        "nobody listens there"
+    );
+}
+
+#[test]
 fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
     let echo = Upstream::echo("127.0.0.1");
     let (plan, binary) = with_own_binary(Plan::new().workers(2));

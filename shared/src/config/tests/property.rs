@@ -165,7 +165,7 @@ fn access_log() -> impl Strategy<Value = Option<Arc<AccessLog>>> {
     );
     prop::option::of(log.prop_map(|(path, format, buffer_bytes, flush)| {
         Arc::new(AccessLog {
-            path: path.into(),
+            target: LogTarget::File(path.into()),
             format: Arc::new(format),
             buffer_bytes,
             flush: Duration::from_millis(flush),
