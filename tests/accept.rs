@@ -97,6 +97,43 @@ fn a_session_is_accepted_by_the_worker_on_whose_cpu_it_arrived() {
 }
 
 #[test]
+fn sixty_listeners_start_about_as_fast_as_two_and_each_chooses_by_cpu() {
+    let echo = Upstream::echo("127.0.0.1");
+    let start = |listeners: usize| {
+        let mut plan = Plan::new().workers(2);
+        let fronts: Vec<SocketAddr> = (0..listeners).map(|_| plan.server(&echo)).collect();
+        let started = Instant::now();
+        let proxy = plan.start();
+        (proxy, fronts, started.elapsed())
+    };
+    let (few, _, short) = start(2);
+    drop(few);
+    let (proxy, fronts, long) = start(60);
+    assert!(
+        long < 3 * short + Duration::from_secs(1),
+        "two listeners: {short:?}, sixty: {long:?}"
+    );
+    must_choose_by_cpu(&proxy);
+    wait_for_all(&proxy, fronts[0]);
+    proxy.settle();
+    for cpu in [0, 1] {
+        let accepted = || -> Vec<u64> { by_slot(&proxy.status()).iter().map(|w| w.accepted).collect() };
+        let before = accepted();
+        stay_on(cpu);
+        for front in &fronts {
+            ping(&mut connect(*front), 1, 1).expect("a session");
+            proxy.wait("it has ended", |status| status.active() == 0);
+        }
+        let after = accepted();
+        let there = after[1 - cpu] - before[1 - cpu];
+        assert!(
+            after[cpu] - before[cpu] >= 60 && there <= 6,
+            "{before:?}, {after:?}"
+        );
+    }
+}
+
+#[test]
 fn with_every_syn_on_one_cpu_no_worker_has_much_more_than_its_share() {
     const SESSIONS: u64 = 400;
     let echo = Upstream::echo("127.0.0.1");

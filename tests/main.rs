@@ -35,6 +35,7 @@ mod routing;
 mod seed;
 mod service;
 mod sockets;
+mod syslog;
 mod timeouts;
 mod upgrade;
 mod workers;

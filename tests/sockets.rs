@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::harness::pattern::{pause, ping};
-use crate::harness::program::{need, shell};
+use crate::harness::program::{need, run, shell};
 use crate::harness::sockets::try_connect;
 use crate::harness::{
     Flag, PATIENCE, Plan, Port, Proxy, Status, Upstream, connect, process, receive, receive_exactly, send,
@@ -73,6 +73,56 @@ fn clients_are_probed_as_the_listener_says_and_peers_as_the_host_does() {
     );
     assert_eq!(both.matches("timer:(keepalive,").count(), 1, "{both}");
     proxy.wait("both are in the kernel", |s| s.offloaded() == 2);
+}
+
+#[test]
+fn sockets_have_the_congestion_control_that_the_file_says() {
+    let read = |name: &str| {
+        let path = format!("/proc/sys/net/ipv4/{name}");
+        std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+    };
+    let default = read("tcp_congestion_control").trim().to_owned();
+    let allowed = read("tcp_allowed_congestion_control");
+    // reno is always among them.
+    let other = allowed.split_whitespace().find(|name| *name != default);
+    let other = other.expect("a host that allows another one than its default");
+    // No network is shared over the loopback device: what paces is not used there unless the file says so.
+    let unpaced = if default.starts_with("bbr") {
+        "reno"
+    } else {
+        &default
+    };
+    let echo = Upstream::echo("127.0.0.1");
+    let cases = [("auto", unpaced), ("system", &default), (other, other)];
+    for (said, expected) in cases {
+        let mut plan = Plan::new();
+        let front = plan.server_listening("", &echo, &format!("tcp_congestion = \"{said}\""));
+        let proxy = plan.start();
+        let mut client = connect(front);
+        ping(&mut client, 1, 1).expect("a session");
+        proxy.wait("it is in the kernel", |s| s.offloaded() == 1);
+        let ends = [
+            ("the client's", format!("sport = :{}", front.port())),
+            ("the peer's", format!("dport = :{}", echo.address.port())),
+        ];
+        for (whose, filter) in ends {
+            let found = ss("-i", &filter);
+            assert!(
+                found.split_whitespace().any(|word| word == expected),
+                "{said}: {whose} connection is without {expected}: {found}"
+            );
+        }
+    }
+    let mut plan = Plan::new();
+    plan.server_listening("", &echo, "tcp_congestion = \"no_such_thing\"");
+    let file = plan.file("proxy.toml");
+    std::fs::write(&file, plan.text()).expect("the configuration");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_master"));
+    command.arg("-c").arg(&file);
+    let refused = run(command, Duration::from_secs(20));
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    let why = "tcp_congestion = \"no_such_thing\": this kernel does not have it";
+    assert!(refused.err.contains(why), "{refused:?}");
 }
 
 #[test]

@@ -102,11 +102,11 @@ impl Generation {
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
         let access_logs = AccessLogs::open(&config)?;
-        kernel.open_for(&config, true);
+        kernel.open_for(&config);
         let stores = kernel.stores_for(&config, &self.stores, filling)?;
         let listeners = self.listeners.next(&config)?;
         let groups = match kernel.is_open() {
-            true => kernel.accept.groups(&listeners, &self.groups)?,
+            true => kernel.accept.groups(&listeners, &self.groups, &self.listeners)?,
             false => Groups::none(stores.reason().map(str::to_owned)),
         };
         Ok(Generation {

@@ -83,9 +83,6 @@ pub fn access_log(directive: &Directive, section: &mut Section, names: &Names) -
     if section.has("access_log") {
         return Err("there is one access log for a session".into());
     }
-    if path.starts_with("syslog:") {
-        return Err("there is no syslog".into());
-    }
     if path.contains('$') {
         return Err("a log's path holds no variables here".into());
     }
@@ -117,7 +114,7 @@ pub fn access_log(directive: &Directive, section: &mut Section, names: &Names) -
         }
     }
     section.set("access_log", &table.text(), at)?;
-    if !path.starts_with('/') {
+    if !path.starts_with('/') && !path.starts_with("syslog:") {
         let reason = "a relative path counts from where the program is started, not from nginx's prefix";
         section.say(directive, Level::Note, reason);
     }
