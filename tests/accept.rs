@@ -1,16 +1,14 @@
 //! Which worker gets a new connection, and that none is lost while workers come and go.
 
-mod harness;
-
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, ping};
-use harness::sockets::{connect_from, connect_with_late_ack};
-use harness::status::Worker;
-use harness::{Flag, Plan, Proxy, Status, Upstream, connect, process, within};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::sockets::{connect_from, connect_with_late_ack};
+use crate::harness::status::Worker;
+use crate::harness::{Flag, Plan, Proxy, Status, Upstream, connect, process, within};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -274,7 +272,7 @@ fn what_waits_in_the_queue_of_a_removed_worker_goes_to_another() {
 
 /// By how much slower than real ones the processors are.
 fn emulation() -> u64 {
-    harness::patient(Duration::from_secs(1)).as_secs()
+    crate::harness::patient(Duration::from_secs(1)).as_secs()
 }
 
 /// New connections, `rate` a second, while the number of workers changes; some of them take their time over
@@ -365,7 +363,7 @@ fn changing_worker_processes_under_load_loses_no_connection() {
 }
 
 #[test]
-#[ignore = "takes two CPUs for itself: cargo test --release -p master --test accept -- --ignored"]
+#[ignore = "takes two CPUs for itself: cargo test --release -p master --test blackbox accept:: -- --ignored"]
 fn changing_worker_processes_under_two_thousand_connections_a_second_loses_none() {
     assert!(
         change_workers_under_load(2000) > 5000,

@@ -1,14 +1,12 @@
 //! How long it takes a new generation to adopt thousands of resting sessions. `TEST_ADOPT_SESSIONS` says how many.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use harness::load::{KEPT_AFTER, from_environment};
-use harness::pattern::fill;
-use harness::{Flag, Front, Plan, Proxy, Status, connect, patient, process, within};
+use crate::harness::load::{KEPT_AFTER, from_environment};
+use crate::harness::pattern::fill;
+use crate::harness::{Flag, Front, Plan, Proxy, Status, connect, patient, process, within};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Thousands of sessions are adopted in this time; other programs on the machine may spoil a try or two.

@@ -2,17 +2,15 @@
 //! and taken away. `harness::load` says what sizes the environment can ask for; with large ones, run one test at a
 //! time (`--test-threads=1`).
 
-mod harness;
-
 use std::cell::RefCell;
 use std::net::TcpStream;
 use std::time::Duration;
 
-use harness::load::{Load, Sizes};
-use harness::pattern::ping;
-use harness::random::Random;
-use harness::sockets::{Deaf, connect};
-use harness::{Plan, Proxy, Upstream};
+use crate::harness::load::{Load, Sizes};
+use crate::harness::pattern::ping;
+use crate::harness::random::Random;
+use crate::harness::sockets::{Deaf, connect};
+use crate::harness::{Plan, Proxy, Upstream};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -136,7 +134,7 @@ fn what_a_slot_that_goes_was_still_connecting_is_handed_over() {
     proxy.wait("one worker has all of them", |s| {
         s.workers().len() == 1 && s.active() == SESSIONS as u64
     });
-    let upstream = Upstream::on(deaf.hear(), harness::upstream::echo);
+    let upstream = Upstream::on(deaf.hear(), crate::harness::upstream::echo);
     for client in &mut clients {
         ping(client, 1, 2).expect("an echo once the upstream answers");
     }

@@ -1,15 +1,13 @@
 //! Sessions led by their TLS hello. The hello itself is forwarded by the kernel, with all that follows.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{fill, pause};
-use harness::program::{Running, need, run};
-use harness::{Bytes, Ending, Plan, Port, Scratch, Upstream, connect, receive};
+use crate::harness::pattern::{fill, pause};
+use crate::harness::program::{Running, need, run};
+use crate::harness::{Bytes, Ending, Plan, Port, Scratch, Upstream, connect, receive};
 
 const TLS: &str = "ssl_preread = true";
 const QUICK: Duration = Duration::from_secs(20);
@@ -38,7 +36,7 @@ fn hello(name: &str, padding: usize) -> Vec<u8> {
 fn marked(name: &str, mark: u8) -> (Upstream<()>, String) {
     let upstream = Upstream::serve("127.0.0.1", move |mut stream| {
         let _ = stream.write_all(&[mark]);
-        harness::upstream::echo(stream);
+        crate::harness::upstream::echo(stream);
     });
     let table = format!(
         "[[upstream]]\nname = \"{name}\"\nserver = \"{}\"\n",
@@ -142,7 +140,7 @@ fn an_access_log_tells_what_a_header_and_a_hello_said() {
         "one.example TLSv1.2 [-] 192.0.2.7 40000 198.51.100.9 443 127.0.0.1\n- - [-] - - - - 127.0.0.1\n";
     let read = || std::fs::read_to_string(&log).unwrap_or_default();
     assert!(
-        harness::within(QUICK, || read().len() >= wanted.len()),
+        crate::harness::within(QUICK, || read().len() >= wanted.len()),
         "{}",
         read()
     );

@@ -1,8 +1,6 @@
 //! Logs that are sent to syslog: what the datagrams say, beside nginx's, and that servers which are away, come back
 //! or do not read cost nothing but lines.
 
-mod harness;
-
 use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -10,9 +8,9 @@ use std::process::Command;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use harness::pattern::ping;
-use harness::program::{Running, need};
-use harness::{Plan, Port, Upstream, connect, within};
+use crate::harness::pattern::ping;
+use crate::harness::program::{Running, need};
+use crate::harness::{Plan, Port, Upstream, connect, within};
 use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(5);

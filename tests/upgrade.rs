@@ -1,15 +1,17 @@
 //! USR2: the master becomes the program that now stands where it was started from. The process stays, nobody is cut
 //! off, and a program that cannot take over changes nothing.
 
-mod harness;
-
-use std::os::unix::fs::PermissionsExt;
+use std::collections::BTreeSet;
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use harness::load::{Load, Sizes};
-use harness::pattern::{pause, ping};
-use harness::{Plan, Proxy, Upstream, connect, process, within};
+use crate::harness::load::{Load, Sizes};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::program::{need, run};
+use crate::harness::{Plan, Proxy, Upstream, connect, process, within};
 use nix::sys::signal::Signal;
 
 /// An upgrade is through, or refused, in this time.
@@ -24,7 +26,7 @@ fn install(at: &Path, what: impl FnOnce(&Path)) {
 }
 
 fn good(at: &Path) {
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), at);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), at);
 }
 
 fn script(at: &Path, text: &str) {
@@ -137,7 +139,7 @@ fn an_upgrade_may_take_listeners_away_and_bring_others() {
     let (plan, binary) = with_own_binary(Plan::new().workers(2));
     let mut plan = plan;
     let (stays, goes) = (plan.server(&echo), plan.server(&echo));
-    let new = harness::Port::claim();
+    let new = crate::harness::Port::claim();
     let proxy = plan.start();
     let mut client = connect(goes);
     ping(&mut client, 1, 3).expect("a session before");
@@ -150,7 +152,7 @@ fn an_upgrade_may_take_listeners_away_and_bring_others() {
     }
     ping(&mut client, 3, 3).expect("the session of the listener that is gone");
     assert!(
-        harness::sockets::try_connect(goes).is_err(),
+        crate::harness::sockets::try_connect(goes).is_err(),
         "nobody listens there"
     );
 }
@@ -182,7 +184,7 @@ fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
             std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o755)).expect("its mode");
         }),
         ("another program", |at| {
-            harness::program::copy("/bin/true", at);
+            crate::harness::program::copy("/bin/true", at);
         }),
     ];
     let name = binary.display().to_string();
@@ -272,15 +274,115 @@ fn cgroups() -> PathBuf {
     root.expect("a cgroup2 mount")
 }
 
+/// A plan that is started in a new cgroup, as by a service manager.
+fn in_new_cgroup(plan: Plan, name: &str) -> (Plan, PathBuf) {
+    let given = cgroups().join(format!("culvert-test-{name}-{}", std::process::id()));
+    std::fs::create_dir(&given).expect("making a cgroup needs root");
+    let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", given.display());
+    (plan.launched_by(&["sh", "-c", &enter, "sh"]), given)
+}
+
+/// The cgroups that the process has programs attached to, by the numbers of their directories.
+fn attached_to(pid: i32) -> Vec<u64> {
+    let infos = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).expect("the master's descriptors");
+    let texts = infos
+        .flatten()
+        .filter_map(|info| std::fs::read_to_string(info.path()).ok());
+    let mut found = Vec::new();
+    for text in texts.filter(|text| text.contains("link_type:\tcgroup")) {
+        let number = text.lines().find_map(|line| line.strip_prefix("cgroup_id:"));
+        found.push(number.expect("a cgroup").trim().parse().expect("its number"));
+    }
+    found
+}
+
+/// The cgroups of sockets with this address as their own: of those that listen and of those that were accepted.
+fn cgroups_of_sockets(own: SocketAddr) -> BTreeSet<String> {
+    need("ss", "iproute2");
+    let mut command = Command::new("ss");
+    command.args(["-Htan", "--cgroup", "src", &own.to_string()]);
+    let said = run(command, Duration::from_secs(10)).must_succeed("ss");
+    let words = said.split_whitespace();
+    words
+        .filter_map(|word| word.strip_prefix("cgroup:"))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn other_programs_sockets_are_left_alone_even_where_a_cgroup_takes_a_right_that_is_given_up() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (plan, binary) = with_own_binary(Plan::new().workers(2));
+    let (mut plan, given) = in_new_cgroup(plan, "closed");
+    // As the root of all is: only who passes over permissions makes something in it.
+    std::fs::set_permissions(&given, std::fs::Permissions::from_mode(0o555)).expect("closing it");
+    let front = plan.server(&echo);
+    let mut proxy = plan.start();
+    let own = given.join(format!("culvert-{}", proxy.pid()));
+    let seen = format!(
+        "/{}",
+        own.strip_prefix(cgroups())
+            .expect("a cgroup below the root")
+            .display()
+    );
+    let mut client = connect(front);
+    let check = |client: &mut TcpStream, step: u64| {
+        ping(client, step, 3).expect("the session");
+        ping(&mut connect(front), step, 3).expect("a new session");
+        let number = std::fs::metadata(&own).expect("a cgroup of its own").ino();
+        let attached = attached_to(proxy.pid());
+        assert!(!attached.is_empty(), "no program is attached");
+        assert!(
+            attached.iter().all(|at| *at == number),
+            "attached to {attached:?}, not {number}"
+        );
+        assert_eq!(cgroups_of_sockets(front), BTreeSet::from([seen.clone()]));
+        let strangers = cgroups_of_sockets(client.local_addr().expect("an address"));
+        assert!(
+            !strangers.contains(&seen),
+            "a client's socket is in {strangers:?}"
+        );
+    };
+    check(&mut client, 1);
+    proxy.edit("worker_processes = 2", "worker_processes = 3");
+    proxy.reload();
+    check(&mut client, 2);
+    upgrade(&proxy, &binary);
+    check(&mut client, 3);
+    proxy.stop();
+    // What may not be removed without that right goes when the next one starts.
+    proxy.edit("worker_processes = 3", "worker_processes = 2");
+    proxy.start_again();
+    assert!(!own.exists(), "an abandoned cgroup is left");
+    let own = given.join(format!("culvert-{}", proxy.pid()));
+    proxy.stop();
+    let _ = std::fs::remove_dir(own);
+    std::fs::remove_dir(&given).expect("nothing else is left in the cgroup");
+}
+
+#[test]
+fn where_no_cgroup_can_be_made_the_log_says_who_pays() {
+    let (plan, given) = in_new_cgroup(Plan::new(), "full");
+    std::fs::write(given.join("cgroup.max.descendants"), "0").expect("allowing no cgroup in it");
+    let mut plan = plan;
+    plan.server("127.0.0.1:1");
+    let mut proxy = plan.start();
+    assert_eq!(
+        attached_to(proxy.pid()),
+        [std::fs::metadata(&given).expect("it").ino()]
+    );
+    let words = format!("about every TCP socket of {}", given.display());
+    assert!(proxy.log().contains(&words), "{}", proxy.log());
+    proxy.stop();
+    std::fs::remove_dir(&given).expect("nothing is left in the cgroup");
+}
+
 #[test]
 fn an_upgraded_master_leaves_nothing_behind_when_it_is_stopped() {
     let echo = Upstream::echo("127.0.0.1");
-    // As a service manager gives it one: the root of all may not be writable.
-    let given = cgroups().join(format!("culvert-upgrade-test-{}", std::process::id()));
-    std::fs::create_dir(&given).expect("making a cgroup needs root");
-    let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", given.display());
+    // Given by a service manager: the root of all may not be writable.
     let (plan, binary) = with_own_binary(Plan::new().workers(2));
-    let mut plan = plan.launched_by(&["sh", "-c", &enter, "sh"]);
+    let (mut plan, given) = in_new_cgroup(plan, "left");
     let front = plan.server(&echo);
     let mut proxy = plan.start();
     let own = given.join(format!("culvert-{}", proxy.pid()));

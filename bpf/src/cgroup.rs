@@ -11,41 +11,59 @@ use anyhow::{Context, Result};
 /// Begins the names of cgroups that masters make.
 const PREFIX: &str = "culvert-";
 
+/// How often a cgroup is made: whoever starts at the same moment may take it for an abandoned one.
+const TRIES: u32 = 5;
+
 /// A cgroup (version 2) that this process, and so every socket and worker that it makes, belongs to.
 pub struct Cgroup {
     path: PathBuf,
     directory: File,
     /// The cgroup that it was started in, if `path` is one of our own.
     parent: Option<PathBuf>,
+    /// Why it is not.
+    shared: Option<String>,
     /// The process that made it: a forked worker must not remove it.
     maker: u32,
 }
 
 impl Cgroup {
-    /// Moves this process into a cgroup of its own, if that is allowed. With `stay`, uses the present one
-    /// instead: sockets that exist already belong to it, and it is seen by what is attached to it.
-    pub fn enter(stay: bool) -> Result<Cgroup> {
+    /// Moves this process into a cgroup of its own, if that is allowed; else uses the present one. A socket belongs to
+    /// the cgroup that its maker was in, one that was accepted to that of its listener: so this comes before the first.
+    ///
+    /// # Errors
+    /// There are no cgroups of version 2.
+    pub fn enter() -> Result<Cgroup> {
         let present = present()?;
-        let own = if stay { None } else { make_own(&present) };
-        let path = own.clone().unwrap_or_else(|| present.clone());
-        let directory =
-            File::open(&path).with_context(|| format!("failed to open the cgroup {}", path.display()))?;
-        Ok(Cgroup {
-            path,
-            directory,
-            parent: own.map(|_| present),
-            maker: std::process::id(),
-        })
+        match make_own(&present) {
+            Ok(own) => Cgroup::of(own, Some(present), None),
+            Err(error) => Cgroup::of(present, None, Some(error.to_string())),
+        }
+    }
+
+    /// The present one, where what is to be seen is in it already.
+    ///
+    /// # Errors
+    /// There are no cgroups of version 2.
+    pub fn stay() -> Result<Cgroup> {
+        Cgroup::of(present()?, None, None)
     }
 
     /// The cgroup that the program before this one, in the same process, has entered.
+    ///
+    /// # Errors
+    /// It is not there.
     pub fn take_over(path: PathBuf, parent: Option<PathBuf>) -> Result<Cgroup> {
+        Cgroup::of(path, parent, None)
+    }
+
+    fn of(path: PathBuf, parent: Option<PathBuf>, shared: Option<String>) -> Result<Cgroup> {
         let directory =
             File::open(&path).with_context(|| format!("failed to open the cgroup {}", path.display()))?;
         Ok(Cgroup {
             path,
             directory,
             parent,
+            shared,
             maker: std::process::id(),
         })
     }
@@ -60,6 +78,11 @@ impl Cgroup {
         self.parent.as_deref()
     }
 
+    /// Why there is none of its own.
+    pub fn shared(&self) -> Option<&str> {
+        self.shared.as_deref()
+    }
+
     /// The cgroup's directory.
     pub fn directory(&self) -> &File {
         &self.directory
@@ -69,7 +92,8 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         if let Some(parent) = self.parent.as_ref().filter(|_| self.maker == std::process::id()) {
-            // What cannot be removed because a worker is still in it is removed by the next start.
+            // What cannot be removed, because a worker is still in it or because the right to is given up
+            // (`parent` is the root of all, which nobody may write to), is removed by the next start.
             let _ = join(parent);
             let _ = fs::remove_dir(&self.path);
         }
@@ -96,15 +120,19 @@ fn present() -> Result<PathBuf> {
     Ok(root.join(own.trim_start_matches('/')))
 }
 
-fn make_own(present: &Path) -> Option<PathBuf> {
+fn make_own(present: &Path) -> io::Result<PathBuf> {
     remove_abandoned(present);
     let path = present.join(format!("{PREFIX}{}", std::process::id()));
-    match fs::create_dir(&path).and_then(|()| join(&path)) {
-        Ok(()) => Some(path),
-        Err(error) => {
-            log::debug!("no cgroup of our own ({error}), using {}", present.display());
-            let _ = fs::remove_dir(&path);
-            None
+    let mut tries = 1;
+    loop {
+        fs::create_dir(&path)?;
+        match join(&path) {
+            Ok(()) => return Ok(path),
+            Err(_) if !path.exists() && tries < TRIES => tries += 1,
+            Err(error) => {
+                let _ = fs::remove_dir(&path);
+                return Err(error);
+            }
         }
     }
 }

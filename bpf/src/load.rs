@@ -22,10 +22,9 @@ use crate::skel::slot::SlotSkelBuilder;
 /// The most sessions of one worker: two sockets each must be countable by the kernel's map index.
 const MAX_WORKER_CONNECTIONS: u32 = 1 << 24;
 
-/// What the slots of a program have in common. Sockets made after it belong to its cgroup.
+/// What the slots of a program have in common.
 pub struct Bpf {
     entry: Arc<Entry>,
-    cgroup: Cgroup,
 }
 
 /// Descriptors of an entry: two maps, the link, and what is counted.
@@ -246,32 +245,25 @@ impl Totals {
 }
 
 impl Bpf {
-    /// Creates what all slots share. Fails where BPF is not to be had. `stay` keeps the process in its
-    /// cgroup: for a program whose listeners exist already.
-    pub fn open(stay: bool) -> Result<Bpf> {
+    /// Creates what all slots share; the events of sockets in `cgroup` are seen. Fails where BPF is not to be had.
+    pub fn open(cgroup: &Cgroup) -> Result<Bpf> {
         crate::probe::log_libbpf_at_debug();
         let cpus = libbpf_rs::num_possible_cpus().context("failed to count the possible CPUs")?;
         // First, because it fails with the clearest words where BPF is not to be had.
         let totals_map = shared_array("totals", size_of::<CpuTotal>(), cpus)?;
-        Bpf::with(totals_map, Cgroup::enter(stay)?)
+        Bpf::with(totals_map, cgroup)
     }
 
     /// With an entry of its own, beside those that are attached already.
-    pub(crate) fn with(totals_map: MapHandle, cgroup: Cgroup) -> Result<Bpf> {
+    pub(crate) fn with(totals_map: MapHandle, cgroup: &Cgroup) -> Result<Bpf> {
         Ok(Bpf {
-            entry: Arc::new(Entry::load(&cgroup, totals_map)?),
-            cgroup,
+            entry: Arc::new(Entry::load(cgroup, totals_map)?),
         })
     }
 
     /// The entry of its slots.
     pub fn entry(&self) -> &Arc<Entry> {
         &self.entry
-    }
-
-    /// The cgroup that its programs are attached to.
-    pub fn cgroup(&self) -> &Cgroup {
-        &self.cgroup
     }
 
     /// What the programs counted.
@@ -333,7 +325,15 @@ impl Bpf {
             .attach_sockmap(loaded.maps.sources.as_fd().as_raw_fd())
             .context("failed to attach the verdict program to its sockmap")?;
         self.entry.set(number, loaded.progs.pressure.as_fd())?;
-        SlotMaps::new(&loaded.maps, worker_connections, number, Arc::clone(&self.entry))
+        let join = loaded.progs.join.as_fd().try_clone_to_owned();
+        let join = join.context("failed to duplicate a BPF program")?;
+        SlotMaps::new(
+            &loaded.maps,
+            join,
+            worker_connections,
+            number,
+            Arc::clone(&self.entry),
+        )
     }
 }
 

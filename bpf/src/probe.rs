@@ -23,7 +23,11 @@ pub fn probe() -> Vec<String> {
     };
     let unprivileged =
         read("/proc/sys/kernel/unprivileged_bpf_disabled").unwrap_or_else(|_| "unknown".into());
-    let offload = match crate::Bpf::open(false).map(|bpf| crate::selftest::run(&bpf)) {
+    let opened = crate::Cgroup::enter().and_then(|cgroup| {
+        let bpf = crate::Bpf::open(&cgroup)?;
+        Ok(crate::selftest::run(&bpf))
+    });
+    let offload = match opened {
         Ok(Ok(took)) => format!(
             "programs load, self-test passed in {} ms: sessions are forwarded in the kernel",
             took.as_millis()

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use culvert_bpf::Cgroup;
 use culvert_shared::counters::Board;
 use culvert_shared::logging;
 use culvert_shared::sys::shm::Shared;
@@ -43,6 +44,9 @@ const SIGNALS: [Signal; 8] = [
 /// # Errors
 /// It cannot be started.
 pub fn run(args: Args) -> Result<ExitCode> {
+    // First, because in a directory that nobody may write to, as the root of all is, it takes a right that is
+    // dropped next; and because sockets belong to the cgroup that they were made in.
+    let cgroup = Cgroup::enter();
     retain::drop_the_rest()?;
     let Some(config) = check::load(&args) else {
         return Ok(ExitCode::FAILURE);
@@ -73,7 +77,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     names.want([&config], Instant::now());
     names.wait_for_first();
 
-    let mut kernel = Kernel::default();
+    let mut kernel = Kernel::new(cgroup);
     let mut generation = Generation::first(config, &mut kernel)?;
     generation.publish(&mut names, &board[0], Instant::now());
     board[0].kept_limit.store(generation.keeper_room, Relaxed);

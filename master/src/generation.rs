@@ -102,7 +102,7 @@ impl Generation {
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
         let access_logs = AccessLogs::open(&config)?;
-        kernel.open_for(&config, true);
+        kernel.open_for(&config);
         let stores = kernel.stores_for(&config, &self.stores, filling)?;
         let listeners = self.listeners.next(&config)?;
         let groups = match kernel.is_open() {

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use culvert_bpf::{Bpf, Totals, selftest};
+use anyhow::{Context, Result, anyhow};
+use culvert_bpf::{Bpf, Cgroup, Totals, selftest};
 use culvert_shared::config::Config;
 use culvert_shared::sys::shm::Shared;
 use culvert_worker::Store;
@@ -13,8 +13,9 @@ use crate::accepting::Accept;
 use crate::retain;
 
 /// What all slots have in common; empty where BPF is not to be had or not wanted.
-#[derive(Default)]
 pub struct Kernel {
+    /// The cgroup of all sockets and workers, or why there are none.
+    cgroup: Result<Cgroup>,
     bpf: Option<Bpf>,
     /// Why it is empty.
     reason: Option<String>,
@@ -50,9 +51,21 @@ pub fn wanted(config: &Config) -> bool {
 }
 
 impl Kernel {
+    /// With nothing opened yet, for a process that is in this cgroup before it has a socket.
+    pub fn new(cgroup: Result<Cgroup>) -> Kernel {
+        Kernel {
+            cgroup,
+            bpf: None,
+            reason: None,
+            last_store: 0,
+            accept: Accept::default(),
+            last_foreign: 0,
+        }
+    }
+
     /// Goes on after another binary, which has made stores up to number `last_store`: `bpf` is what it had
     /// opened, or why it had not.
-    pub fn after(bpf: Result<Bpf, Option<String>>, last_store: u32) -> Kernel {
+    pub fn after(cgroup: Result<Cgroup>, bpf: Result<Bpf, Option<String>>, last_store: u32) -> Kernel {
         let (bpf, reason) = match bpf {
             Ok(bpf) => (Some(bpf), None),
             Err(reason) => (None, reason),
@@ -61,14 +74,19 @@ impl Kernel {
             bpf,
             reason,
             last_store,
-            accept: Accept::default(),
             last_foreign: last_store,
+            ..Kernel::new(cgroup)
         }
     }
 
     /// What all slots have in common, if it was opened.
     pub fn bpf(&self) -> Option<&Bpf> {
         self.bpf.as_ref()
+    }
+
+    /// The cgroup that it is in.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref().ok()
     }
 
     /// Why it was not.
@@ -78,13 +96,27 @@ impl Kernel {
 
     /// Opens BPF if the configuration wants it, and tries whether the kernel can be trusted with it. Where it
     /// is not to be had, that is said in the log and the program serves by copying.
-    /// `running`: listeners exist already, and have to be seen where they are.
-    pub fn open_for(&mut self, config: &Config, running: bool) {
+    pub fn open_for(&mut self, config: &Config) {
         if self.bpf.is_none() && wanted(config) {
-            match open_trusted(running) {
-                Ok(bpf) => (self.bpf, self.reason) = (Some(bpf), None),
+            match open_trusted(&self.cgroup) {
+                Ok(bpf) => {
+                    (self.bpf, self.reason) = (Some(bpf), None);
+                    self.report();
+                }
                 Err((error, remedy)) => self.do_without(&error, remedy),
             }
+        }
+    }
+
+    /// Says who else pays.
+    fn report(&self) {
+        if let Some(cgroup) = self.cgroup()
+            && let Some(why) = cgroup.shared()
+        {
+            log::info!(
+                "no cgroup of its own could be made ({why}): the kernel asks the program about every TCP socket of {}",
+                cgroup.path().display()
+            );
         }
     }
 
@@ -177,7 +209,7 @@ impl Kernel {
     /// # Errors
     /// There is no memory for them even without maps.
     pub fn first_stores_for(&mut self, config: &Config) -> Result<StoreTable> {
-        self.open_for(config, false);
+        self.open_for(config);
         self.stores_for(config, &StoreTable::default(), &[])
             .or_else(|error| {
                 self.do_without(&error, GIVE_RIGHTS);
@@ -187,11 +219,15 @@ impl Kernel {
 }
 
 const GIVE_RIGHTS: &str = "run as root or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
+const MOUNT_CGROUPS: &str = "mount a cgroup2 file system";
 const CHANGE_KERNEL: &str = "this kernel is not trusted with it: run another one";
 
 /// BPF, on a kernel that has passed the self-test; or why not, and what helps.
-pub fn open_trusted(running: bool) -> Result<Bpf, (anyhow::Error, &'static str)> {
-    let bpf = Bpf::open(running).map_err(|error| (error, GIVE_RIGHTS))?;
+pub fn open_trusted(cgroup: &Result<Cgroup>) -> Result<Bpf, (anyhow::Error, &'static str)> {
+    let cgroup = cgroup
+        .as_ref()
+        .map_err(|error| (anyhow!("{error:#}"), MOUNT_CGROUPS))?;
+    let bpf = Bpf::open(cgroup).map_err(|error| (error, GIVE_RIGHTS))?;
     let took = selftest::run(&bpf).map_err(|error| (error, CHANGE_KERNEL))?;
     log::info!("the kernel has passed the self-test in {} ms", took.as_millis());
     Ok(bpf)

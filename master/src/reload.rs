@@ -194,6 +194,7 @@ impl Master {
         self.want_names(now);
         // Removed slots get nothing new from here on, so that their workers can empty them.
         self.steer();
+        self.say_which_listeners_are_gone();
         for worker in self
             .workers
             .iter_mut()
@@ -209,6 +210,22 @@ impl Master {
         let unix_ms = now.map_or(0, |now| now.as_millis() as u64);
         self.board[0].last_reload_unix_ms.store(unix_ms, Relaxed);
         log::info!("generation {number} serves with {} workers", self.current.slots());
+    }
+
+    /// Before old workers hand their sessions over.
+    fn say_which_listeners_are_gone(&self) {
+        let there: HashSet<usize> = self
+            .current
+            .assigned
+            .listeners
+            .iter()
+            .flatten()
+            .copied()
+            .collect();
+        for row in self.current.rows.listeners() {
+            let gone = u32::from(!there.contains(&row));
+            self.board[0].listeners[row].gone.store(gone, Relaxed);
+        }
     }
 
     /// A peer that is not checked any more is not down for what checks found.

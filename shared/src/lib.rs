@@ -5,6 +5,7 @@
 pub mod busy;
 pub mod client;
 pub mod config;
+pub mod congestion;
 pub mod counters;
 pub mod health;
 pub mod ids;

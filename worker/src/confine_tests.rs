@@ -61,9 +61,10 @@ fn refused<T>(result: std::io::Result<T>) -> ! {
 #[ignore = "made by the other tests, in a process of its own"]
 fn the_attempt() {
     let name = std::env::var(ATTEMPT).expect("this is no test by itself");
+    let cgroup = culvert_bpf::Cgroup::stay().unwrap();
     // libbpf looks at files when it is first asked for a map, which would hide what comes after.
     if name == "making a map" {
-        drop(culvert_bpf::Bpf::open(true).expect("needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"));
+        drop(culvert_bpf::Bpf::open(&cgroup).expect("needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"));
     }
     if name == "opening a file, landlock alone" {
         close_file_system().unwrap();
@@ -100,7 +101,7 @@ fn the_attempt() {
         }
         "listening" => panic!("{:?}", TcpListener::bind("127.0.0.1:0")),
         "a datagram socket" => panic!("{:?}", std::os::unix::net::UnixDatagram::unbound()),
-        "making a map" => panic!("{:?}", culvert_bpf::Bpf::open(true).map(drop)),
+        "making a map" => panic!("{:?}", culvert_bpf::Bpf::open(&cgroup).map(drop)),
         "working" => {
             let stream = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
             stream.set_nonblocking(true).unwrap();

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use crate::balance::{Change, Pick, Scene};
 use crate::clock;
-use crate::dial::start_connecting;
+use crate::dial::{Asker, start_connecting};
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::proxy_protocol;
@@ -39,8 +39,12 @@ impl Worker {
         self.limit_rates(session, clock::now_ns());
         match self.router.route(target, &session.ends) {
             Ok(Route::Group(group)) => {
-                session.tried = Some((group, Vec::new()));
-                session.connecting_since_ms = clock::now_ms();
+                // One that waited in another worker goes on with what was tried there.
+                let tried = session.tried.take().filter(|(before, _)| *before == group);
+                session.tried = Some(tried.unwrap_or((group, Vec::new())));
+                if tried_none(session) {
+                    session.connecting_since_ms = clock::now_ms();
+                }
                 if self.groups[group].key().is_some()
                     && let Some(local) = sockets::local_address(session.downstream.as_fd())
                 {
@@ -182,7 +186,12 @@ impl Worker {
         address: &Address,
         row: Option<usize>,
     ) -> Result<Next, Errno> {
-        let (socket, under_way) = start_connecting(address, Some((&session.settings, session.ends.remote)))?;
+        let asker = Asker {
+            settings: &session.settings,
+            client: session.ends.remote,
+            congestion: self.congestion,
+        };
+        let (socket, under_way) = start_connecting(address, Some(asker))?;
         let tcp = matches!(address, Address::Tcp(_));
         let settings = std::rc::Rc::clone(&session.settings);
         if tcp {

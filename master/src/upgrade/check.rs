@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use caps::CapSet;
+use culvert_bpf::Cgroup;
 use culvert_shared::config;
 use culvert_shared::sys::inherit;
 
@@ -42,7 +43,7 @@ fn examine(args: &Args, document: RawFd) -> Result<()> {
     generation::check(&config, &state.rows)?;
     if state.bpf.is_some() && kernel::wanted(&config) {
         // In this process and with maps of its own: the ones in use do not notice.
-        kernel::open_trusted(true)
+        kernel::open_trusted(&Cgroup::stay())
             .map_err(|(error, _)| error)
             .context("in-kernel forwarding works for the running binary, and would not for this one")?;
     }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::rows::Rows;
 
 /// The version of [`State`]: change it with it.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 #[derive(Serialize, Deserialize)]
 struct Head {
@@ -62,8 +62,10 @@ pub struct State {
     pub last_owner: u32,
     /// Address, worker slot, descriptor. A unix socket is that of all slots.
     pub listeners: Vec<(String, usize, RawFd)>,
-    /// What the slots' maps have in common, where BPF is in use.
-    pub bpf: Option<BpfState>,
+    /// The cgroup that it is in, and the one that this is below if it was made by the program.
+    pub cgroup: Option<(PathBuf, Option<PathBuf>)>,
+    /// The index in `entries` of the entry program for new stores, where BPF is in use.
+    pub bpf: Option<usize>,
     /// Why it is not.
     pub no_bpf: Option<String>,
     /// Entry programs that stores belong to, and the one for new stores.
@@ -104,17 +106,6 @@ pub struct LimitsState {
     pub memory: [RawFd; 2],
     /// What keys are hashed with.
     pub secret: [u64; 2],
-}
-
-/// See [`culvert_bpf::Bpf`].
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
-pub struct BpfState {
-    /// The index of its entry program in [`State::entries`].
-    pub entry: usize,
-    /// The cgroup.
-    pub cgroup: PathBuf,
-    /// The one that it is below, if it was made by the program.
-    pub parent: Option<PathBuf>,
 }
 
 /// See [`culvert_worker::Store`].
@@ -288,11 +279,8 @@ mod tests {
             paused: false,
             last_owner: 9,
             listeners: vec![("[::1]:80".into(), 0, 4)],
-            bpf: Some(BpfState {
-                entry: 0,
-                cgroup: "/sys/fs/cgroup/culvert-7".into(),
-                parent: None,
-            }),
+            cgroup: Some(("/sys/fs/cgroup/culvert-7".into(), Some("/sys/fs/cgroup".into()))),
+            bpf: Some(0),
             no_bpf: None,
             entries: vec![[10, 11, 12, 27, 28]],
             stores: vec![StoreState {

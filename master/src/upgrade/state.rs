@@ -11,9 +11,7 @@ use culvert_shared::message::SessionId;
 use culvert_worker::Store;
 
 use super::check;
-use super::document::{
-    BpfState, Descriptors, Id, LimitsState, MapsState, Stage, State, StoreState, WorkerState,
-};
+use super::document::{Descriptors, Id, LimitsState, MapsState, Stage, State, StoreState, WorkerState};
 use crate::supervise::{Master, Phase};
 use crate::worker::{self, Worker};
 
@@ -39,10 +37,10 @@ impl Master {
                 maps,
             });
         }
-        let bpf = self.kernel.bpf().map(|bpf| BpfState {
-            entry: index_of(&mut entries, bpf.entry()),
-            cgroup: bpf.cgroup().path().to_owned(),
-            parent: bpf.cgroup().parent().map(ToOwned::to_owned),
+        let bpf = self.kernel.bpf().map(|bpf| index_of(&mut entries, bpf.entry()));
+        let cgroup = self.kernel.cgroup().map(|cgroup| {
+            let parent = cgroup.parent().map(ToOwned::to_owned);
+            (cgroup.path().to_owned(), parent)
         });
         let slots = self.current.stores.slots().iter();
         let sessions = self.keeper.sessions().map(|(session, holder, sockets)| {
@@ -64,6 +62,7 @@ impl Master {
             listeners: (self.current.listeners.named())
                 .map(|(address, slot, socket)| (address, slot, descriptors.add(socket.as_fd())))
                 .collect(),
+            cgroup,
             bpf,
             no_bpf: self.kernel.reason().map(str::to_owned),
             entries: entries

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use culvert_bpf::{Bpf, ENTRY_DESCRIPTORS, Entry, OWN_DESCRIPTORS, SlotMaps};
+use culvert_bpf::{Bpf, Cgroup, ENTRY_DESCRIPTORS, Entry, OWN_DESCRIPTORS, SlotMaps};
 use culvert_shared::config::{self, Config};
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
@@ -26,7 +26,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::Pid;
 
 use super::Upgrade;
-use super::document::{self, BpfState, Id, Stage, State, StoreState, WorkerState};
+use super::document::{self, Id, Stage, State, StoreState, WorkerState};
 use crate::access_log::AccessLogs;
 use crate::args::Args;
 use crate::boot;
@@ -100,7 +100,9 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
     let pid_file = PidFile::taken_over(pid_path.clone(), inherit::take(*pid_file)?)?;
     let entries = take_entries(state)?;
     let stores = take_stores(state, &entries)?;
-    let kernel = Kernel::after(take_bpf(state, &entries), state.last_store);
+    let cgroup = take_cgroup(state);
+    let bpf = take_bpf(state, &cgroup, &entries);
+    let kernel = Kernel::after(cgroup, bpf, state.last_store);
     let listeners = (state.listeners.iter())
         .map(|(address, slot, socket)| Ok((address.clone(), *slot, inherit::take(*socket)?)))
         .collect::<Result<Vec<_>>>()?;
@@ -180,18 +182,21 @@ fn take_store(state: &StoreState, entries: &[Arc<Entry>]) -> Result<Store> {
     })
 }
 
-fn take_bpf(state: &State, entries: &[Arc<Entry>]) -> Result<Bpf, Option<String>> {
-    let Some(BpfState {
-        entry,
-        cgroup,
-        parent,
-    }) = &state.bpf
-    else {
+fn take_cgroup(state: &State) -> Result<Cgroup> {
+    match state.cgroup.clone() {
+        Some((path, parent)) => Cgroup::take_over(path, parent),
+        None => Cgroup::stay(),
+    }
+}
+
+fn take_bpf(state: &State, cgroup: &Result<Cgroup>, entries: &[Arc<Entry>]) -> Result<Bpf, Option<String>> {
+    let Some(entry) = state.bpf else {
         return Err(state.no_bpf.clone());
     };
-    let before = entries.get(*entry).context("its entry program is missing");
+    let before = entries.get(entry).context("its entry program is missing");
+    let cgroup = cgroup.as_ref().map_err(|error| anyhow!("{error:#}"));
     before
-        .and_then(|before| Bpf::take_over(before, cgroup.clone(), parent.clone()))
+        .and_then(|before| Bpf::take_over(before, cgroup?))
         .map_err(|error| {
             log::error!("in-kernel forwarding is not to be had any more, new sessions are copied: {error:#}");
             Some(format!("{error:#}"))

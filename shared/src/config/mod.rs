@@ -11,6 +11,7 @@ mod access_log;
 mod address;
 mod balance;
 mod check;
+mod congestion;
 mod cpus;
 mod defaults;
 mod diagnostic;
@@ -45,6 +46,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use access::{Rule, allows};
+pub use congestion::{Algorithm, TcpCongestion};
 pub use diagnostic::{Diagnostic, Place};
 pub use dump::dump;
 pub use health::{CHECK_MAX_BYTES, Check, Expect, write_bytes};
@@ -462,6 +464,8 @@ pub struct Stream {
     pub proxy_half_close: bool,
     /// Set TCP_NODELAY on both sockets.
     pub tcp_nodelay: bool,
+    /// The congestion control of both sockets.
+    pub tcp_congestion: TcpCongestion,
     /// Ask silent peers whether they are still there (SO_KEEPALIVE).
     pub proxy_socket_keepalive: bool,
     /// Where connections to peers come from.

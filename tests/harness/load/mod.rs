@@ -310,7 +310,8 @@ impl Books<'_> {
         }
         if total < whole || finished < whole || (clean && total > whole + excused) {
             self.wrong(format!(
-                "{total} sessions are counted, {finished} of them finished; {whole} were whole, {excused} cut"
+                "{total} sessions are counted, {finished} of them finished; {whole} were whole, {excused} cut; closed: {}",
+                after.json()["closes"]
             ));
         }
     }

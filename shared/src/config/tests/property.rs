@@ -26,7 +26,12 @@ fn stream() -> impl Strategy<Value = Stream> {
                 burst,
             }
         });
-    let hello = (1usize..=64 << 10, millis(1..=year), proxy_bind());
+    let hello = (
+        1usize..=64 << 10,
+        millis(1..=year),
+        proxy_bind(),
+        tcp_congestion(),
+    );
     let limits = (
         prop::collection::vec(limit, 0..3),
         prop::collection::vec(rate, 0..3),
@@ -52,6 +57,7 @@ fn stream() -> impl Strategy<Value = Stream> {
                 proxy_buffer_size: sizes.0,
                 proxy_half_close: flags[1],
                 tcp_nodelay: flags[2],
+                tcp_congestion: hello.3,
                 proxy_socket_keepalive: flags[6],
                 proxy_bind: hello.2,
                 ebpf_timer_period: times.2,
@@ -78,6 +84,17 @@ fn session_rate() -> impl Strategy<Value = Rate> {
     prop_oneof![
         (0u64..=1 << 40).prop_map(Rate::Fixed),
         map.prop_map(|map| Rate::Variable(Template(vec![map]))),
+    ]
+}
+
+fn tcp_congestion() -> impl Strategy<Value = TcpCongestion> {
+    prop_oneof![
+        Just(TcpCongestion::Auto),
+        Just(TcpCongestion::System),
+        "[a-z][a-z0-9_]{0,14}".prop_filter_map("a word of its own", |name| {
+            let algorithm = Algorithm::new(&name)?;
+            (name != "auto" && name != "system").then_some(TcpCongestion::Named(algorithm))
+        }),
     ]
 }
 

@@ -2,9 +2,6 @@
 //! and while workers are replaced. Who carries the bytes is read from the access log's line of each session, and must
 //! be what the table in the README says.
 
-#[path = "../harness/mod.rs"]
-mod harness;
-
 mod features;
 
 use std::collections::HashMap;
@@ -17,10 +14,10 @@ use std::process::Command;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use features::{AROUND, Carrier, FEATURES, Feature, Front, Header, Pass, Peer, Setup};
-use harness::pattern::fill;
-use harness::program::{Running, need};
-use harness::{Plan, Port, Proxy, Upstream, connect, within};
+use self::features::{AROUND, Carrier, FEATURES, Feature, Front, Header, Pass, Peer, Setup};
+use crate::harness::pattern::fill;
+use crate::harness::program::{Running, need};
+use crate::harness::{Plan, Port, Proxy, Upstream, connect, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -91,9 +88,11 @@ impl Servers {
             let path = plan.file(&format!("{header:?}.sock"));
             let name = format!("unix:{}", path.display());
             servers.addresses.insert((Peer::Unix, header), name);
-            servers._unix.push(harness::upstream::unix(&path, move |stream| {
-                serve(stream, header)
-            }));
+            servers
+                ._unix
+                .push(crate::harness::upstream::unix(&path, move |stream| {
+                    serve(stream, header)
+                }));
         }
         servers
     }
@@ -155,7 +154,7 @@ impl Stream {
             Place::Tcp(address, _) => Stream::Tcp(connect(*address)),
             Place::Unix(path) => {
                 let stream = UnixStream::connect(path).expect("connecting");
-                let _ = stream.set_read_timeout(Some(harness::PATIENCE));
+                let _ = stream.set_read_timeout(Some(crate::harness::PATIENCE));
                 Stream::Unix(stream)
             }
         }
