@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::harness::load::{KEPT_AFTER, from_environment};
 use crate::harness::pattern::fill;
+use crate::harness::turns::{alone, beside_others};
 use crate::harness::{Flag, Front, Plan, Proxy, Status, connect, patient, process, within};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -104,6 +105,7 @@ fn reload_and_measure(proxy: &Proxy, sessions: u64) -> Duration {
 
 #[test]
 fn thousands_of_resting_sessions_are_adopted_at_once_and_each_goes_on() {
+    let _alone = alone();
     let sessions = from_environment("TEST_ADOPT_SESSIONS", 5000);
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit of descriptors");
     assert!(
@@ -152,6 +154,7 @@ fn thousands_of_resting_sessions_are_adopted_at_once_and_each_goes_on() {
 
 #[test]
 fn sessions_that_move_are_counted_all_the_while() {
+    let _beside = beside_others();
     const SESSIONS: u64 = 1000;
     let mut plan = Plan::new()
         .workers(2)

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::harness::load::{Load, Sizes, from_environment};
 use crate::harness::random::Random;
+use crate::harness::turns::beside_others;
 use crate::harness::{Plan, Proxy, Status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -86,6 +87,7 @@ impl Chaos<'_> {
 
 #[test]
 fn whatever_happens_to_workers_no_old_session_is_lost_and_none_ends_wrong() {
+    let _beside = beside_others();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let seed = from_environment("TEST_CHAOS_SEED", now.map_or(0, |now| now.as_nanos() as u64));
     let kinds = std::env::var("TEST_CHAOS").unwrap_or_else(|_| ALL.to_owned());
