@@ -381,12 +381,8 @@ fn a_peer_that_was_tried_in_one_worker_is_not_tried_again_in_the_next() {
         proxy.wait("it is kept", |s| s.number("/sessions/kept") == 1);
         replace(&proxy, event);
         assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
-        assert_eq!(
-            [tries(refuses), tries(deaf.address)],
-            [1, 1],
-            "{event:?}: {}",
-            proxy.log()
-        );
+        let told = within(Duration::from_secs(1), || tries(deaf.address) == 1);
+        assert!(told && tries(refuses) == 1, "{event:?}: {}", proxy.log());
         assert_eq!(proxy.settle().number("/closes/connect_timeout"), 1);
     }
 }
