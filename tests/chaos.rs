@@ -7,14 +7,13 @@
 //! | `TEST_CHAOS` | which disturbances, such as `reload,kill`; all of them unless set |
 //! | `TEST_OUTLIVE_...` | sizes, see `harness::load` |
 
-mod harness;
-
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use harness::load::{Load, Sizes, from_environment};
-use harness::random::Random;
-use harness::{Plan, Proxy, Status};
+use crate::harness::load::{Load, Sizes, from_environment};
+use crate::harness::random::Random;
+use crate::harness::turns::beside_others;
+use crate::harness::{Plan, Proxy, Status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -52,7 +51,7 @@ impl Chaos<'_> {
             }
             "upgrade" => {
                 let new = self.binary.with_extension("new");
-                harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
+                crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
                 std::fs::rename(&new, self.binary).expect("putting the new binary in its place");
                 self.proxy.signal(Signal::SIGUSR2);
             }
@@ -104,6 +103,7 @@ impl Chaos<'_> {
 
 #[test]
 fn whatever_happens_to_workers_no_old_session_is_lost_and_none_ends_wrong() {
+    let _beside = beside_others();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let seed = from_environment("TEST_CHAOS_SEED", now.map_or(0, |now| now.as_nanos() as u64));
     let kinds = std::env::var("TEST_CHAOS").unwrap_or_else(|_| ALL.to_owned());
@@ -117,7 +117,7 @@ fn whatever_happens_to_workers_no_old_session_is_lost_and_none_ends_wrong() {
         .global("error_log = { path = \"stderr\", level = \"warn\" }")
         .global("worker_connections = 2048");
     let binary = plan.file("culvert");
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     plan = plan.binary(binary.clone());
     let mut load = Load::new(&mut plan, sizes);
     let proxy = plan.start();

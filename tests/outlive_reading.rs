@@ -2,20 +2,18 @@
 //! to come, or while the peer is being connected and is then to be told who the client is. They go on in the next worker
 //! with what is already known of them and with the time that they have left.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use culvert_shared::sessions::Record;
-use culvert_shared::sys::shm::Shared;
-use harness::load::KEPT_AFTER;
-use harness::pattern::{fill, pause, ping};
-use harness::sockets::Deaf;
-use harness::{
+use crate::harness::load::KEPT_AFTER;
+use crate::harness::pattern::{fill, pause, ping};
+use crate::harness::sockets::Deaf;
+use crate::harness::{
     Bytes, Ending, Front, Plan, Port, Proxy, Upstream, connect, patient, process, receive, upstream, within,
 };
+use culvert_shared::sessions::Record;
+use culvert_shared::sys::shm::Shared;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 

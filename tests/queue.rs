@@ -1,16 +1,14 @@
 //! Sessions that wait for a place at a group whose peers are full: in order of arrival over all workers, at most so
 //! many, at most so long.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use harness::load::KEPT_AFTER;
-use harness::{PATIENCE, Plan, Proxy, Status, Upstream, connect, within};
+use crate::harness::load::KEPT_AFTER;
+use crate::harness::{PATIENCE, Plan, Proxy, Status, Upstream, connect, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -109,7 +107,10 @@ fn places_go_to_those_who_have_waited_longest_over_all_workers() {
     drop(places);
     let took = begun.elapsed();
     // Whoever frees a place wakes the one whose turn it is; looking now and then would take a second or two.
-    assert!(took < harness::patient(Duration::from_millis(600)), "{took:?}");
+    assert!(
+        took < crate::harness::patient(Duration::from_millis(600)),
+        "{took:?}"
+    );
     let expected: Vec<u8> = (0..20).collect();
     assert_eq!(*seen.order.lock().expect("the order"), expected);
     assert_eq!(seen.most.load(Ordering::SeqCst), 2);
@@ -139,7 +140,10 @@ fn no_more_wait_than_size_and_none_longer_than_timeout() {
     assert!(!is_served(&mut second, 2) && !is_served(&mut third, 3));
     let waited = begun.elapsed();
     assert!(waited >= Duration::from_millis(950), "{waited:?}");
-    assert!(waited < harness::patient(Duration::from_secs(3)), "{waited:?}");
+    assert!(
+        waited < crate::harness::patient(Duration::from_secs(3)),
+        "{waited:?}"
+    );
     let status = wait_for_waiting(&proxy, 0);
     assert_eq!(
         (queue(&status, "timed_out"), queue(&status, "overflowed")),

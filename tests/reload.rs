@@ -1,14 +1,14 @@
 //! HUP: a new generation takes over, and nobody notices; a bad file changes nothing.
 
-mod harness;
-
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use harness::pattern::{pause, ping};
-use harness::sockets::try_connect;
-use harness::{Bytes, Flag, PATIENCE, Plan, Proxy, Status, Upstream, connect, exchange, process, within};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::sockets::try_connect;
+use crate::harness::{
+    Bytes, Flag, PATIENCE, Plan, Proxy, Status, Upstream, connect, exchange, process, within,
+};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

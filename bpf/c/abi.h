@@ -27,7 +27,7 @@ enum flow_pause {
  * index ^ 1. Fields marked "user" are written by user space only, before the pair is joined.
  */
 struct flow {
-	__u64 cookie;		/* user: of the socket, 0 while the pair is free */
+	__u64 cookie;		/* user: of the socket, 0 while the pair is free or its sockets are about to be closed */
 	__u64 forwarded_bytes;	/* redirected to the other socket */
 	__u64 last_active_ns;	/* CLOCK_MONOTONIC (coarse), of the last redirect */
 	__u64 trimmed_bytes;	/* cut off because they had been forwarded before */
@@ -43,7 +43,28 @@ struct flow {
 	__u32 lane;		/* user: the ring buffer of its worker; none there: the worker looks by itself */
 	__u32 held_bytes;	/* what it stands for in the slot's sum (struct slot_total) */
 	__u32 pad;
-	__u64 reserved[4];
+	__u64 indexed_cookie;	/* what stands for it in `indices`; a stale one is replaced by the next `join` */
+	__u64 reserved[3];
+};
+
+/*
+ * What `join` is asked for: the context that it is run with. Descriptors are those of the process that runs it.
+ */
+struct join_request {
+	__u64 cookies[2];	/* of both sockets, downstream first */
+	__s32 sockets[2];
+	__s32 sources;		/* the maps */
+	__s32 targets;
+	__s32 places;
+	__u32 index;		/* of the downstream socket */
+	__u32 wanted;		/* a bit for each of the two: it is to be a source */
+	__u32 pad;
+};
+
+/* What `join` answers, if not the negative error number of the step that failed. */
+enum join_answer {
+	JOIN_WANTED,		/* as wanted */
+	JOIN_TO_UPSTREAM_ONLY,	/* the upstream socket could not become a source; the downstream socket is one */
 };
 
 /* Counted on one CPU, whole program; bytes by direction. One cache line. */

@@ -7,6 +7,8 @@
  * redirects an empty skb (a bare FIN would end the other socket's egress), never forwards a byte twice,
  * and leaves to user space what it cannot forward.
  *
+ * `join` puts a pair into the maps.
+ *
  * `pressure` runs at the socket's own TCP events, also under its lock. A source whose target has too much
  * outstanding is taken out of `sources` there: then its bytes stay in its receive queue, charged to it,
  * its window closes, and the sender feels TCP's own back-pressure. User space puts it back.
@@ -34,6 +36,8 @@
 /* Puts the types into the object's BTF, which user space takes their layout from. */
 const volatile struct event event_layout;
 const volatile enum flow_floor flow_floor_layout;
+const volatile struct join_request join_request_layout;
+const volatile enum join_answer join_answer_layout;
 
 /* The worker slot's number, set by user space before loading. */
 const volatile __u32 slot_number;
@@ -337,6 +341,81 @@ int pressure(struct bpf_sock_ops *ops)
 	if (flow)
 		tell_drained(self, flow, index, shared);
 	return 1;
+}
+
+/* The part of `union bpf_attr` that BPF_MAP_UPDATE_ELEM has. */
+struct update {
+	__u32 map;
+	__u32 pad;
+	__u64 key;
+	__u64 value;
+	__u64 flags;
+};
+
+static __always_inline long put(__s32 map, const void *key, const void *value)
+{
+	struct update update = { .map = map, .key = (unsigned long)key, .value = (unsigned long)value };
+
+	return bpf_sys_bpf(BPF_MAP_UPDATE_ELEM, &update, sizeof(update));
+}
+
+static __always_inline long put_socket(__s32 map, __u32 index, __s32 socket)
+{
+	__u64 descriptor = socket;
+
+	return put(map, &index, &descriptor);
+}
+
+static __always_inline long enter(struct join_request *request, __u32 side)
+{
+	__u32 index = request->index + side;
+	struct flow *flow = bpf_map_lookup_elem(&flows, &index);
+	struct place place = { .slot = slot_number, .index = index };
+	__u64 cookie = request->cookies[side];
+	__s32 socket = request->sockets[side];
+	__u64 stale;
+	long error;
+
+	if (!flow)
+		return -2; /* ENOENT */
+	stale = flow->indexed_cookie;
+	if (stale && stale != cookie)
+		bpf_map_delete_elem(&indices, &stale);
+	flow->indexed_cookie = cookie;
+	error = bpf_map_update_elem(&indices, &cookie, &index, BPF_ANY);
+	if (error)
+		return error;
+	return put(request->places, &socket, &place);
+}
+
+/*
+ * Hands both sockets of a pair to the kernel: run by the worker (BPF_PROG_TEST_RUN), one system call for what
+ * would be eight. The order matters: both sockets are targets before one becomes a source, so no byte can find its
+ * target missing.
+ */
+SEC("syscall")
+int join(struct join_request *request)
+{
+	__u32 index = request->index;
+	long error;
+
+	error = enter(request, 0);
+	if (!error)
+		error = enter(request, 1);
+	if (!error)
+		error = put_socket(request->targets, index, request->sockets[0]);
+	if (!error)
+		error = put_socket(request->targets, index + 1, request->sockets[1]);
+	if (!error && request->wanted & 1)
+		error = put_socket(request->sources, index, request->sockets[0]);
+	if (error)
+		return error;
+	if (request->wanted & 2)
+		error = put_socket(request->sources, index + 1, request->sockets[1]);
+	/* Not an error if the other socket is a source by now: bytes may be on their way. */
+	if (error && request->wanted & 1)
+		return JOIN_TO_UPSTREAM_ONLY;
+	return error;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -28,11 +28,46 @@ pub struct Flow {
     pub lane: AtomicU32,
     pub held_bytes: AtomicU32,
     pub pad: AtomicU32,
-    pub reserved: [AtomicU64; 4],
+    pub indexed_cookie: AtomicU64,
+    pub reserved: [AtomicU64; 3],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
 unsafe impl Shareable for Flow {}
+
+/// What the `join` program is asked for (`struct join_request`).
+#[repr(C)]
+pub struct JoinRequest {
+    pub cookies: [u64; 2],
+    pub sockets: [i32; 2],
+    pub sources: i32,
+    pub targets: i32,
+    pub places: i32,
+    pub index: u32,
+    pub wanted: u32,
+    pub pad: u32,
+}
+
+const _: () = {
+    assert!(size_of::<JoinRequest>() == size_of::<types::join_request>());
+    assert!(offset_of!(JoinRequest, cookies) == offset_of!(types::join_request, cookies));
+    assert!(offset_of!(JoinRequest, sockets) == offset_of!(types::join_request, sockets));
+    assert!(offset_of!(JoinRequest, sources) == offset_of!(types::join_request, sources));
+    assert!(offset_of!(JoinRequest, targets) == offset_of!(types::join_request, targets));
+    assert!(offset_of!(JoinRequest, places) == offset_of!(types::join_request, places));
+    assert!(offset_of!(JoinRequest, index) == offset_of!(types::join_request, index));
+    assert!(offset_of!(JoinRequest, wanted) == offset_of!(types::join_request, wanted));
+};
+
+/// What it answers (`enum join_answer`, where they are explained), if no negative error number.
+pub mod join_answer {
+    use crate::skel::slot::types::join_answer;
+
+    /// As wanted.
+    pub const WANTED: i32 = join_answer::JOIN_WANTED.0 as i32;
+    /// The downstream socket is a source, the upstream socket could not become one.
+    pub const TO_UPSTREAM_ONLY: i32 = join_answer::JOIN_TO_UPSTREAM_ONLY.0 as i32;
+}
 
 /// Counted on one CPU (`struct cpu_total`).
 #[repr(C)]
@@ -123,6 +158,7 @@ const _: () = {
     );
     assert!(offset_of!(Flow, lane) == offset_of!(types::flow, lane));
     assert!(offset_of!(Flow, held_bytes) == offset_of!(types::flow, held_bytes));
+    assert!(offset_of!(Flow, indexed_cookie) == offset_of!(types::flow, indexed_cookie));
     assert!(size_of::<CpuTotal>() == size_of::<types::cpu_total>());
     assert!(offset_of!(CpuTotal, forwarded_bytes) == offset_of!(types::cpu_total, forwarded_bytes));
     assert!(offset_of!(CpuTotal, pauses) == offset_of!(types::cpu_total, pauses));
@@ -134,14 +170,6 @@ const _: () = {
     assert!(offset_of!(SlotTotal, wake) == offset_of!(types::slot_total, wake));
     assert!(offset_of!(SlotTotal, lost_events) == offset_of!(types::slot_total, lost_events));
 };
-
-/// The value of a socket's storage (`struct place`).
-pub fn place(slot: u32, index: u32) -> [u8; 8] {
-    let mut bytes = [0; size_of::<types::place>()];
-    bytes[offset_of!(types::place, slot)..][..4].copy_from_slice(&slot.to_ne_bytes());
-    bytes[offset_of!(types::place, index)..][..4].copy_from_slice(&index.to_ne_bytes());
-    bytes
-}
 
 /// Bits of `flow.flags` (`enum flow_flag`, where they are explained). User space only reads them.
 pub mod flow_flag {

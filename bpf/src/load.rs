@@ -325,7 +325,15 @@ impl Bpf {
             .attach_sockmap(loaded.maps.sources.as_fd().as_raw_fd())
             .context("failed to attach the verdict program to its sockmap")?;
         self.entry.set(number, loaded.progs.pressure.as_fd())?;
-        SlotMaps::new(&loaded.maps, worker_connections, number, Arc::clone(&self.entry))
+        let join = loaded.progs.join.as_fd().try_clone_to_owned();
+        let join = join.context("failed to duplicate a BPF program")?;
+        SlotMaps::new(
+            &loaded.maps,
+            join,
+            worker_connections,
+            number,
+            Arc::clone(&self.entry),
+        )
     }
 }
 

@@ -12,21 +12,23 @@ use culvert_shared::ids::{Direction, Owner};
 use culvert_shared::sessions::Place;
 use culvert_shared::sys::shm::Shared;
 use culvert_shared::sys::socket;
+use libbpf_rs::libbpf_sys;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::abi::{self, FLOW_FLOOR_BYTES, Flow, SlotTotal, flow_pause};
+use crate::abi::{FLOW_FLOOR_BYTES, Flow, JoinRequest, SlotTotal, flow_pause, join_answer};
 use crate::events::{Events, LANES, Lane};
 use crate::load::Entry;
 use crate::skel::slot::SlotMaps as SkeletonMaps;
 
-/// Descriptors of a slot's maps: four, its ring buffers, and the memory that says who reads those.
+/// Descriptors of a slot: three maps, the program that joins, the ring buffers, and the memory that says who reads those.
 pub const OWN_DESCRIPTORS: usize = 4 + LANES + 1;
 
 /// The maps of one worker slot.
 pub struct SlotMaps {
     sources: MapHandle,
     targets: MapHandle,
-    indices: MapHandle,
+    /// The program that puts a pair into them.
+    join: OwnedFd,
     flows_map: MapHandle,
     flows: Shared<Flow>,
     rings: [MapHandle; LANES],
@@ -100,12 +102,14 @@ impl Drop for SlotMaps {
 impl SlotMaps {
     pub(crate) fn new(
         maps: &SkeletonMaps<'_>,
+        join: OwnedFd,
         capacity: u32,
         number: u32,
         entry: Arc<Entry>,
     ) -> Result<SlotMaps> {
         SlotMaps::with(
             maps,
+            join,
             capacity,
             number,
             entry,
@@ -115,6 +119,7 @@ impl SlotMaps {
 
     pub(crate) fn with(
         maps: &SkeletonMaps<'_>,
+        join: OwnedFd,
         capacity: u32,
         number: u32,
         entry: Arc<Entry>,
@@ -125,7 +130,7 @@ impl SlotMaps {
         Ok(SlotMaps {
             sources: handle(&maps.sources)?,
             targets: handle(&maps.targets)?,
-            indices: handle(&maps.indices)?,
+            join,
             flows_map: handle(&maps.flows)?,
             flows,
             rings: [
@@ -186,12 +191,14 @@ impl SlotMaps {
 
     /// The descriptors that a worker must keep open.
     pub fn fds(&self) -> Vec<RawFd> {
-        let maps = [&self.sources, &self.targets, &self.indices, &self.flows_map];
+        let maps = [&self.sources, &self.targets, &self.flows_map];
         let maps = maps
             .into_iter()
             .chain(&self.rings)
             .map(|map| map.as_fd().as_raw_fd());
-        maps.chain(self.entry.fds()).collect()
+        maps.chain([self.join.as_raw_fd()])
+            .chain(self.entry.fds())
+            .collect()
     }
 
     /// What another program needs to go on with them, besides the entry's; in the order of
@@ -201,7 +208,7 @@ impl SlotMaps {
         [
             self.sources.as_fd(),
             self.targets.as_fd(),
-            self.indices.as_fd(),
+            self.join.as_fd(),
             self.flows_map.as_fd(),
             a,
             b,
@@ -228,8 +235,7 @@ impl SlotMaps {
     /// `wanted` are the directions that the kernel is to forward; the source of another one stays an ordinary socket
     /// that user space reads.
     ///
-    /// The order matters: both sockets are targets before one becomes a source, so no byte can find its
-    /// target missing; and the kick comes last, for what arrived before its socket was a source.
+    /// The kick comes last, for what arrived before its socket was a source.
     pub fn join(
         &self,
         place: Place,
@@ -258,41 +264,28 @@ impl SlotMaps {
             Ok(_) => sockets
                 .into_iter()
                 .for_each(|fd| drop(socket::set_receive_low_water(fd, 1))),
-            Err(_) => {
-                self.part(sockets);
-                self.release(place);
-            }
+            Err(_) => self.release(place),
         }
         joined
     }
 
     fn insert(&self, place: Place, sockets: [BorrowedFd<'_>; 2], wanted: [bool; 2]) -> io::Result<Joined> {
-        for (side, fd) in sockets.iter().enumerate() {
-            let index = self.index(place, side);
-            let cookie = self.flows[index].cookie.load(Relaxed);
-            update(
-                &self.indices,
-                &cookie.to_ne_bytes(),
-                &(index as u32).to_ne_bytes(),
-            )?;
-            update(
-                self.entry.places(),
-                &fd.as_raw_fd().to_ne_bytes(),
-                &abi::place(self.number, index as u32),
-            )?;
+        let index = self.index(place, 0);
+        let mut request = JoinRequest {
+            cookies: [index, index + 1].map(|index| self.flows[index].cookie.load(Relaxed)),
+            sockets: sockets.map(|socket| socket.as_raw_fd()),
+            sources: self.sources.as_fd().as_raw_fd(),
+            targets: self.targets.as_fd().as_raw_fd(),
+            places: self.entry.places().as_fd().as_raw_fd(),
+            index: index as u32,
+            wanted: u32::from(wanted[0]) | u32::from(wanted[1]) << 1,
+            pad: 0,
+        };
+        match run(self.join.as_fd(), &mut request)? {
+            join_answer::WANTED => Ok(Joined::Wanted),
+            join_answer::TO_UPSTREAM_ONLY => Ok(Joined::ToUpstreamOnly),
+            error => Err(io::Error::from_raw_os_error(-error)),
         }
-        for (side, fd) in sockets.iter().enumerate() {
-            self.insert_socket(&self.targets, self.index(place, side), *fd)?;
-        }
-        for (side, fd) in sockets.iter().enumerate().filter(|(side, _)| wanted[*side]) {
-            let result = self.insert_socket(&self.sources, self.index(place, side), *fd);
-            // Not an error for the caller: the other socket is a source by now, bytes may be on their way.
-            if result.is_err() && side == 1 && wanted[0] {
-                return Ok(Joined::ToUpstreamOnly);
-            }
-            result?;
-        }
-        Ok(Joined::Wanted)
     }
 
     fn insert_socket(&self, map: &MapHandle, index: usize, fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -388,11 +381,11 @@ impl SlotMaps {
         self.total().held_bytes.fetch_add(difference, Relaxed);
     }
 
-    /// Forgets where the sockets of a pair stand. To be done before they are closed: closing waits for
-    /// the socket lock, so afterwards no event of a socket that lives on as an orphan can reach the pair.
-    pub fn part(&self, sockets: [BorrowedFd<'_>; 2]) {
-        for fd in sockets {
-            let _ = self.entry.places().delete(&fd.as_raw_fd().to_ne_bytes());
+    /// Forgets the sockets of a pair. To be done before they are closed: closing waits for the socket lock, so
+    /// afterwards no event of a socket that lives on as an orphan can reach the pair.
+    pub fn part(&self, place: Place) {
+        for side in 0..2 {
+            self.flows[self.index(place, side)].cookie.store(0, SeqCst);
         }
     }
 
@@ -416,16 +409,13 @@ impl SlotMaps {
         self.forget(place);
     }
 
-    /// Forgets the cookies of a pair whose sockets are closed: they have left the sockmaps by themselves
-    /// (sock_map_close), before which no verdict on them can be running.
+    /// Takes a pair out of the slot's books. Its sockets are closed: they have left the sockmaps by themselves
+    /// (sock_map_close), before which no verdict on them can be running. What stands in `indices` for them leads
+    /// nowhere without a cookie here, until the pair's next sockets replace it.
     pub fn forget(&self, place: Place) {
+        self.part(place);
         for side in 0..2 {
-            let flow = &self.flows[self.index(place, side)];
-            self.count_held(flow, 0);
-            let cookie = flow.cookie.swap(0, Relaxed);
-            if cookie != 0 {
-                let _ = self.indices.delete(&cookie.to_ne_bytes());
-            }
+            self.count_held(&self.flows[self.index(place, side)], 0);
         }
     }
 
@@ -457,6 +447,23 @@ impl SlotMaps {
 
     fn index(&self, place: Place, side: usize) -> usize {
         2 * place.0 as usize + side
+    }
+}
+
+/// Runs a program of the type BPF_PROG_TYPE_SYSCALL on `context`, and returns its answer.
+fn run(program: BorrowedFd<'_>, context: &mut JoinRequest) -> io::Result<i32> {
+    let mut options = libbpf_sys::bpf_test_run_opts {
+        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as _,
+        ctx_in: std::ptr::from_mut(context).cast(),
+        ctx_size_in: size_of::<JoinRequest>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads the context, and writes it back (bpf_prog_test_run_syscall), within its size; it and
+    // the options live across the call.
+    let result = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) };
+    match result {
+        0 => Ok(options.retval as i32),
+        error => Err(io::Error::from_raw_os_error(-error)),
     }
 }
 

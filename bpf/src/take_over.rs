@@ -20,7 +20,7 @@ use crate::skel::slot::SlotSkelBuilder;
 
 /// The version of `c/abi.h` and of what the maps mean. Change it whenever user space of one version could
 /// not work with programs and maps of the other.
-const LAYOUT: &str = "culvert maps, layout 1";
+const LAYOUT: &str = "culvert maps, layout 2";
 
 /// How the maps are laid out, for two binaries to compare.
 pub fn layout() -> String {
@@ -71,7 +71,7 @@ impl SlotMaps {
         let [
             sources,
             targets,
-            indices,
+            join,
             flows,
             lane_0,
             lane_1,
@@ -83,7 +83,6 @@ impl SlotMaps {
         for (map, descriptor) in [
             (&mut maps.sources, &sources),
             (&mut maps.targets, &targets),
-            (&mut maps.indices, &indices),
             (&mut maps.flows, &flows),
             (&mut maps.lane_0, &lane_0),
             (&mut maps.lane_1, &lane_1),
@@ -94,6 +93,7 @@ impl SlotMaps {
         }
         maps.places.reuse_fd(entry.places().as_fd()).context(WHAT)?;
         // What only the programs use.
+        maps.indices.set_autocreate(false).context(WHAT)?;
         maps.lanes.set_autocreate(false).context(WHAT)?;
         maps.totals.set_autocreate(false).context(WHAT)?;
         maps.slot_totals.set_autocreate(false).context(WHAT)?;
@@ -109,7 +109,7 @@ impl SlotMaps {
             size_of::<Flow>()
         );
         let lanes = (Shared::of_fd(lanes.as_fd(), LANES)?, lanes);
-        let maps = SlotMaps::with(&loaded.maps, capacity, number, Arc::clone(entry), lanes)?;
+        let maps = SlotMaps::with(&loaded.maps, join, capacity, number, Arc::clone(entry), lanes)?;
         entry.claim(number);
         Ok(maps)
     }

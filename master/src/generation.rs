@@ -106,7 +106,7 @@ impl Generation {
         let stores = kernel.stores_for(&config, &self.stores, filling)?;
         let listeners = self.listeners.next(&config)?;
         let groups = match kernel.is_open() {
-            true => kernel.accept.groups(&listeners, &self.groups)?,
+            true => kernel.accept.groups(&listeners, &self.groups, &self.listeners)?,
             false => Groups::none(stores.reason().map(str::to_owned)),
         };
         Ok(Generation {

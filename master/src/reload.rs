@@ -2,7 +2,6 @@
 //! ready, the old ones serve as if nothing had happened.
 
 use std::collections::HashSet;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -175,7 +174,7 @@ impl Master {
                     .iter_mut()
                     .filter(|worker| worker.generation != number || worker.is_leaving())
                 {
-                    worker.write_log_to(self.log.as_fd());
+                    worker.write_log_to(&self.log);
                 }
             }
             Err(error) => log::error!("the new error log is not used: {error:#}"),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use culvert_shared::config::{
     Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, ListenOptions, LogTarget, OnReload,
-    Peer, ProxyBind, Rate, Server, Stream, Target, Upstream,
+    Peer, ProxyBind, Rate, Server, Stream, Target, TcpCongestion, Upstream,
 };
 
 /// One server for each listener, all proxying to the first upstream; one worker on CPU 0.
@@ -20,6 +20,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         proxy_buffer_size: 16 * 1024,
         proxy_half_close: true,
         tcp_nodelay: true,
+        tcp_congestion: TcpCongestion::Auto,
         proxy_socket_keepalive: false,
         proxy_bind: ProxyBind::Off,
         ebpf_timer_period: Duration::from_secs(2),

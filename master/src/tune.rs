@@ -3,8 +3,9 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use anyhow::{Result, anyhow};
-use culvert_shared::config::{Action, Config, Keepalive, Listen, ListenOptions, Server};
+use anyhow::{Result, anyhow, ensure};
+use culvert_shared::config::{Action, Config, Keepalive, Listen, ListenOptions, Server, TcpCongestion};
+use culvert_shared::congestion;
 use culvert_shared::sys::socket::{self, IntOption, RECEIVE_LOCKED, SEND_LOCKED};
 use nix::errno::Errno;
 use nix::libc;
@@ -37,6 +38,7 @@ pub fn tune(socket: &OwnedFd, server: &Server, listen_on: &Listen) -> Result<()>
     if listen_on.address.tcp().is_some() {
         setsockopt(socket, sockopt::TcpNoDelay, &server.stream.tcp_nodelay).map_err(what)?;
         keep_alive(socket, options.keepalive).map_err(what)?;
+        control_congestion(socket, server, listen_on)?;
         let defer = if options.deferred { DEFER_S } else { 0 };
         set_where_it_differs(socket, IntOption::DeferAccept, defer).map_err(what)?;
         let queue = options.fastopen.unwrap_or(0) as i32;
@@ -47,6 +49,37 @@ pub fn tune(socket: &OwnedFd, server: &Server, listen_on: &Listen) -> Result<()>
         .ok()
         .and_then(|length| Backlog::new(length).ok());
     listen(socket, backlog.unwrap_or(Backlog::MAXALLOWABLE)).map_err(what)
+}
+
+/// The congestion control of what is accepted, and whether workers may choose it for the other side as well.
+fn control_congestion(socket: &OwnedFd, server: &Server, listen_on: &Listen) -> Result<()> {
+    let (Some(default), Some(address)) = (congestion::default(), listen_on.address.tcp()) else {
+        return Ok(());
+    };
+    let setting = server.stream.tcp_congestion;
+    let wanted = setting.choose(default, address.ip()).unwrap_or(default);
+    if congestion::of(socket.as_fd()) != Some(wanted) {
+        congestion::set(socket.as_fd(), wanted).map_err(|errno| {
+            let reason = match errno {
+                Errno::ENOENT => "this kernel does not have it, net.ipv4.tcp_available_congestion_control lists what it has",
+                Errno::EPERM => "net.ipv4.tcp_allowed_congestion_control does not list it",
+                other => other.desc(),
+            };
+            anyhow!("listener {address}: tcp_congestion = \"{}\": {reason}", wanted.name())
+        })?;
+    }
+    let TcpCongestion::Named(named) = setting else {
+        return Ok(());
+    };
+    let allowed = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_allowed_congestion_control");
+    let is_allowed = |list: String| list.split_whitespace().any(|name| name == named.name());
+    ensure!(
+        named == default || allowed.map_or(true, is_allowed),
+        "listener {address}: tcp_congestion = \"{}\": workers, who connect to the peers, may not choose it; add it to \
+         net.ipv4.tcp_allowed_congestion_control",
+        named.name()
+    );
+    Ok(())
 }
 
 fn set_where_it_differs(socket: &OwnedFd, option: IntOption, value: i32) -> Result<(), Errno> {

@@ -5,6 +5,7 @@
 pub mod busy;
 pub mod client;
 pub mod config;
+pub mod congestion;
 pub mod counters;
 pub mod health;
 pub mod ids;
@@ -12,6 +13,7 @@ pub mod limits;
 pub mod logging;
 pub mod members;
 pub mod message;
+pub mod output;
 pub mod peers;
 pub mod queue;
 pub mod sessions;

@@ -32,6 +32,8 @@ const VERSIONS: [ABI; 6] = [ABI::V6, ABI::V5, ABI::V4, ABI::V3, ABI::V2, ABI::V1
 const BPF_MAP_LOOKUP_ELEM: u64 = 1;
 const BPF_MAP_UPDATE_ELEM: u64 = 2;
 const BPF_MAP_DELETE_ELEM: u64 = 3;
+// The program that joins pairs; whoever can run it can do no more than with the three above.
+const BPF_PROG_TEST_RUN: u64 = 10;
 
 static APPLIED: OnceLock<Confinement> = OnceLock::new();
 
@@ -271,7 +273,12 @@ fn allowed() -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
         rules.entry(call).or_default().push(SeccompRule::new(conditions)?);
         Ok(())
     };
-    for command in [BPF_MAP_LOOKUP_ELEM, BPF_MAP_UPDATE_ELEM, BPF_MAP_DELETE_ELEM] {
+    for command in [
+        BPF_MAP_LOOKUP_ELEM,
+        BPF_MAP_UPDATE_ELEM,
+        BPF_MAP_DELETE_ELEM,
+        BPF_PROG_TEST_RUN,
+    ] {
         allow(libc::SYS_bpf, vec![equal(0, command)?])?;
     }
     // Streams, of the families that a peer's address can have. The bits above are SOCK_CLOEXEC and so on.

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use crate::balance::{Change, Pick, Scene};
 use crate::clock;
-use crate::dial::start_connecting;
+use crate::dial::{Asker, start_connecting};
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::proxy_protocol;
@@ -186,7 +186,12 @@ impl Worker {
         address: &Address,
         row: Option<usize>,
     ) -> Result<Next, Errno> {
-        let (socket, under_way) = start_connecting(address, Some((&session.settings, session.ends.remote)))?;
+        let asker = Asker {
+            settings: &session.settings,
+            client: session.ends.remote,
+            congestion: self.congestion,
+        };
+        let (socket, under_way) = start_connecting(address, Some(asker))?;
         let tcp = matches!(address, Address::Tcp(_));
         let settings = std::rc::Rc::clone(&session.settings);
         if tcp {

@@ -5,23 +5,30 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use culvert_shared::client::is_unix;
-use culvert_shared::config::{Address, ProxyBind, Stream as Settings};
+use culvert_shared::config::{Address, Algorithm, ProxyBind, Stream as Settings};
+use culvert_shared::congestion;
 use culvert_shared::sys::socket::{self, IntOption};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, connect, setsockopt, sockopt,
 };
 
-/// A connecting socket, and whether the connection is still under way. `for_whom`: a client's session, with what its
-/// settings say; none for a health check.
+/// A session that wants a connection.
+pub struct Asker<'a> {
+    /// What counts for it.
+    pub settings: &'a Settings,
+    /// Its client's address.
+    pub client: SocketAddr,
+    /// The congestion control that the host gives to new sockets.
+    pub congestion: Option<Algorithm>,
+}
+
+/// A connecting socket, and whether the connection is still under way. `for_whom`: none for a health check.
 ///
 /// # Errors
 /// What the host says, or what the peer has said already. EAFNOSUPPORT: the peer cannot be reached from where the
 /// settings want it.
-pub fn start_connecting(
-    address: &Address,
-    for_whom: Option<(&Settings, SocketAddr)>,
-) -> Result<(OwnedFd, bool), Errno> {
+pub fn start_connecting(address: &Address, for_whom: Option<Asker<'_>>) -> Result<(OwnedFd, bool), Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let open = |family| nix::sys::socket::socket(family, SockType::Stream, flags, None);
     let (socket, result) = match address {
@@ -31,7 +38,23 @@ pub fn start_connecting(
             } else {
                 AddressFamily::Inet6
             })?;
-            if let Some((settings, client)) = for_whom {
+            if let Some(Asker {
+                settings,
+                client,
+                congestion,
+            }) = for_whom
+            {
+                if let Some(default) = congestion
+                    && let Some(wanted) = settings.tcp_congestion.choose(default, address.ip())
+                    && let Err(errno) = congestion::set(socket.as_fd(), wanted)
+                {
+                    // The master has seen that it can be had, so somebody has changed that since.
+                    log::warn!(
+                        "connection to {address} without tcp_congestion = \"{}\": {}",
+                        wanted.name(),
+                        errno.desc()
+                    );
+                }
                 if settings.proxy_socket_keepalive {
                     setsockopt(&socket, sockopt::KeepAlive, &true)?;
                 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use culvert_bpf::Totals;
 use culvert_shared::busy::Lookout;
-use culvert_shared::config::{self, Address, Config};
+use culvert_shared::config::{self, Address, Algorithm, Config};
+use culvert_shared::congestion;
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Owner;
 use culvert_shared::members::MemberSet;
@@ -118,6 +119,8 @@ pub struct Worker {
     pub(crate) scratch: Scratch,
     pub(crate) glance: Glance,
     pub(crate) limits: BufferLimits,
+    /// What the host's sockets begin with.
+    pub(crate) congestion: Option<Algorithm>,
     pub(crate) tally: Tally,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
@@ -196,6 +199,7 @@ impl Worker {
             tally: Tally::new(start.limits, start.owner),
             glance: Glance::new(&start.config),
             limits: BufferLimits::read(),
+            congestion: congestion::default(),
             config: start.config,
             board: start.board,
             row: start.row,

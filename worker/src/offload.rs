@@ -268,8 +268,8 @@ impl Worker {
 
     /// Cuts the ties between a session's sockets and its pair, before they are closed.
     pub(crate) fn part(&mut self, session: &Session) {
-        if let (Some((maps, _)), Some(upstream)) = (self.pair(session), &session.upstream) {
-            maps.part([session.downstream.as_fd(), upstream.socket.as_fd()]);
+        if let Some((maps, place)) = self.pair(session) {
+            maps.part(place);
         }
     }
 }

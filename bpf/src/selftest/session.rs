@@ -139,7 +139,7 @@ impl<'a> Session<'a> {
             ours.end_stream();
             theirs.receive_end()?;
         }
-        maps.part([downstream.stream.as_fd(), upstream.stream.as_fd()]);
+        maps.part(place);
         Ok(place)
     }
 }

@@ -45,6 +45,8 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     ("stream.proxy_half_close", Default::Flag(true)),
     // nginx: tcp_nodelay on.
     ("stream.tcp_nodelay", Default::Flag(true)),
+    // No network is shared over the loopback device, so what paces there (bbr) only costs timers.
+    ("stream.tcp_congestion", Default::Text("auto")),
     // nginx: proxy_socket_keepalive off.
     ("stream.proxy_socket_keepalive", Default::Flag(false)),
     // nginx: none, which is off.

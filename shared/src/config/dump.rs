@@ -53,6 +53,7 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
     let target = match &config.error_log.target {
         LogTarget::Stderr => quoted("stderr"),
         LogTarget::File(file) => path(file),
+        LogTarget::Syslog(syslog) => quoted(&expand::escape(&syslog.text())),
     };
     let level = config.error_log.level.as_str().to_ascii_lowercase();
     writeln!(
@@ -225,6 +226,11 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
     )?;
     writeln!(out, "proxy_half_close = {}", stream.proxy_half_close)?;
     writeln!(out, "tcp_nodelay = {}", stream.tcp_nodelay)?;
+    writeln!(
+        out,
+        "tcp_congestion = {}",
+        quoted(&stream.tcp_congestion.to_string())
+    )?;
     let keepalive = stream.proxy_socket_keepalive;
     writeln!(out, "proxy_socket_keepalive = {keepalive}")?;
     writeln!(out, "proxy_bind = {}", quoted(&stream.proxy_bind.to_string()))?;

@@ -14,7 +14,7 @@ use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
 use super::{
     Action, Address, Balance, LimitZone, Network, OnReload, Part, Peer, ProxyBind, Rate, Rule, Server,
-    Stream, Target, Template, Upstream, VariableMap,
+    Stream, Target, TcpCongestion, Template, Upstream, VariableMap,
 };
 use super::{address, units};
 
@@ -84,6 +84,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_buffer_size: 1,
             proxy_half_close: true,
             tcp_nodelay: true,
+            tcp_congestion: TcpCongestion::System,
             proxy_socket_keepalive: false,
             proxy_bind: ProxyBind::Off,
             ebpf_timer_period: hour,
@@ -159,6 +160,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_buffer_size,
             proxy_half_close,
             tcp_nodelay,
+            tcp_congestion,
             proxy_socket_keepalive,
             proxy_bind,
             ebpf_timer_period,
@@ -206,6 +208,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             tcp_nodelay: check
                 .at(table, key, "tcp_nodelay", valid::boolean)
                 .unwrap_or(tcp_nodelay),
+            tcp_congestion: check
+                .at(table, key, "tcp_congestion", TcpCongestion::read)
+                .unwrap_or(tcp_congestion),
             proxy_socket_keepalive: check
                 .at(table, key, "proxy_socket_keepalive", valid::boolean)
                 .unwrap_or(proxy_socket_keepalive),

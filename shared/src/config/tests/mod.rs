@@ -134,6 +134,7 @@ fn the_least_configuration_has_every_default() {
         proxy_buffer_size: 16_384,
         proxy_half_close: true,
         tcp_nodelay: true,
+        tcp_congestion: TcpCongestion::Auto,
         proxy_socket_keepalive: false,
         proxy_bind: ProxyBind::Off,
         ebpf_timer_period: Duration::from_secs(2),

@@ -26,7 +26,12 @@ fn stream() -> impl Strategy<Value = Stream> {
                 burst,
             }
         });
-    let hello = (1usize..=64 << 10, millis(1..=year), proxy_bind());
+    let hello = (
+        1usize..=64 << 10,
+        millis(1..=year),
+        proxy_bind(),
+        tcp_congestion(),
+    );
     let limits = (
         prop::collection::vec(limit, 0..3),
         prop::collection::vec(rate, 0..3),
@@ -52,6 +57,7 @@ fn stream() -> impl Strategy<Value = Stream> {
                 proxy_buffer_size: sizes.0,
                 proxy_half_close: flags[1],
                 tcp_nodelay: flags[2],
+                tcp_congestion: hello.3,
                 proxy_socket_keepalive: flags[6],
                 proxy_bind: hello.2,
                 ebpf_timer_period: times.2,
@@ -78,6 +84,17 @@ fn session_rate() -> impl Strategy<Value = Rate> {
     prop_oneof![
         (0u64..=1 << 40).prop_map(Rate::Fixed),
         map.prop_map(|map| Rate::Variable(Template(vec![map]))),
+    ]
+}
+
+fn tcp_congestion() -> impl Strategy<Value = TcpCongestion> {
+    prop_oneof![
+        Just(TcpCongestion::Auto),
+        Just(TcpCongestion::System),
+        "[a-z][a-z0-9_]{0,14}".prop_filter_map("a word of its own", |name| {
+            let algorithm = Algorithm::new(&name)?;
+            (name != "auto" && name != "system").then_some(TcpCongestion::Named(algorithm))
+        }),
     ]
 }
 
@@ -148,7 +165,7 @@ fn access_log() -> impl Strategy<Value = Option<Arc<AccessLog>>> {
     );
     prop::option::of(log.prop_map(|(path, format, buffer_bytes, flush)| {
         Arc::new(AccessLog {
-            path: path.into(),
+            target: LogTarget::File(path.into()),
             format: Arc::new(format),
             buffer_bytes,
             flush: Duration::from_millis(flush),
@@ -173,7 +190,7 @@ fn maps() -> Vec<VariableMap> {
         source = "$ssl_preread_server_name"
         variable = "$one"
         hostnames = true
-        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "~^w{1} v", "~*[A-Z] u", "default w"]
+        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "~^w{1} v", "~^(a)(?<b>c)$ $1x$2$b-$remote_port", "~*[A-Z] u", "default w"]
         [[map]]
         source = "$one-$server_port"
         variable = "$two"
