@@ -18,7 +18,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// What may happen, each as often as the others.
-const ALL: &str = "reload,kill,workers,connections,upgrade,burst";
+const ALL: &str = "reload,kill,workers,connections,upgrade,burst,freeze";
 
 struct Chaos<'a> {
     proxy: &'a Proxy,
@@ -62,20 +62,36 @@ impl Chaos<'_> {
                 self.kill_a_worker();
                 self.proxy.signal(Signal::SIGHUP);
             }
+            "freeze" => self.freeze_a_worker(),
             other => panic!("TEST_CHAOS: there is no {other:?} in {ALL:?}"),
         }
     }
 
     /// Of the workers that there are at the moment, whatever generation they are of.
+    fn a_worker(&mut self) -> Option<Pid> {
+        let workers = Status::fetch(self.proxy.status_address()).ok()?.workers();
+        let worker = &workers[self.random.below(workers.len() as u64) as usize];
+        Some(Pid::from_raw(worker.pid))
+    }
+
     fn kill_a_worker(&mut self) {
-        let Ok(status) = Status::fetch(self.proxy.status_address()) else {
-            return;
-        };
-        let workers = status.workers();
-        let victim = &workers[self.random.below(workers.len() as u64) as usize];
-        self.load.ledger.kill();
-        // It may have gone by itself meanwhile.
-        let _ = kill(Pid::from_raw(victim.pid), Signal::SIGKILL);
+        if let Some(victim) = self.a_worker() {
+            self.load.ledger.kill();
+            // It may have gone by itself meanwhile.
+            let _ = kill(victim, Signal::SIGKILL);
+        }
+    }
+
+    /// A worker stands still while a reload passes it by.
+    fn freeze_a_worker(&mut self) {
+        if let Some(worker) = self.a_worker() {
+            let frozen = kill(worker, Signal::SIGSTOP).is_ok();
+            self.proxy.signal(Signal::SIGHUP);
+            std::thread::sleep(Duration::from_millis(100 + self.random.below(200)));
+            if frozen {
+                let _ = kill(worker, Signal::SIGCONT);
+            }
+        }
     }
 
     fn set(&self, key: &str, from: u64, to: u64) {

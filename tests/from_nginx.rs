@@ -232,6 +232,9 @@ fn behaviour(ports: &[SocketAddr]) -> Vec<String> {
         "mail.anything",
         "api-7.example.com",
         "api-x.example.com",
+        "two.by-name",
+        "tw-o.by-number",
+        "one.by-name",
         "other",
         "",
     ] {
@@ -292,6 +295,8 @@ stream {{
         hostnames;
         ~^api-\d+\.example\.com$ {three};
         "~^api-.*\.com$" to_two;
+        "~^(?<zone>two|one)\.by-name$" to_$zone;
+        "~^(t)(w-?)(?:o)\.by-number$" $1o_two;
         a.example.org    {one};
         *.b.example.org  to_two;
         .example.net     {three};

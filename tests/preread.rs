@@ -342,3 +342,35 @@ values = ["first-127.0.0.1 one", "second-127.0.0.1 two", "default rest"]
     assert_eq!(status.relay(), Bytes::default());
     assert_eq!(status.fallbacks(), 0);
 }
+
+#[test]
+fn what_a_regular_expression_finds_names_the_upstream() {
+    let ((_one, one), (_two, two), (_rest, rest)) = (marked("one", 1), marked("two-7", 2), marked("rest", 3));
+    let map = r#"
+[[map]]
+source = "$ssl_preread_server_name"
+variable = "$backend"
+values = [
+  "~*^(?<name>[a-z]+)-([0-9])[.]example$ $name-$2",
+  "~^(o)(n)(e|x)[.]example$ $1$2e",
+  "~^(unmatched)?t(.*)[.]example$ t$1$2",
+  "default rest",
+]
+"#;
+    let mut plan = Plan::new().tables(&one).tables(&two).tables(&rest).tables(map);
+    let front = plan.server_with("127.0.0.1", "$backend", TLS);
+    let proxy = plan.start();
+    let names = [
+        ("two-7.example", 2),
+        ("one.example", 1),
+        ("onx.example", 1),
+        ("two-7.Example", 2),
+        ("twoo.other", 3),
+    ];
+    for (name, mark) in names {
+        assert_led_to(mark, front, &[&hello(name, 20)]);
+    }
+    let status = proxy.settle();
+    assert_eq!(status.number("/closes/finished"), names.len() as u64);
+    assert_eq!(status.relay(), Bytes::default());
+}

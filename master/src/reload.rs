@@ -2,6 +2,7 @@
 //! ready, the old ones serve as if nothing had happened.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -9,6 +10,7 @@ use anyhow::{Result, ensure};
 use culvert_shared::config;
 use culvert_shared::counters::Board;
 use culvert_shared::logging;
+use culvert_worker::Store;
 
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
@@ -90,10 +92,10 @@ impl Master {
              ones have drained, or set worker_shutdown_timeout",
             self.workers.len()
         );
-        let filling: Vec<u32> = self
+        let filling: Vec<Arc<Store>> = self
             .workers
             .iter()
-            .filter_map(|worker| worker.stores.first().map(|own| own.id))
+            .filter_map(|worker| worker.stores.first().cloned())
             .collect();
         let generation = self.current.next(config, &filling, &mut self.kernel)?;
         Ok(Pending {
@@ -170,7 +172,7 @@ impl Master {
                 for worker in self
                     .workers
                     .iter_mut()
-                    .filter(|worker| worker.generation != number)
+                    .filter(|worker| worker.generation != number || worker.is_leaving())
                 {
                     worker.write_log_to(&self.log);
                 }
@@ -195,10 +197,11 @@ impl Master {
         // Removed slots get nothing new from here on, so that their workers can empty them.
         self.steer();
         self.say_which_listeners_are_gone();
+        // A refused generation had the same number.
         for worker in self
             .workers
             .iter_mut()
-            .filter(|worker| worker.generation != number)
+            .filter(|worker| worker.generation != number || worker.is_leaving())
         {
             worker.hand_over(limit, now);
         }
@@ -248,12 +251,22 @@ impl Master {
             return;
         };
         let number = pending.generation.number;
+        let limit = self.current.config.worker_shutdown_timeout;
         for worker in self
             .workers
             .iter_mut()
-            .filter(|worker| worker.generation == number)
+            .filter(|worker| worker.generation == number && !worker.is_leaving())
         {
-            worker.stop(now);
+            let own = worker.stores.first().map(|own| own.id);
+            match worker.state() {
+                // It may have taken connections already, from sockets that both generations have.
+                State::Serving if own.is_some_and(|own| self.current.stores.has(own)) => {
+                    worker.hand_over(limit, now);
+                }
+                // Nobody else has its store, before another reload.
+                State::Serving => worker.drain(limit, now),
+                _ => worker.stop(now),
+            }
         }
         self.count_refused(why);
         self.go_back_to_names(now);

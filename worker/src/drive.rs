@@ -94,7 +94,7 @@ impl Worker {
     }
 
     /// Moves both directions on as far as they go.
-    pub(crate) fn stream(&mut self, token: Token, session: &mut Session) -> Next {
+    pub(crate) fn stream(&mut self, _: Token, session: &mut Session) -> Next {
         for side in [Side::Downstream, Side::Upstream] {
             if !std::mem::take(&mut session.ready[side.index()].failed) {
                 continue;
@@ -108,7 +108,7 @@ impl Worker {
         }
         let mut again = false;
         for direction in Direction::BOTH {
-            match self.step(token, session, direction) {
+            match self.step(session, direction) {
                 Ok(more) => again |= more,
                 Err(trouble) => return Next::Close(self.explain(session, trouble)),
             }
@@ -124,7 +124,7 @@ impl Worker {
     }
 
     /// Moves one direction on; true: it stopped only because its turn is over.
-    fn step(&mut self, token: Token, session: &mut Session, direction: Direction) -> Result<bool, Trouble> {
+    fn step(&mut self, session: &mut Session, direction: Direction) -> Result<bool, Trouble> {
         loop {
             match session.stream(direction).way {
                 Way::Ended => return Ok(false),
@@ -152,7 +152,7 @@ impl Worker {
                     if session.stream(direction).settled() {
                         self.pass_end_on(session, direction)?;
                     } else {
-                        self.watch_data(token, session);
+                        session.try_both();
                     }
                 }
             }

@@ -376,9 +376,10 @@ impl Worker {
         self.keeping.forgotten.clear();
         for (token, session) in std::mem::take(&mut self.keeping.leaving) {
             for side in [Side::Downstream, Side::Upstream] {
-                if let Some(socket) = session.socket(side) {
+                if let (Some(socket), Some(interest)) = (session.socket(side), session.watched[side.index()])
+                {
                     // What was reported meanwhile is reported again.
-                    let _ = self.sockets.change(socket, token, side, session.interest(side));
+                    let _ = self.sockets.change(socket, token, side, interest);
                 }
             }
             self.table.put(token, session);

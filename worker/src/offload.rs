@@ -16,7 +16,6 @@ use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::Worker;
 use crate::session::{Datapath, Failed, Session, source, target};
-use crate::sockets::Interest;
 use crate::store::{Seat, Ward};
 use crate::table::{Side, Token};
 
@@ -31,33 +30,23 @@ impl Worker {
                 // One direction is the kernel's, the other one user space's.
                 session.streams.iter_mut().for_each(|stream| stream.offload());
                 self.board[0].count_fallback(FallbackReason::RateLimited);
-                self.watch_data(token, session);
+                begin_copying(session);
                 Datapath::Sockmap
             }
             Ok(Joined::Wanted) => {
                 session.streams.iter_mut().for_each(|stream| stream.offload());
-                if let Some(upstream) = session
-                    .upstream
-                    .as_ref()
-                    .filter(|upstream| upstream.was_connecting)
-                {
-                    // It can only fail for want of memory; then the session ends by its idle timeout.
-                    let _ = self
-                        .sockets
-                        .change(&upstream.socket, token, Side::Upstream, Interest::End);
-                }
                 Datapath::Sockmap
             }
             Ok(Joined::ToUpstreamOnly) => {
                 session.stream(Direction::ToUpstream).offload();
-                self.watch_data(token, session);
+                begin_copying(session);
                 Datapath::Sockmap
             }
             Err(datapath) => {
                 if let Datapath::Fallback(reason) = datapath {
                     self.board[0].count_fallback(reason);
                 }
-                self.watch_data(token, session);
+                begin_copying(session);
                 datapath
             }
         };
@@ -134,18 +123,6 @@ impl Worker {
                 );
                 refuse(FallbackReason::KernelRefused)
             }
-        }
-    }
-
-    /// From now on user space reads and writes the session's sockets.
-    pub(crate) fn watch_data(&mut self, token: Token, session: &mut Session) {
-        for side in [Side::Downstream, Side::Upstream] {
-            if let Some(fd) = session.socket(side) {
-                // It can only fail for want of memory; then the session ends by its idle timeout.
-                let _ = self.sockets.change(fd, token, side, session.interest(side));
-            }
-            session.ready[side.index()].readable = true;
-            session.ready[side.index()].writable = true;
         }
     }
 
@@ -272,6 +249,15 @@ impl Worker {
             maps.part(place);
         }
     }
+}
+
+/// From now on user space reads and writes the session's sockets. What the server has sent, if anything, is reported
+/// when its socket is watched for that; what the client has, most often something, is found by trying.
+fn begin_copying(session: &mut Session) {
+    let [downstream, upstream] = &mut session.ready;
+    downstream.readable = true;
+    downstream.writable = true;
+    upstream.writable = true;
 }
 
 /// The store of the worker's own slot, where its new sessions go.

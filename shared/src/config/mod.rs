@@ -439,6 +439,8 @@ pub enum Variable {
     SslPrereadProtocol,
     /// What the map at this index of [`Config::maps`] gives.
     Map(usize),
+    /// What the group of this number of a map's regular expression has found, 1 to 9; in that expression's value only.
+    Capture(u8),
 }
 
 /// Settings of `[stream]` that a server inherits.
