@@ -9,7 +9,7 @@ use crate::harness::sockets::try_connect;
 use crate::harness::{
     Bytes, Flag, PATIENCE, Plan, Proxy, Status, Upstream, connect, exchange, process, within,
 };
-use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -264,10 +264,12 @@ fn sessions_that_workers_of_a_refused_generation_have_taken_go_on() {
             answers
         };
         // From the first worker's CPU. What goes to the other slot waits there.
+        let before = sched_getaffinity(Pid::from_raw(0)).expect("the CPUs");
         let mut here = CpuSet::new();
         here.set(0).expect("a CPU");
         sched_setaffinity(Pid::from_raw(0), &here).expect("going to a CPU");
         let mut taken: Vec<_> = (0..8).map(|_| connect(front)).collect();
+        sched_setaffinity(Pid::from_raw(0), &before).expect("going where it was");
         taken.retain_mut(answers);
         assert!(!taken.is_empty(), "the first new worker serves nobody");
         tell(last, Signal::SIGKILL);
