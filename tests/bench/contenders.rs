@@ -35,7 +35,7 @@ pub struct Contender {
 #[derive(Debug)]
 enum Kind {
     Direct,
-    Culvert { ebpf: bool },
+    Culvert { stream: &'static str },
     Nginx { buffer: &'static str },
     Haproxy,
 }
@@ -50,12 +50,23 @@ pub const ALL: &[Contender] = &[
     Contender {
         name: "culvert",
         title: "Culvert, offloaded",
-        kind: Kind::Culvert { ebpf: true },
+        kind: Kind::Culvert {
+            stream: "ebpf_enable = true",
+        },
+    },
+    Contender {
+        name: "culvert_late",
+        title: "Culvert, offloaded after 64k",
+        kind: Kind::Culvert {
+            stream: "ebpf_offload_after = \"64k\"",
+        },
     },
     Contender {
         name: "relayed",
         title: "Culvert, relayed",
-        kind: Kind::Culvert { ebpf: false },
+        kind: Kind::Culvert {
+            stream: "ebpf_enable = false",
+        },
     },
     Contender {
         name: "nginx16k",
@@ -158,9 +169,9 @@ impl Contender {
         let file = stem.with_extension("conf");
         let (program, args, text) = match self.kind {
             Kind::Direct => return Ok(proxy),
-            Kind::Culvert { ebpf } => {
+            Kind::Culvert { stream } => {
                 let status = proxy.status.insert(Port::claim()).number;
-                let text = culvert(&proxy.routes, workers, ebpf, status, &stem);
+                let text = culvert(&proxy.routes, workers, stream, status, &stem);
                 (PathBuf::from(CULVERT), vec!["-c"], text)
             }
             Kind::Nginx { buffer } => {
@@ -212,11 +223,11 @@ impl Proxy {
     }
 }
 
-fn culvert(routes: &[Route], workers: usize, ebpf: bool, status: u16, stem: &Path) -> String {
+fn culvert(routes: &[Route], workers: usize, stream: &str, status: u16, stem: &Path) -> String {
     let mut text = format!(
         "worker_processes = {workers}\nworker_cpu_affinity = \"auto\"\nworker_connections = 4096\n\
          pid = \"{}\"\nerror_log = {{ path = \"stderr\", level = \"warn\" }}\n\
-         [stream]\nebpf_enable = {ebpf}\n\
+         [stream]\n{stream}\n\
          [[server]]\nlisten = \"127.0.0.1:{status}\"\nebpf_status_return = true\n",
         stem.with_extension("pid").display()
     );
