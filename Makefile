@@ -82,12 +82,13 @@ run: build ## build, then start the proxy in the foreground: make run [CONF=FILE
 format-check: ## check the formatting
 	cargo fmt --all --check
 
+# In release: what runs while building (build scripts, macros) is then compiled once for this and for the tests.
 lint: setup ## clippy, warnings are errors
-	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --release --workspace --all-targets --locked -- -D warnings
 
-# In release: the tests drive what users run.
+# In release: the tests drive what users run. Most of a black-box test is waiting: two for each processor.
 test: setup-tests format-check lint ## everything: formatting, lints, unit and black-box tests (as root)
-	cargo test --workspace --locked --release
+	cargo test --workspace --locked --release --no-fail-fast -- --test-threads=$$((2 * $$(nproc)))
 
 clean: ## remove what was built
 	cargo clean

@@ -1,16 +1,14 @@
 //! Which worker gets a new connection, and that none is lost while workers come and go.
 
-mod harness;
-
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, ping};
-use harness::sockets::{connect_from, connect_with_late_ack};
-use harness::status::Worker;
-use harness::{Flag, Plan, Proxy, Status, Upstream, connect, process, within};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::sockets::{connect_from, connect_with_late_ack};
+use crate::harness::status::Worker;
+use crate::harness::{Flag, Plan, Proxy, Status, Upstream, connect, process, within};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -95,6 +93,43 @@ fn a_session_is_accepted_by_the_worker_on_whose_cpu_it_arrived() {
             drop(clients);
             proxy.settle();
         }
+    }
+}
+
+#[test]
+fn sixty_listeners_start_about_as_fast_as_two_and_each_chooses_by_cpu() {
+    let echo = Upstream::echo("127.0.0.1");
+    let start = |listeners: usize| {
+        let mut plan = Plan::new().workers(2);
+        let fronts: Vec<SocketAddr> = (0..listeners).map(|_| plan.server(&echo)).collect();
+        let started = Instant::now();
+        let proxy = plan.start();
+        (proxy, fronts, started.elapsed())
+    };
+    let (few, _, short) = start(2);
+    drop(few);
+    let (proxy, fronts, long) = start(60);
+    assert!(
+        long < 3 * short + Duration::from_secs(1),
+        "two listeners: {short:?}, sixty: {long:?}"
+    );
+    must_choose_by_cpu(&proxy);
+    wait_for_all(&proxy, fronts[0]);
+    proxy.settle();
+    for cpu in [0, 1] {
+        let accepted = || -> Vec<u64> { by_slot(&proxy.status()).iter().map(|w| w.accepted).collect() };
+        let before = accepted();
+        stay_on(cpu);
+        for front in &fronts {
+            ping(&mut connect(*front), 1, 1).expect("a session");
+            proxy.wait("it has ended", |status| status.active() == 0);
+        }
+        let after = accepted();
+        let there = after[1 - cpu] - before[1 - cpu];
+        assert!(
+            after[cpu] - before[cpu] >= 60 && there <= 6,
+            "{before:?}, {after:?}"
+        );
     }
 }
 
@@ -237,7 +272,7 @@ fn what_waits_in_the_queue_of_a_removed_worker_goes_to_another() {
 
 /// By how much slower than real ones the processors are.
 fn emulation() -> u64 {
-    harness::patient(Duration::from_secs(1)).as_secs()
+    crate::harness::patient(Duration::from_secs(1)).as_secs()
 }
 
 /// New connections, `rate` a second, while the number of workers changes; some of them take their time over
@@ -328,7 +363,7 @@ fn changing_worker_processes_under_load_loses_no_connection() {
 }
 
 #[test]
-#[ignore = "takes two CPUs for itself: cargo test --release -p master --test accept -- --ignored"]
+#[ignore = "takes two CPUs for itself: cargo test --release -p master --test blackbox accept:: -- --ignored"]
 fn changing_worker_processes_under_two_thousand_connections_a_second_loses_none() {
     assert!(
         change_workers_under_load(2000) > 5000,

@@ -1,14 +1,12 @@
 //! Access logs: lines against what the ends counted, rotation under load, disks that take nothing.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{ping, receive_from};
-use harness::{Flag, Plan, Port, Proxy, Received, Upstream, connect, process, receive, send, within};
+use crate::harness::pattern::{ping, receive_from};
+use crate::harness::{Flag, Plan, Port, Proxy, Received, Upstream, connect, process, receive, send, within};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 

@@ -1,14 +1,13 @@
 //! How long it takes a new generation to adopt thousands of resting sessions. `TEST_ADOPT_SESSIONS` says how many.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use harness::load::{KEPT_AFTER, from_environment};
-use harness::pattern::fill;
-use harness::{Flag, Front, Plan, Proxy, Status, connect, patient, process, within};
+use crate::harness::load::{KEPT_AFTER, from_environment};
+use crate::harness::pattern::fill;
+use crate::harness::turns::{alone, beside_others};
+use crate::harness::{Flag, Front, Plan, Proxy, Status, connect, patient, process, within};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Thousands of sessions are adopted in this time; other programs on the machine may spoil a try or two.
@@ -106,6 +105,7 @@ fn reload_and_measure(proxy: &Proxy, sessions: u64) -> Duration {
 
 #[test]
 fn thousands_of_resting_sessions_are_adopted_at_once_and_each_goes_on() {
+    let _alone = alone();
     let sessions = from_environment("TEST_ADOPT_SESSIONS", 5000);
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit of descriptors");
     assert!(
@@ -154,6 +154,7 @@ fn thousands_of_resting_sessions_are_adopted_at_once_and_each_goes_on() {
 
 #[test]
 fn sessions_that_move_are_counted_all_the_while() {
+    let _beside = beside_others();
     const SESSIONS: u64 = 1000;
     let mut plan = Plan::new()
         .workers(2)

@@ -1,13 +1,11 @@
 //! How sessions are shared out among the peers of a group by all workers together, and what failures do.
 
-mod harness;
-
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use harness::pattern::{fill, ping};
-use harness::{PATIENCE, Plan, Port, Proxy, Status, Upstream, connect, send, within};
+use crate::harness::pattern::{fill, ping};
+use crate::harness::{PATIENCE, Plan, Port, Proxy, Status, Upstream, connect, send, within};
 
 /// A server that greets with eight bytes of its own, then waits for its client's end.
 fn greeter(seed: u64) -> Upstream<()> {
@@ -232,7 +230,7 @@ fn a_lone_peer_is_tried_however_often_it_fails() {
     }
     assert_eq!(peer(&proxy.status(), 0, "connect_failures"), 3);
     let listener = std::net::TcpListener::bind(away).expect("binding");
-    let _upstream = Upstream::on(listener, harness::upstream::echo);
+    let _upstream = Upstream::on(listener, crate::harness::upstream::echo);
     ping(&mut connect(front), 7, 2).expect("an answer at once");
 }
 
@@ -301,7 +299,7 @@ fn a_session_makes_as_many_attempts_as_it_may() {
 
 #[test]
 fn no_attempt_begins_after_proxy_next_upstream_timeout() {
-    let (deaf, other) = (harness::sockets::Deaf::new(), greeter(1));
+    let (deaf, other) = (crate::harness::sockets::Deaf::new(), greeter(1));
     let lines = [at(deaf.address, ""), at(other.address, "")];
     for (limit, is_answered) in [("100ms", false), ("0", true)] {
         let settings =

@@ -7,19 +7,18 @@
 //! | `TEST_CHAOS` | which disturbances, such as `reload,kill`; all of them unless set |
 //! | `TEST_OUTLIVE_...` | sizes, see `harness::load` |
 
-mod harness;
-
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use harness::load::{Load, Sizes, from_environment};
-use harness::random::Random;
-use harness::{Plan, Proxy, Status};
+use crate::harness::load::{Load, Sizes, from_environment};
+use crate::harness::random::Random;
+use crate::harness::turns::beside_others;
+use crate::harness::{Plan, Proxy, Status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// What may happen, each as often as the others.
-const ALL: &str = "reload,kill,workers,connections,upgrade,burst";
+const ALL: &str = "reload,kill,workers,connections,upgrade,burst,freeze";
 
 struct Chaos<'a> {
     proxy: &'a Proxy,
@@ -52,7 +51,7 @@ impl Chaos<'_> {
             }
             "upgrade" => {
                 let new = self.binary.with_extension("new");
-                harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
+                crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
                 std::fs::rename(&new, self.binary).expect("putting the new binary in its place");
                 self.proxy.signal(Signal::SIGUSR2);
             }
@@ -63,20 +62,36 @@ impl Chaos<'_> {
                 self.kill_a_worker();
                 self.proxy.signal(Signal::SIGHUP);
             }
+            "freeze" => self.freeze_a_worker(),
             other => panic!("TEST_CHAOS: there is no {other:?} in {ALL:?}"),
         }
     }
 
     /// Of the workers that there are at the moment, whatever generation they are of.
+    fn a_worker(&mut self) -> Option<Pid> {
+        let workers = Status::fetch(self.proxy.status_address()).ok()?.workers();
+        let worker = &workers[self.random.below(workers.len() as u64) as usize];
+        Some(Pid::from_raw(worker.pid))
+    }
+
     fn kill_a_worker(&mut self) {
-        let Ok(status) = Status::fetch(self.proxy.status_address()) else {
-            return;
-        };
-        let workers = status.workers();
-        let victim = &workers[self.random.below(workers.len() as u64) as usize];
-        self.load.ledger.kill();
-        // It may have gone by itself meanwhile.
-        let _ = kill(Pid::from_raw(victim.pid), Signal::SIGKILL);
+        if let Some(victim) = self.a_worker() {
+            self.load.ledger.kill();
+            // It may have gone by itself meanwhile.
+            let _ = kill(victim, Signal::SIGKILL);
+        }
+    }
+
+    /// A worker stands still while a reload passes it by.
+    fn freeze_a_worker(&mut self) {
+        if let Some(worker) = self.a_worker() {
+            let frozen = kill(worker, Signal::SIGSTOP).is_ok();
+            self.proxy.signal(Signal::SIGHUP);
+            std::thread::sleep(Duration::from_millis(100 + self.random.below(200)));
+            if frozen {
+                let _ = kill(worker, Signal::SIGCONT);
+            }
+        }
     }
 
     fn set(&self, key: &str, from: u64, to: u64) {
@@ -88,6 +103,7 @@ impl Chaos<'_> {
 
 #[test]
 fn whatever_happens_to_workers_no_old_session_is_lost_and_none_ends_wrong() {
+    let _beside = beside_others();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let seed = from_environment("TEST_CHAOS_SEED", now.map_or(0, |now| now.as_nanos() as u64));
     let kinds = std::env::var("TEST_CHAOS").unwrap_or_else(|_| ALL.to_owned());
@@ -101,7 +117,7 @@ fn whatever_happens_to_workers_no_old_session_is_lost_and_none_ends_wrong() {
         .global("error_log = { path = \"stderr\", level = \"warn\" }")
         .global("worker_connections = 2048");
     let binary = plan.file("culvert");
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     plan = plan.binary(binary.clone());
     let mut load = Load::new(&mut plan, sizes);
     let proxy = plan.start();

@@ -1,13 +1,11 @@
 //! Active health checks: what makes a peer down and up, and that all workers together are one checker.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use harness::{PATIENCE, Plan, Port, Proxy, Status, Upstream, within};
+use crate::harness::{PATIENCE, Plan, Port, Proxy, Status, Upstream, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -116,7 +114,7 @@ fn a_peer_that_is_down_gets_nothing_and_is_back_after_rise() {
     drop(one);
     wait_for_state(&proxy, 0, "unhealthy");
     assert!(
-        gone.elapsed() < harness::patient(Duration::from_millis(1000)),
+        gone.elapsed() < crate::harness::patient(Duration::from_millis(1000)),
         "{:?}",
         gone.elapsed()
     );
@@ -183,7 +181,7 @@ fn a_peer_is_judged_by_its_answer() {
     let silent = asked(wait_for_end);
     let mute = asked(drop);
     let endless = asked(|mut stream| while say(&mut stream, &[b'x'; 1000]) {});
-    let deaf = harness::sockets::Deaf::new();
+    let deaf = crate::harness::sockets::Deaf::new();
     let claim = Port::claim();
     let peers = [
         (right.address, "passed", "up"),
@@ -211,7 +209,7 @@ fn a_peer_is_judged_by_its_answer() {
             assert_eq!(peer(&status, index, "/state"), *state, "peer {index}");
         }
         // It would talk for the whole timeout if it were let.
-        assert!(endless.result() < harness::patient(Duration::from_secs(1)));
+        assert!(endless.result() < crate::harness::patient(Duration::from_secs(1)));
         let log = proxy.log();
         assert!(log.contains("it answered \"-ERR\\r\\n\""), "{log}");
         assert_eq!(count(&log, "checks in a row failed"), 7, "{log}");

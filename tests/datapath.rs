@@ -1,16 +1,16 @@
 //! What a session may expect of the proxy, whichever way its bytes go: every byte and then FIN, or an
 //! exact prefix and then RST; and that the kernel, not user space, carries it where it can.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
-use harness::sockets::{Deaf, rewind};
-use harness::{
+use crate::harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
+use crate::harness::sockets::{Deaf, rewind};
+use crate::harness::{
     Bytes, Front, Plan, Proxy, Received, Upstream, connect, exchange, receive, receive_exactly, send,
     upstream,
 };
@@ -240,7 +240,7 @@ fn bytes_sent_twice_in_an_overlapping_segment_are_delivered_once() {
 
 #[test]
 fn a_unix_socket_upstream_is_served_by_copying() {
-    let scratch = harness::Scratch::new();
+    let scratch = crate::harness::Scratch::new();
     let path = scratch.file("upstream.sock");
     let results = upstream::unix(&path, |mut stream| {
         let question = receive(&mut stream, UP);
@@ -252,7 +252,7 @@ fn a_unix_socket_upstream_is_served_by_copying() {
     let proxy = plan.start();
     exchange(connect(front), UP, 50_000, DOWN).must_be_whole(100_000);
     results
-        .recv_timeout(harness::PATIENCE)
+        .recv_timeout(crate::harness::PATIENCE)
         .expect("a result")
         .must_be_whole(50_000);
     let status = proxy.settle();
@@ -327,18 +327,25 @@ fn the_stream_defaults_decide_where_the_server_is_silent() {
 
 #[test]
 fn a_stream_in_full_flow_both_ways_at_the_takeover_keeps_its_bytes() {
+    let length = Arc::new(AtomicU64::new(0));
+    let answering = Arc::clone(&length);
+    let upstream = Upstream::serve("127.0.0.1", move |stream| {
+        exchange(stream, DOWN, answering.load(Ordering::SeqCst), UP)
+    });
+    let (proxy, front) = proxy_for(&upstream);
+    let mut sum = 0;
     for round in 0..40 {
-        let length = 500_000 + round * 40_009;
-        let upstream = Upstream::serve("127.0.0.1", move |stream| exchange(stream, DOWN, length, UP));
-        let (proxy, front) = proxy_for(&upstream);
-        exchange(connect(front), UP, length, DOWN).must_be_whole(length);
-        upstream.result().must_be_whole(length);
+        let bytes = 500_000 + round * 40_009;
+        length.store(bytes, Ordering::SeqCst);
+        exchange(connect(front), UP, bytes, DOWN).must_be_whole(bytes);
+        upstream.result().must_be_whole(bytes);
+        sum += bytes;
         let carried = proxy.settle().carried();
         assert_eq!(
             carried,
             Bytes {
-                to_upstream: length,
-                to_downstream: length
+                to_upstream: sum,
+                to_downstream: sum
             },
             "in round {round}"
         );

@@ -2,14 +2,12 @@
 //! sides and in every phase; never a clean end of a truncated stream. Each test runs on both paths: forwarded by
 //! the kernel, and copied.
 
-mod harness;
-
 use std::io::Write;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 
-use harness::pattern::{fill, pause, receive_from, wait_for_a_byte};
-use harness::sockets::{Deaf, reset, send_and_hold};
-use harness::{
+use crate::harness::pattern::{fill, pause, receive_from, wait_for_a_byte};
+use crate::harness::sockets::{Deaf, reset, send_and_hold};
+use crate::harness::{
     Bytes, Ending, Plan, Proxy, Received, Target, Upstream, connect, exchange, receive, receive_exactly, send,
 };
 

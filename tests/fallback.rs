@@ -1,12 +1,10 @@
 //! Where BPF is not to be had, the program serves all the same by copying, says why once, and counts it.
 
-mod harness;
-
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use harness::program::need;
-use harness::{Bytes, Plan, Upstream, connect, exchange, process};
+use crate::harness::program::need;
+use crate::harness::{Bytes, Plan, Upstream, connect, exchange, process};
 
 const UP: u64 = 11;
 const DOWN: u64 = 22;
@@ -86,7 +84,7 @@ fn an_unprivileged_user_is_served_by_copying() {
     let plan = Plan::new();
     // The build directory may be closed to others; the test's own is not, once that user owns it.
     let binary = plan.file("master");
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
     let dir = binary.parent().expect("a directory");
     std::os::unix::fs::chown(dir, Some(NOBODY), Some(NOBODY)).expect("giving the directory away");
@@ -107,7 +105,7 @@ fn the_check_of_a_configuration_says_that_bpf_is_not_to_be_had() {
         .arg("--bounding-set=-bpf,-net_admin,-sys_admin,-perfmon")
         .arg(env!("CARGO_BIN_EXE_master"));
     command.args(["-t", "-c"]).arg(&file);
-    let checked = harness::program::run(command, Duration::from_secs(20));
+    let checked = crate::harness::program::run(command, Duration::from_secs(20));
     let said = format!("{}{}", checked.out, checked.err);
     assert_eq!(
         checked.code,

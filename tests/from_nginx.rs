@@ -1,9 +1,7 @@
 //! `--from-nginx`: what is printed for nginx's configurations, and that nginx and this program serve the same from one file.
 //!
 //! `data/from_nginx/NAME.conf` is a configuration of nginx, `NAME.toml` and `NAME.stderr` are what is printed for it. After a
-//! change, look at the difference: `UPDATE_TRANSLATIONS=1 cargo test -p master --test from_nginx each; git diff tests/data`.
-
-mod harness;
+//! change, look at the difference: `UPDATE_TRANSLATIONS=1 cargo test -p master --test blackbox from_nginx::each; git diff tests/data`.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -11,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use harness::program::{Finished, Running, need, run};
-use harness::{Plan, Port, Proxy, Upstream};
+use crate::harness::program::{Finished, Running, need, run};
+use crate::harness::{Plan, Port, Proxy, Upstream};
 
 const QUICK: Duration = Duration::from_secs(20);
 
@@ -71,7 +69,7 @@ fn each_configuration_of_nginx_gives_exactly_its_translation() {
 
 #[test]
 fn what_is_printed_is_toml_and_is_accepted_whenever_nothing_was_refused() {
-    let scratch = harness::Scratch::new();
+    let scratch = crate::harness::Scratch::new();
     let mut accepted = 0;
     for name in names() {
         let printed = master(&data(), &["--from-nginx", &format!("{name}.conf")]);
@@ -93,7 +91,7 @@ fn what_is_printed_is_toml_and_is_accepted_whenever_nothing_was_refused() {
 
 #[test]
 fn what_is_no_configuration_of_nginx_is_refused_in_one_line() {
-    let scratch = harness::Scratch::new();
+    let scratch = crate::harness::Scratch::new();
     let refused = |text: &[u8]| {
         std::fs::write(scratch.file("nginx.conf"), text).expect("a file");
         let printed = master(scratch.path(), &["--from-nginx", "nginx.conf"]);
@@ -140,7 +138,7 @@ fn marked(mark: &'static str, reads_a_line: bool) -> Upstream<()> {
             line.push(byte[0]);
         }
         let _ = stream.write_all(&[mark.as_bytes(), b":", &line, b";"].concat());
-        harness::upstream::echo(stream);
+        crate::harness::upstream::echo(stream);
     })
 }
 
@@ -234,6 +232,9 @@ fn behaviour(ports: &[SocketAddr]) -> Vec<String> {
         "mail.anything",
         "api-7.example.com",
         "api-x.example.com",
+        "two.by-name",
+        "tw-o.by-number",
+        "one.by-name",
         "other",
         "",
     ] {
@@ -294,6 +295,8 @@ stream {{
         hostnames;
         ~^api-\d+\.example\.com$ {three};
         "~^api-.*\.com$" to_two;
+        "~^(?<zone>two|one)\.by-name$" to_$zone;
+        "~^(t)(w-?)(?:o)\.by-number$" $1o_two;
         a.example.org    {one};
         *.b.example.org  to_two;
         .example.net     {three};

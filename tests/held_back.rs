@@ -1,18 +1,16 @@
 //! What may happen while a source is held back: either end leaves, a direction ends, the worker stands still, the
 //! configuration is reloaded, the session runs out of time. Nothing is lost, and the true ending arrives.
 
-mod harness;
-
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, receive_from};
-use harness::slow::{
-    BACKLOG_DEFAULT, DOWN, MIB, PIECE, UP, beside_others, finish, must_be_sound,
-    must_have_stayed_in_the_kernel, proxy_with,
+use crate::harness::pattern::{pause, receive_from};
+use crate::harness::slow::{
+    BACKLOG_DEFAULT, DOWN, MIB, PIECE, UP, finish, must_be_sound, must_have_stayed_in_the_kernel, proxy_with,
 };
-use harness::sockets::{reset, reset_on_close};
-use harness::{Ending, Front, Plan, Proxy, Towards, Writer, process, receive, within};
+use crate::harness::sockets::{reset, reset_on_close};
+use crate::harness::turns::beside_others;
+use crate::harness::{Ending, Front, Plan, Proxy, Towards, Writer, process, receive, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -167,7 +165,7 @@ fn a_worker_that_is_stopped_while_a_source_is_held_back_loses_nothing() {
         assert_eq!((got.ending, got.wrong_at), (Ending::Silent, None));
         assert!(got.bytes >= BACKLOG_DEFAULT / 2, "{got:?}");
         reading
-            .set_read_timeout(Some(harness::PATIENCE))
+            .set_read_timeout(Some(crate::harness::PATIENCE))
             .expect("a timeout");
         finish(writer, writing, reading, UP, got.bytes, TOTAL);
         must_have_stayed_in_the_kernel(&proxy.settle());
@@ -185,7 +183,7 @@ fn an_idle_session_that_was_held_back_before_does_not_wake_its_worker() {
         // Written by hand: the stream does not end here.
         let mut handle = writing.try_clone().expect("a second handle");
         let from = offset;
-        let sender = std::thread::spawn(move || harness::send(&mut handle, UP, from, from + TOTAL));
+        let sender = std::thread::spawn(move || crate::harness::send(&mut handle, UP, from, from + TOTAL));
         pause(700);
         let got = receive_from(&mut &reading, UP, from, from + TOTAL);
         assert_eq!((got.bytes, got.ending), (TOTAL, Ending::Enough));

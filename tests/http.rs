@@ -1,15 +1,13 @@
 //! The HTTP side: metrics, status, health, and clients that do not behave.
 
-mod harness;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use harness::pattern::ping;
-use harness::{Plan, Port, Proxy, Upstream, connect, within};
+use crate::harness::pattern::ping;
+use crate::harness::{Plan, Port, Proxy, Upstream, connect, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;

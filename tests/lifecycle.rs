@@ -1,14 +1,12 @@
 //! The master's life: signals, the pid file, the commands that find it, and its log file.
 
-mod harness;
-
 use std::net::TcpStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, ping};
-use harness::program::{Running, need, run};
-use harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::program::{Running, need, run};
+use crate::harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
 use nix::sys::signal::Signal;
 
 const DOWN: u64 = 22;

@@ -1,15 +1,14 @@
 //! A worker that stands still while more happens than its ring buffer takes. What could not be told is made up for when
 //! it runs again: every session goes on by itself.
 
-mod harness;
-
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-use harness::pattern::fill;
-use harness::slow::{MIB, must_have_stayed_in_the_kernel};
-use harness::{Front, Plan, Towards, patient};
+use crate::harness::pattern::fill;
+use crate::harness::slow::{MIB, must_have_stayed_in_the_kernel};
+use crate::harness::turns::beside_others;
+use crate::harness::{Front, Plan, Towards, patient};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::RcvBuf;
@@ -82,6 +81,7 @@ fn move_all(sessions: &mut [Session], still: Duration, mut step: impl FnMut(&mut
 
 #[test]
 fn sessions_of_which_a_worker_that_stood_still_was_told_nothing_go_on() {
+    let _beside = beside_others();
     // Each session that is held back and read empty is two events. The ring buffer takes 1024: those of the first
     // sessions fill it, so that nothing at all is told of the others.
     const FILLING: usize = 560;

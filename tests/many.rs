@@ -1,13 +1,11 @@
 //! Many sessions, at once and one after another: no wrong byte, and nothing left behind.
 
-mod harness;
-
 use std::net::{Shutdown, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use harness::pattern::ping;
-use harness::{
+use crate::harness::pattern::ping;
+use crate::harness::{
     Flag, PATIENCE, Plan, Proxy, Received, Upstream, connect, exchange, process, receive, send, within,
 };
 
@@ -193,7 +191,7 @@ fn sessions_beyond_worker_connections_do_not_disturb_those_within() {
         ping(client, seed as u64, 2).expect("a session within the limit");
     }
     let beyond: Vec<_> = (0..20)
-        .filter_map(|_| harness::sockets::try_connect(front).ok())
+        .filter_map(|_| crate::harness::sockets::try_connect(front).ok())
         .collect();
     for (seed, client) in within_limit.iter_mut().enumerate() {
         ping(client, seed as u64, 50).expect("a session within the limit, while others knock");

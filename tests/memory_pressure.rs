@@ -2,19 +2,18 @@
 //! for. Such a session is slow; it loses nothing, and stands still no longer than the shortage lasts.
 //!
 //! Two of the tests set limits of the whole machine, and put back what they found: `cargo test --release -p master --test
-//! memory_pressure -- --ignored` runs them, and so does `make test-kernels`, where the machine is theirs.
-
-mod harness;
+//! machine memory_pressure:: -- --ignored` runs them, and so does `make test-kernels`, where the machine is theirs.
 
 use std::io::Read;
 use std::net::TcpStream;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use harness::cramped::Cramped;
-use harness::pattern::{pause, ping};
-use harness::slow::{DOWN, MIB, PIECE, UP, must_be_sound};
-use harness::{Ending, Front, Plan, Proxy, Received, Towards, Writer, patient, receive, upstream};
+use crate::harness::cramped::Cramped;
+use crate::harness::pattern::{pause, ping};
+use crate::harness::slow::{DOWN, MIB, PIECE, UP, must_be_sound};
+use crate::harness::turns::{alone, beside_others};
+use crate::harness::{Ending, Front, Plan, Proxy, Received, Towards, Writer, patient, receive, upstream};
 
 /// How long a reader waits for the next byte.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -139,6 +138,7 @@ fn tcp_memory_pressures() -> u64 {
 
 #[test]
 fn sessions_of_a_proxy_that_is_short_of_memory_for_sockets_are_whole() {
+    let _beside = beside_others();
     const SESSIONS: usize = 16;
     for (stream, each) in [("", 6 * MIB), ("ebpf_backlog_size = \"64k\"", MIB)] {
         let group = Cramped::new();
@@ -166,6 +166,7 @@ fn sessions_of_a_proxy_that_is_short_of_memory_for_sockets_are_whole() {
 
 #[test]
 fn sessions_go_on_when_a_shortage_of_memory_is_over() {
+    let _beside = beside_others();
     const EACH: u64 = 64 * MIB;
     let group = Cramped::new();
     let (proxy, front) = proxy_in(&group, "");
@@ -196,6 +197,7 @@ fn sessions_go_on_when_a_shortage_of_memory_is_over() {
 
 #[test]
 fn what_the_kernel_ends_for_want_of_memory_is_a_prefix_and_a_reset() {
+    let _beside = beside_others();
     const EACH: u64 = 64 * MIB;
     let group = Cramped::new();
     let (mut proxy, front) = proxy_in(&group, "");
@@ -213,6 +215,7 @@ fn what_the_kernel_ends_for_want_of_memory_is_a_prefix_and_a_reset() {
 #[test]
 #[ignore = "limits the TCP memory of the whole machine"]
 fn sessions_on_a_machine_that_is_short_of_memory_for_tcp_are_whole_or_are_reset() {
+    let _alone = alone();
     const EACH: u64 = 4 * MIB;
     let mut plan = Plan::new().lifetime(Duration::from_secs(150));
     let front = Front::new(&mut plan, "127.0.0.1", "");
@@ -243,6 +246,7 @@ fn sessions_on_a_machine_that_is_short_of_memory_for_tcp_are_whole_or_are_reset(
 #[test]
 #[ignore = "limits the socket buffers of the whole machine"]
 fn sessions_on_a_machine_that_grants_no_large_buffers_are_whole() {
+    let _alone = alone();
     const EACH: u64 = 3 * MIB;
     for limit in ["4608", "65536", "212992"] {
         let limits = ["core/rmem_max", "core/wmem_max"].map(|name| Machine::set(name, limit));

@@ -1,8 +1,6 @@
 //! Peers that are found by name while the program runs: `resolve`, `service`, `resolver`; against dnsmasq, and against
 //! servers that answer wrongly.
 
-mod harness;
-
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -11,9 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use harness::pattern::{fill, ping};
-use harness::program::{Running, need};
-use harness::{PATIENCE, Plan, Port, Proxy, Scratch, Status, Upstream, connect, send, within};
+use crate::harness::pattern::{fill, ping};
+use crate::harness::program::{Running, need};
+use crate::harness::{PATIENCE, Plan, Port, Proxy, Scratch, Status, Upstream, connect, send, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -111,7 +109,7 @@ fn greeter(ip: &str, port: u16, seed: u64) -> Upstream<()> {
     let listener = TcpListener::bind((ip, port)).expect("binding an upstream");
     Upstream::on(listener, move |mut stream| {
         if send(&mut stream, seed, 0, 8).is_ok() {
-            harness::upstream::echo(stream);
+            crate::harness::upstream::echo(stream);
         }
     })
 }

@@ -1,14 +1,12 @@
 //! Sessions that are copied until they have moved `ebpf_offload_after` bytes, and go on in the kernel then: which carries
 //! what, and that no byte is lost, doubled or moved where the one takes over from the other.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 
-use harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
-use harness::sockets::{reset, send_and_hold};
-use harness::{
+use crate::harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
+use crate::harness::sockets::{reset, send_and_hold};
+use crate::harness::{
     Bytes, Front, Plan, Proxy, Towards, Upstream, connect, exchange, receive, receive_exactly, send,
 };
 
@@ -251,7 +249,7 @@ fn what_user_space_has_sent_counts_for_the_back_pressure_of_the_kernel() {
     let front = Front::new(&mut plan, "127.0.0.1", lines);
     let proxy = plan.start();
     let (client, mut upstream) = front.open();
-    let writing = harness::Writer::start_to_end(&client, UP, 64 * MIB, 64 * 1024);
+    let writing = crate::harness::Writer::start_to_end(&client, UP, 64 * MIB, 64 * 1024);
     writing.wait_for_stall();
     let held = proxy.wait("the source is held back, or never was let in", |s| {
         s.number("/pauses") > 0 || s.relay().to_upstream < MIB

@@ -1,14 +1,12 @@
 //! `on_reload`: what becomes of sessions whose listener or upstream is gone after a reload.
 
-mod harness;
-
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use harness::pattern::ping;
-use harness::sockets::try_connect;
-use harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
+use crate::harness::pattern::ping;
+use crate::harness::sockets::try_connect;
+use crate::harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
 use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(3);
@@ -89,7 +87,7 @@ fn after_a_reload(gone: Gone, setting: &str, in_stream: bool) -> (Proxy, [TcpStr
         server_setting = "";
     }
     // Places for the servers of the texts.
-    let claimed = [(); 3].map(|()| harness::Port::claim());
+    let claimed = [(); 3].map(|()| crate::harness::Port::claim());
     let ports = [0, 1, 2].map(|i: usize| claimed[i].on("127.0.0.1"));
     let [before, after] = texts(
         &plan,

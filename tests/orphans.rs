@@ -1,13 +1,11 @@
 //! The master dies: its workers take nothing new, finish what they carry, and go; a new master starts at once.
 
-mod harness;
-
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, ping};
-use harness::{Ending, Plan, Proxy, Upstream, connect, exchange, process, receive, within};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::{Ending, Plan, Proxy, Upstream, connect, exchange, process, receive, within};
 use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(3);

@@ -2,17 +2,16 @@
 //! and taken away. `harness::load` says what sizes the environment can ask for; with large ones, run one test at a
 //! time (`--test-threads=1`).
 
-mod harness;
-
 use std::cell::RefCell;
 use std::net::TcpStream;
 use std::time::Duration;
 
-use harness::load::{Load, Sizes};
-use harness::pattern::ping;
-use harness::random::Random;
-use harness::sockets::{Deaf, connect};
-use harness::{Plan, Proxy, Upstream};
+use crate::harness::load::{Load, Sizes};
+use crate::harness::pattern::ping;
+use crate::harness::random::Random;
+use crate::harness::sockets::{Deaf, connect};
+use crate::harness::turns::beside_others;
+use crate::harness::{Plan, Proxy, Upstream};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -34,6 +33,7 @@ fn two_workers() -> Plan {
 
 #[test]
 fn the_load_itself_is_carried_without_a_fault() {
+    let _beside = beside_others();
     let (proxy, mut load) = under_load(two_workers());
     load.churn(10, 1);
     load.meanwhile(Duration::from_secs(1), || {});
@@ -42,6 +42,7 @@ fn the_load_itself_is_carried_without_a_fault() {
 
 #[test]
 fn reloads_three_times_a_second_break_nothing_and_old_workers_go_at_once() {
+    let _beside = beside_others();
     let (proxy, mut load) = under_load(two_workers());
     load.churn(10, 2);
     let before = proxy.status().generation();
@@ -58,6 +59,7 @@ fn reloads_three_times_a_second_break_nothing_and_old_workers_go_at_once() {
 
 #[test]
 fn a_worker_that_is_killed_each_second_takes_no_session_with_it_that_is_old_enough() {
+    let _beside = beside_others();
     let (proxy, mut load) = under_load(two_workers());
     load.churn(20, 3);
     let random = RefCell::new(Random(3));
@@ -78,6 +80,7 @@ fn a_worker_that_is_killed_each_second_takes_no_session_with_it_that_is_old_enou
 
 #[test]
 fn workers_come_and_go_with_the_file_and_no_connection_is_lost() {
+    let _beside = beside_others();
     let (proxy, mut load) = under_load(two_workers());
     load.churn(10, 4);
     let mut now = 2;
@@ -99,6 +102,7 @@ fn workers_come_and_go_with_the_file_and_no_connection_is_lost() {
 
 #[test]
 fn worker_connections_may_change_and_no_connection_is_lost() {
+    let _beside = beside_others();
     let (proxy, mut load) = under_load(two_workers());
     load.churn(10, 5);
     let mut now = 2048;
@@ -119,6 +123,7 @@ fn worker_connections_may_change_and_no_connection_is_lost() {
 
 #[test]
 fn what_a_slot_that_goes_was_still_connecting_is_handed_over() {
+    let _beside = beside_others();
     const SESSIONS: usize = 40;
     let deaf = Deaf::new();
     let mut plan = Plan::new().workers(2);
@@ -136,7 +141,7 @@ fn what_a_slot_that_goes_was_still_connecting_is_handed_over() {
     proxy.wait("one worker has all of them", |s| {
         s.workers().len() == 1 && s.active() == SESSIONS as u64
     });
-    let upstream = Upstream::on(deaf.hear(), harness::upstream::echo);
+    let upstream = Upstream::on(deaf.hear(), crate::harness::upstream::echo);
     for client in &mut clients {
         ping(client, 1, 2).expect("an echo once the upstream answers");
     }

@@ -2,20 +2,18 @@
 //! to come, or while the peer is being connected and is then to be told who the client is. They go on in the next worker
 //! with what is already known of them and with the time that they have left.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use culvert_shared::sessions::Record;
-use culvert_shared::sys::shm::Shared;
-use harness::load::KEPT_AFTER;
-use harness::pattern::{fill, pause, ping};
-use harness::sockets::Deaf;
-use harness::{
+use crate::harness::load::KEPT_AFTER;
+use crate::harness::pattern::{fill, pause, ping};
+use crate::harness::sockets::Deaf;
+use crate::harness::{
     Bytes, Ending, Front, Plan, Port, Proxy, Upstream, connect, patient, process, receive, upstream, within,
 };
+use culvert_shared::sessions::Record;
+use culvert_shared::sys::shm::Shared;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -315,20 +313,78 @@ fn a_client_that_sends_no_header_or_hello_is_given_up_at_its_own_time_whoever_wa
     assert_eq!(proxy.settle().number("/closes/read_timeout"), 2);
 }
 
-#[test]
-fn a_client_whose_listener_is_gone_before_it_has_said_where_to_is_reset() {
+/// A client that has said half of what it has to, and whose listener is then somewhere else.
+fn with_its_listener_gone(on_reload: &str) -> (Proxy, Case, Upstream<()>) {
     let told = Upstream::serve("127.0.0.1", tell_and_echo);
-    let mut plan = Plan::new().stream("on_reload = \"keep\"");
-    let gone = plan.server_listening(IN, &told, TRUST);
+    let mut plan = Plan::new().stream(&format!("on_reload = \"{on_reload}\""));
+    let gone = plan.server_listening(IN, &told, &format!("{TRUST}\n{IN}"));
     let proxy = plan.start();
-    let mut client = connect(gone);
-    client.write_all(&V1[..9]).expect("the beginning");
+    let case = Case::new("half a header", gone, &[&V1[..9], &V1[9..]], Some(BELIEVED));
     proxy.wait("it is there", |s| s.active() == 1);
     let elsewhere = Port::claim();
     proxy.edit(&gone.to_string(), &elsewhere.on("127.0.0.1").to_string());
+    (proxy, case, told)
+}
+
+#[test]
+fn a_client_whose_listener_is_gone_before_it_has_said_where_to_goes_there_all_the_same() {
+    let (proxy, mut case, _told) = with_its_listener_gone("keep");
+    let old = proxy.worker();
+    proxy.reload();
+    proxy.reload();
+    // Only the worker that accepted it knows where it would go. From then on any worker can have it.
+    assert!(process::is_alive(old), "{}", proxy.log());
+    case.say_more();
+    let gone = within(Duration::from_secs(1), || !process::is_alive(old));
+    assert!(gone, "it holds its old worker: {}", proxy.log());
+    case.play_on();
+    let status = proxy.settle();
+    assert_eq!(status.number("/closes/finished"), 1, "{:#}", status.json());
+    assert_eq!(
+        status.sockmap().to_upstream,
+        PAYLOAD as u64,
+        "{:#}",
+        status.json()
+    );
+}
+
+#[test]
+fn a_client_whose_listener_is_gone_before_it_has_said_where_to_is_reset_where_that_is_wanted() {
+    let (proxy, mut case, _told) = with_its_listener_gone("close");
     replace(&proxy, Event::Reload);
-    assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
+    assert_eq!(receive(&mut case.client, 1).ending, Ending::Reset);
     assert_eq!(proxy.settle().number("/closes/removed"), 1);
+}
+
+#[test]
+fn a_peer_that_was_tried_in_one_worker_is_not_tried_again_in_the_next() {
+    for event in [Event::Reload, Event::Kill] {
+        let (refuses, deaf) = (Port::claim().on("127.0.0.1"), Deaf::new());
+        let peer = |address| format!("{{ address = \"{address}\", max_fails = 0 }}");
+        let group = format!(
+            "[[upstream]]\nname = \"group\"\nserver = [{}, {}]\n",
+            peer(refuses),
+            peer(deaf.address)
+        );
+        let mut plan = Plan::new()
+            .stream("proxy_connect_timeout = \"4s\"")
+            .tables(&group);
+        let front = plan.server("group");
+        let proxy = plan.start();
+        let mut client = connect(front);
+        let tries = |address: SocketAddr| {
+            let words = format!("failed to connect to {address} ");
+            proxy.log().matches(&words).count()
+        };
+        let refused = || within(Duration::from_secs(1), || tries(refuses) == 1);
+        assert!(refused(), "{event:?}: {}", proxy.log());
+        proxy.wait("it is kept", |s| s.number("/sessions/kept") == 1);
+        replace(&proxy, event);
+        assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
+        let told = within(Duration::from_secs(1), || tries(deaf.address) == 1);
+        assert!(told && tries(refuses) == 1, "{event:?}: {}", proxy.log());
+        assert_eq!(proxy.settle().number("/closes/connect_timeout"), 1);
+    }
 }
 
 #[test]

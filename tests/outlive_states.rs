@@ -2,17 +2,15 @@
 //! copied, connecting, with a unix socket upstream. Each has to come through whole. Where the worker may hold bytes in
 //! its own memory, a kill may also reset it, with an exact prefix; a clean end of half a stream is never right.
 
-mod harness;
-
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-use harness::end::{Gap, Half, Script, Start, play};
-use harness::load::KEPT_AFTER;
-use harness::pattern::ping;
-use harness::sockets::Deaf;
-use harness::{
+use crate::harness::end::{Gap, Half, Script, Start, play};
+use crate::harness::load::KEPT_AFTER;
+use crate::harness::pattern::ping;
+use crate::harness::sockets::Deaf;
+use crate::harness::{
     Ending, Flag, Front, PATIENCE, Plan, Proxy, Received, Towards, Writer, connect, patient, process,
     receive, send, upstream, within,
 };
@@ -217,7 +215,7 @@ fn flowing(front: &Front, name: &str, care: Care) -> Case {
 fn resting(front: &Front, name: &str, care: Care) -> Case {
     let (mut client, mut server) = front.open();
     send(&mut client, 19, 0, 1000).expect("sending");
-    harness::receive_exactly(&mut server, 19, 1000);
+    crate::harness::receive_exactly(&mut server, 19, 1000);
     Case::new(name.to_owned(), care, move || {
         let saying = std::thread::spawn(move || say_and_hear(&mut client, 20, 100_000, 21));
         let back = say_and_hear(&mut server, 21, 100_000, 20);

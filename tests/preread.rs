@@ -1,15 +1,13 @@
 //! Sessions led by their TLS hello. The hello itself is forwarded by the kernel, with all that follows.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{fill, pause};
-use harness::program::{Running, need, run};
-use harness::{Bytes, Ending, Plan, Port, Scratch, Upstream, connect, receive};
+use crate::harness::pattern::{fill, pause};
+use crate::harness::program::{Running, need, run};
+use crate::harness::{Bytes, Ending, Plan, Port, Scratch, Upstream, connect, receive};
 
 const TLS: &str = "ssl_preread = true";
 const QUICK: Duration = Duration::from_secs(20);
@@ -38,7 +36,7 @@ fn hello(name: &str, padding: usize) -> Vec<u8> {
 fn marked(name: &str, mark: u8) -> (Upstream<()>, String) {
     let upstream = Upstream::serve("127.0.0.1", move |mut stream| {
         let _ = stream.write_all(&[mark]);
-        harness::upstream::echo(stream);
+        crate::harness::upstream::echo(stream);
     });
     let table = format!(
         "[[upstream]]\nname = \"{name}\"\nserver = \"{}\"\n",
@@ -142,7 +140,7 @@ fn an_access_log_tells_what_a_header_and_a_hello_said() {
         "one.example TLSv1.2 [-] 192.0.2.7 40000 198.51.100.9 443 127.0.0.1\n- - [-] - - - - 127.0.0.1\n";
     let read = || std::fs::read_to_string(&log).unwrap_or_default();
     assert!(
-        harness::within(QUICK, || read().len() >= wanted.len()),
+        crate::harness::within(QUICK, || read().len() >= wanted.len()),
         "{}",
         read()
     );
@@ -343,4 +341,36 @@ values = ["first-127.0.0.1 one", "second-127.0.0.1 two", "default rest"]
     assert_eq!(status.number("/closes/finished"), names.len() as u64);
     assert_eq!(status.relay(), Bytes::default());
     assert_eq!(status.fallbacks(), 0);
+}
+
+#[test]
+fn what_a_regular_expression_finds_names_the_upstream() {
+    let ((_one, one), (_two, two), (_rest, rest)) = (marked("one", 1), marked("two-7", 2), marked("rest", 3));
+    let map = r#"
+[[map]]
+source = "$ssl_preread_server_name"
+variable = "$backend"
+values = [
+  "~*^(?<name>[a-z]+)-([0-9])[.]example$ $name-$2",
+  "~^(o)(n)(e|x)[.]example$ $1$2e",
+  "~^(unmatched)?t(.*)[.]example$ t$1$2",
+  "default rest",
+]
+"#;
+    let mut plan = Plan::new().tables(&one).tables(&two).tables(&rest).tables(map);
+    let front = plan.server_with("127.0.0.1", "$backend", TLS);
+    let proxy = plan.start();
+    let names = [
+        ("two-7.example", 2),
+        ("one.example", 1),
+        ("onx.example", 1),
+        ("two-7.Example", 2),
+        ("twoo.other", 3),
+    ];
+    for (name, mark) in names {
+        assert_led_to(mark, front, &[&hello(name, 20)]);
+    }
+    let status = proxy.settle();
+    assert_eq!(status.number("/closes/finished"), names.len() as u64);
+    assert_eq!(status.relay(), Bytes::default());
 }

@@ -1,16 +1,14 @@
 //! Real programs through the proxy, each with the proof that the kernel carried what the program
 //! counted: iperf3, curl, redis, ssh, PostgreSQL.
 
-mod harness;
-
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use harness::program::{Running, need, run, shell};
-use harness::{Plan, Port, Proxy, Scratch, Status, pattern};
+use crate::harness::program::{Running, need, run, shell};
+use crate::harness::{Plan, Port, Proxy, Scratch, Status, pattern};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 

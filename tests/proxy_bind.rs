@@ -1,8 +1,6 @@
 //! Where connections to peers come from: `proxy_bind`, with the client's address in network namespaces of the test's
 //! own. What else needs a network of its own is here as well: probes of a client that is gone, data in a SYN.
 
-mod harness;
-
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -11,9 +9,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use harness::pattern::{pause, ping};
-use harness::program::{need, run, shell};
-use harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send, within};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::program::{need, run, shell};
+use crate::harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send, within};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt,
@@ -128,7 +126,7 @@ impl Drop for Networks {
 fn seen(listener: TcpListener) -> Upstream<SocketAddr> {
     Upstream::on(listener, |stream| {
         let peer = stream.peer_addr().expect("the peer's address");
-        harness::upstream::echo(stream);
+        crate::harness::upstream::echo(stream);
         peer
     })
 }
@@ -272,7 +270,7 @@ fn transparency_without_its_right_is_refused_at_the_start() {
     let mut plan = Plan::new();
     plan.server_with("127.0.0.1", "127.0.0.1:1", "proxy_bind = \"transparent\"");
     let binary = plan.file("master");
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
     let file = plan.file("proxy.toml");
     std::fs::write(&file, plan.text()).expect("writing the configuration");
@@ -345,7 +343,7 @@ fn connect_with_data(address: SocketAddr, data: &[u8], late_ack: bool) -> TcpStr
     .expect("a socket");
     setsockopt(&socket, sockopt::TcpFastOpenConnect, &true).expect("TCP_FASTOPEN_CONNECT");
     if late_ack {
-        setsockopt(&socket, harness::sockets::DeferAccept, &1).expect("TCP_DEFER_ACCEPT");
+        setsockopt(&socket, crate::harness::sockets::DeferAccept, &1).expect("TCP_DEFER_ACCEPT");
     }
     nix::sys::socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(address)).expect("connecting");
     nix::sys::socket::send(socket.as_raw_fd(), data, MsgFlags::empty()).expect("sending");

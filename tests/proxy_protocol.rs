@@ -1,16 +1,14 @@
 //! PROXY headers: read from clients, sent to upstreams. What follows a header is carried by the kernel.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{fill, pause, ping, receive_from};
-use harness::program::{Running, need, run};
-use harness::sockets::reset;
-use harness::{
+use crate::harness::pattern::{fill, pause, ping, receive_from};
+use crate::harness::program::{Running, need, run};
+use crate::harness::sockets::reset;
+use crate::harness::{
     Bytes, Ending, Plan, Port, Proxy, Status, Upstream, connect, process, receive, receive_exactly,
 };
 use nix::sys::signal::{Signal, kill};
@@ -37,7 +35,7 @@ fn v2_with_tlvs() -> Vec<u8> {
 fn echo_behind_a_header() -> Upstream<String> {
     Upstream::serve("127.0.0.1", |mut stream| {
         let line = read_line(&mut stream);
-        harness::upstream::echo(stream);
+        crate::harness::upstream::echo(stream);
         line
     })
 }
@@ -199,7 +197,7 @@ fn a_header_sent_upstream_comes_first_and_the_kernel_carries_the_rest() {
                     header
                 }
             };
-            harness::upstream::echo(stream);
+            crate::harness::upstream::echo(stream);
             header
         });
         let mut plan = Plan::new();
@@ -264,7 +262,7 @@ fn each_attempt_that_connects_gets_one_header() {
 fn a_header_is_sent_to_a_peer_on_a_unix_socket_too() {
     let mut plan = Plan::new();
     let path = plan.file("peer.sock");
-    let results = harness::upstream::unix(&path, |mut stream| {
+    let results = crate::harness::upstream::unix(&path, |mut stream| {
         let mut all = Vec::new();
         stream.read_to_end(&mut all).map(|_| all)
     });
@@ -276,7 +274,7 @@ fn a_header_is_sent_to_a_peer_on_a_unix_socket_too() {
     client.write_all(b"payload").expect("the payload");
     client.shutdown(Shutdown::Write).expect("the end of the stream");
     let all = results
-        .recv_timeout(harness::PATIENCE)
+        .recv_timeout(crate::harness::PATIENCE)
         .expect("a connection")
         .expect("its bytes");
     let text = String::from_utf8(all).expect("text");

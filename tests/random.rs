@@ -7,15 +7,13 @@
 //! | `TEST_RANDOM_GIB` | larger sessions, nearly all on listeners that the kernel takes, until so many GiB have come through |
 //! | `TEST_RANDOM_SEED` | this session alone, again and again for as long as the other variables say |
 
-mod harness;
-
 use std::fmt::Write;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use harness::end::{Gap, Half, Outcome, Script, Start, play};
-use harness::{Ending, Flag, Front, Plan, connect};
+use crate::harness::end::{Gap, Half, Outcome, Script, Start, play};
+use crate::harness::{Ending, Flag, Front, Plan, connect};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;

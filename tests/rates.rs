@@ -1,14 +1,12 @@
 //! `proxy_upload_rate` and `proxy_download_rate`: how fast a limited direction is, that the other one is the kernel's and
 //! as fast as ever, and that a limit changes nothing else of a session.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-use harness::pattern::{fill, pause, receive_from};
-use harness::{
+use crate::harness::pattern::{fill, pause, receive_from};
+use crate::harness::{
     Bytes, Ending, Front, PATIENCE, Plan, Proxy, Received, Towards, Writer, process, receive, sockets, within,
 };
 use nix::sys::signal::{Signal, kill};
@@ -78,7 +76,7 @@ fn both_handles(session: &(TcpStream, TcpStream)) -> (TcpStream, TcpStream) {
 fn limited_one_way(towards: Towards, rate: u64) {
     const SECONDS: u64 = 4;
     const FREE_BYTES: u64 = 100 << 20;
-    let log = harness::Scratch::new();
+    let log = crate::harness::Scratch::new();
     let file = log.file("access.log");
     let mut plan = Plan::new().tables(
         "[[log_format]]\nname = \"way\"\nformat = \"$datapath $fallback_reason $relay_to_upstream $relay_to_downstream\"",
@@ -272,7 +270,7 @@ fn a_reset_of_either_end_ends_a_limited_session_in_resets() {
                 _ => (upstream, client),
             };
             let mut end = writer.try_clone().expect("a second handle on a socket");
-            harness::send(&mut end, seed, 0, 60_000).expect("writing");
+            crate::harness::send(&mut end, seed, 0, 60_000).expect("writing");
             receive_from(&mut reader, seed, 0, 20_000);
             drop(end);
             sockets::reset(writer);
@@ -303,7 +301,7 @@ fn a_limited_stream_that_has_ended_lets_the_other_one_go_on() {
     let front = Front::new(&mut plan, "127.0.0.1", "proxy_upload_rate = \"200k\"");
     let proxy = plan.start();
     let (client, mut upstream) = front.open();
-    harness::send(&mut &client, UP, 0, 50_000).expect("writing");
+    crate::harness::send(&mut &client, UP, 0, 50_000).expect("writing");
     client.shutdown(Shutdown::Write).expect("the end of the stream");
     receive(&mut upstream, UP).must_be_whole(50_000);
     pause(100);
@@ -325,7 +323,7 @@ fn keeps_its_limit(replace: impl Fn(&Proxy)) {
     let (mut client, mut upstream) = front.open();
     let began = Instant::now();
     let early = std::thread::spawn(move || {
-        harness::send(&mut client, UP, 0, RATE).expect("writing");
+        crate::harness::send(&mut client, UP, 0, RATE).expect("writing");
         client
     });
     let first = receive_from(&mut upstream, UP, 0, RATE);
@@ -344,13 +342,13 @@ fn keeps_its_limit(replace: impl Fn(&Proxy)) {
     let since = Instant::now();
     // The other direction is still the kernel's.
     let sockmap = proxy.status().sockmap().to_downstream;
-    harness::send(&mut &upstream, DOWN, 0, 1 << 20).expect("writing");
+    crate::harness::send(&mut &upstream, DOWN, 0, 1 << 20).expect("writing");
     receive_from(&mut &client, DOWN, 0, 1 << 20);
     assert_eq!(proxy.status().sockmap().to_downstream, sockmap + (1 << 20));
     let client_again = client.try_clone().expect("a second handle on a socket");
     let late = std::thread::spawn(move || {
         let mut client = client_again;
-        harness::send(&mut client, UP, RATE, 4 * RATE).expect("writing");
+        crate::harness::send(&mut client, UP, RATE, 4 * RATE).expect("writing");
         client.shutdown(Shutdown::Write).expect("the end of the stream");
     });
     let rest = receive_from(&mut upstream, UP, RATE, 4 * RATE);

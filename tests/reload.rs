@@ -1,15 +1,17 @@
 //! HUP: a new generation takes over, and nobody notices; a bad file changes nothing.
 
-mod harness;
-
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use harness::pattern::{pause, ping};
-use harness::sockets::try_connect;
-use harness::{Bytes, Flag, PATIENCE, Plan, Proxy, Status, Upstream, connect, exchange, process, within};
-use nix::sys::signal::Signal;
+use crate::harness::pattern::{pause, ping};
+use crate::harness::sockets::try_connect;
+use crate::harness::{
+    Bytes, Flag, PATIENCE, Plan, Proxy, Status, Upstream, connect, exchange, process, within,
+};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// Sends HUP and waits until the new generation serves.
 #[track_caller]
@@ -208,4 +210,80 @@ fn a_bad_file_changes_nothing_and_is_reported() {
     let after = reload(&proxy);
     assert_eq!(after.generation(), before.generation() + 1);
     ping(&mut client, 4, 3).expect("the old session after the good file");
+}
+
+fn tell(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).expect("signalling a worker");
+}
+
+/// Reloads while the old workers stand still, and stops the last new one before it is ready: the first new one alone takes
+/// connections. Returns the old ones and that last one; None if it was ready too soon.
+fn half_a_reload(proxy: &Proxy) -> Option<(Vec<i32>, i32)> {
+    let old = process::children(proxy.pid());
+    old.iter().for_each(|&pid| tell(pid, Signal::SIGSTOP));
+    proxy.signal(Signal::SIGHUP);
+    let mut new = Vec::new();
+    while new.len() < 2 {
+        new = process::children(proxy.pid());
+        new.retain(|pid| !old.contains(pid));
+    }
+    let last = new.into_iter().max().expect("new workers");
+    tell(last, Signal::SIGSTOP);
+    pause(300);
+    if proxy.log().contains("generation 2 serves") {
+        old.iter().for_each(|&pid| tell(pid, Signal::SIGCONT));
+        return None;
+    }
+    Some((old, last))
+}
+
+#[test]
+fn sessions_that_workers_of_a_refused_generation_have_taken_go_on() {
+    let echo = Upstream::echo("127.0.0.1");
+    // With a store that both generations have, and with one of its own.
+    for worker_connections in [1024, 999] {
+        let begin = || {
+            let mut plan = Plan::new().workers(2).global("worker_connections = 1024");
+            let front = plan.server(&echo);
+            let proxy = plan.start();
+            let text = format!("worker_connections = {worker_connections}");
+            proxy.edit("worker_connections = 1024", &text);
+            let half = half_a_reload(&proxy)?;
+            Some((front, proxy, half))
+        };
+        let (front, proxy, (old, last)) = (0..5).find_map(|_| begin()).expect("a worker that is not ready");
+        let answers = |client: &mut std::net::TcpStream| {
+            let patience = Duration::from_millis(200);
+            client
+                .set_read_timeout(Some(patience))
+                .expect("setting a timeout");
+            let answers = ping(client, 1, 1).is_ok();
+            client
+                .set_read_timeout(Some(PATIENCE))
+                .expect("setting a timeout");
+            answers
+        };
+        // From the first worker's CPU. What goes to the other slot waits there.
+        let mut here = CpuSet::new();
+        here.set(0).expect("a CPU");
+        sched_setaffinity(Pid::from_raw(0), &here).expect("going to a CPU");
+        let mut taken: Vec<_> = (0..8).map(|_| connect(front)).collect();
+        taken.retain_mut(answers);
+        assert!(!taken.is_empty(), "the first new worker serves nobody");
+        tell(last, Signal::SIGKILL);
+        let refused = || proxy.log().contains("reload refused");
+        assert!(within(PATIENCE, refused), "{}", proxy.log());
+        old.iter().for_each(|&pid| tell(pid, Signal::SIGCONT));
+        for client in &mut taken {
+            ping(client, 2, 3).expect("a session that a refused generation took");
+        }
+        proxy.reload();
+        let gone = || process::children(proxy.pid()).len() == 2;
+        assert!(within(PATIENCE, gone), "{}", proxy.log());
+        for client in &mut taken {
+            ping(client, 3, 3).expect("the same after another reload");
+        }
+        drop(taken);
+        assert_eq!(proxy.settle().number("/closes/shutdown"), 0);
+    }
 }

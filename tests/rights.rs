@@ -1,8 +1,6 @@
 //! What master and workers may: the rights that they keep, what each missing one is said to be needed for,
 //! and that workers are confined.
 
-mod harness;
-
 use std::collections::BTreeSet;
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
@@ -10,9 +8,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use harness::pattern::ping;
-use harness::program::{need, run};
-use harness::{Plan, Proxy, Upstream, connect, process, within};
+use crate::harness::pattern::ping;
+use crate::harness::program::{need, run};
+use crate::harness::{Plan, Proxy, Upstream, connect, process, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -50,7 +48,7 @@ fn as_user_without(left_out: &str) -> Plan {
     let plan = Plan::new();
     // The build directory may be closed to others; the test's own is not, once that user owns it.
     let binary = plan.file("master");
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
     let dir = binary.parent().expect("a directory");
     std::os::unix::fs::chown(dir, Some(NOBODY), Some(NOBODY)).expect("giving the directory away");
@@ -93,7 +91,7 @@ fn give_rights(file: &Path) {
 /// Puts a new copy of the binary in the place of the one that runs, and asks the master to become it.
 fn begin_upgrade(proxy: &Proxy, prepare: impl FnOnce(&Path)) {
     let (binary, new) = (proxy.dir().join("master"), proxy.dir().join("new"));
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
     prepare(&new);
     std::fs::rename(&new, &binary).expect("putting the new binary in its place");
     assert_ne!(process::executable(proxy.pid()), binary, "the old binary runs");
@@ -221,11 +219,15 @@ fn every_thread_of_a_worker_is_confined() {
         status.json()
     );
     for worker in status.workers() {
-        let tasks: Vec<_> = std::fs::read_dir(format!("/proc/{}/task", worker.pid))
-            .expect("the threads of a worker")
-            .map(|task| task.expect("a thread").path().join("status"))
-            .collect();
-        assert!(tasks.len() >= 2, "a worker has its log writer besides: {tasks:?}");
+        let mut tasks = Vec::new();
+        let has_two = within(Duration::from_secs(5), || {
+            tasks = std::fs::read_dir(format!("/proc/{}/task", worker.pid))
+                .expect("the threads of a worker")
+                .map(|task| task.expect("a thread").path().join("status"))
+                .collect();
+            tasks.len() >= 2
+        });
+        assert!(has_two, "a worker has its log writer besides: {tasks:?}");
         for task in tasks {
             let text = std::fs::read_to_string(&task).expect("the state of a thread");
             assert!(text.contains("\nSeccomp:\t2\n"), "{}: {text}", task.display());

@@ -1,11 +1,9 @@
 //! Which upstream a session goes to: groups, weights, `set` and `$variables`.
 
-mod harness;
-
 use std::io::Read;
 
-use harness::pattern::{fill, ping};
-use harness::{Plan, Port, Upstream, connect, send};
+use crate::harness::pattern::{fill, ping};
+use crate::harness::{Plan, Port, Upstream, connect, send};
 
 /// A server that greets with eight bytes of its own.
 fn greeter(seed: u64) -> Upstream<std::io::Result<()>> {

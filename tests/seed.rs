@@ -1,14 +1,12 @@
 //! `conf/seed.toml`: the test configuration of the nginx module that this program replaces, carried
 //! over. Its ports are replaced by free ones; everything else is used as it stands.
 
-mod harness;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use harness::{Bytes, Plan, Port, Proxy, Upstream, connect, exchange, program, upstream};
+use crate::harness::{Bytes, Plan, Port, Proxy, Upstream, connect, exchange, program, upstream, within};
 
 fn seed_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../conf/seed.toml")
@@ -107,10 +105,11 @@ fn the_seeds_configuration_does_what_the_seed_did() {
         (to_upstream - was.to_upstream, to_downstream - was.to_downstream),
         (1_000_000, 1_000_000)
     );
-    let log = std::fs::read_to_string(log).expect("the error log");
     let of_10001 = fronts[&10001].number.to_string();
-    assert!(
-        log.contains(&of_10001),
-        "the error log tells of the session on port 10001:\n{log}"
-    );
+    let mut text = String::new();
+    let told = within(Duration::from_secs(5), || {
+        text = std::fs::read_to_string(&log).expect("the error log");
+        text.contains(&of_10001)
+    });
+    assert!(told, "the error log tells of the session on port 10001:\n{text}");
 }

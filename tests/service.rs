@@ -1,13 +1,11 @@
 //! What a service manager is told: this test is one, on a socket of its own.
 
-mod harness;
-
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant};
 
-use harness::pattern::pause;
-use harness::{Plan, Proxy};
+use crate::harness::pattern::pause;
+use crate::harness::{Plan, Proxy};
 use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
@@ -115,7 +113,7 @@ fn follows_start_reload_and_stop(address: &SocketAddr, name: &str) {
 
 #[test]
 fn start_reload_and_stop_are_told_at_a_path() {
-    let scratch = harness::Scratch::new();
+    let scratch = crate::harness::Scratch::new();
     let path = scratch.file("notify");
     let address = SocketAddr::from_pathname(&path).expect("an address");
     follows_start_reload_and_stop(&address, &path.display().to_string());

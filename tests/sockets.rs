@@ -1,8 +1,6 @@
 //! What `listen` says of a socket besides its address, proved by what the kernel then does; unix sockets and ranges of
 //! ports as listeners.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -10,10 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use harness::pattern::{pause, ping};
-use harness::program::{need, run, shell};
-use harness::sockets::try_connect;
-use harness::{
+use crate::harness::pattern::{pause, ping};
+use crate::harness::program::{need, run, shell};
+use crate::harness::sockets::try_connect;
+use crate::harness::{
     Flag, PATIENCE, Plan, Port, Proxy, Status, Upstream, connect, process, receive, receive_exactly, send,
     upstream, within,
 };
@@ -389,7 +387,7 @@ fn a_unix_listener_serves_every_byte_and_is_counted_as_what_the_kernel_cannot_fo
 #[test]
 fn unix_sockets_on_both_sides() {
     const BYTES: u64 = 3 << 20;
-    let scratch = harness::Scratch::new();
+    let scratch = crate::harness::Scratch::new();
     let behind = scratch.file("back.sock");
     let results = upstream::unix(&behind, |mut stream| {
         let received = receive(&mut stream, 1);
@@ -439,7 +437,7 @@ fn a_unix_listener_loses_no_connection_at_reloads_upgrades_and_deaths_of_workers
     let echo = Upstream::echo("127.0.0.1");
     let (plan, path) = unix_plan(2, "", &echo.address.to_string(), "");
     let binary = plan.file("culvert");
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
     let proxy = plan.binary(binary.clone()).start();
     let mut resting = unix_connect(&path).expect("connecting");
     unix_ping(&mut resting, b"before").expect("a session");
@@ -462,7 +460,7 @@ fn a_unix_listener_loses_no_connection_at_reloads_upgrades_and_deaths_of_workers
             });
         }
         let new = binary.with_extension("new");
-        harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
+        crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &new);
         std::fs::rename(&new, &binary).expect("a new binary");
         let generation = proxy.status().generation();
         proxy.signal(Signal::SIGUSR2);
@@ -502,7 +500,7 @@ fn a_socket_file_that_a_killed_program_left_is_no_obstacle_but_a_living_program_
     std::fs::write(&file, other.text()).expect("writing the configuration");
     let mut second = std::process::Command::new(env!("CARGO_BIN_EXE_master"));
     second.arg("-c").arg(&file);
-    let refused = harness::program::run(second, Duration::from_secs(10));
+    let refused = crate::harness::program::run(second, Duration::from_secs(10));
     assert_eq!(refused.code, Some(1), "{}", refused.err);
     let said = format!("failed to bind unix:{}: address already in use", path.display());
     assert!(refused.err.contains(&said), "{}", refused.err);
@@ -540,7 +538,7 @@ fn the_dump_says_every_option_and_is_read_again() {
     let dump = |file: &Path| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_master"));
         command.args(["-q", "-T", "-c"]).arg(file);
-        harness::program::run(command, Duration::from_secs(20)).must_succeed("-T")
+        crate::harness::program::run(command, Duration::from_secs(20)).must_succeed("-T")
     };
     let text = dump(&file);
     let both = ", rcvbuf = \"64k\", sndbuf = \"5000\", deferred = true, fastopen = 12, so_keepalive = \"30m::10\" },";

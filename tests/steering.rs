@@ -3,16 +3,16 @@
 //! These tests change the host's settings for the loopback device, one test at a time; whatever happens in a
 //! test, they are put back.
 
-mod harness;
-
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use harness::pattern::{pause, ping};
-use harness::program::{need, shell};
-use harness::{Bytes, Plan, Proxy, Status, Upstream, connect, exchange, process, receive, send, within};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::program::{need, shell};
+use crate::harness::turns::{Turn, alone};
+use crate::harness::{
+    Bytes, Plan, Proxy, Status, Upstream, connect, exchange, process, receive, send, within,
+};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -28,7 +28,7 @@ const ON: &str = "flow_steering = \"rfs\"\nworker_cpu_affinity = [\"10\"]";
 /// The host's settings, for one test alone, as an administrator has left them.
 struct Host {
     before: [String; 2],
-    _alone: MutexGuard<'static, ()>,
+    _alone: Turn,
 }
 
 /// What the administrator of these tests has set: not nothing, so that putting back is not just clearing.
@@ -38,8 +38,7 @@ const SET: [&str; 3] = ["32768", "32768", "0"];
 
 impl Host {
     fn take() -> Host {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = alone();
         let host = Host {
             before: [TABLE, QUEUE].map(read),
             _alone: alone,

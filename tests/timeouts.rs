@@ -1,14 +1,12 @@
 //! When the proxy ends a session by itself: idleness, an upstream that does not answer, an upstream
 //! that refuses; and when it must not.
 
-mod harness;
-
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, ping};
-use harness::sockets::{Deaf, try_connect};
-use harness::{Bytes, Ending, Plan, Port, Upstream, connect, receive, send};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::sockets::{Deaf, try_connect};
+use crate::harness::{Bytes, Ending, Plan, Port, Upstream, connect, receive, send};
 
 const UP: u64 = 11;
 const DOWN: u64 = 22;
@@ -183,7 +181,7 @@ fn a_client_that_leaves_while_the_upstream_is_being_connected_leaves_nothing_beh
     for _ in 0..10 {
         let client = connect(front);
         pause(20);
-        harness::sockets::reset(client);
+        crate::harness::sockets::reset(client);
     }
     proxy.settle();
 }

@@ -1,8 +1,6 @@
 //! USR2: the master becomes the program that now stands where it was started from. The process stays, nobody is cut
 //! off, and a program that cannot take over changes nothing.
 
-mod harness;
-
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -10,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use harness::load::{Load, Sizes};
-use harness::pattern::{pause, ping};
-use harness::program::{need, run};
-use harness::{Plan, Proxy, Upstream, connect, process, within};
+use crate::harness::load::{Load, Sizes};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::program::{need, run};
+use crate::harness::{Plan, Proxy, Upstream, connect, process, within};
 use nix::sys::signal::Signal;
 
 /// An upgrade is through, or refused, in this time.
@@ -28,7 +26,7 @@ fn install(at: &Path, what: impl FnOnce(&Path)) {
 }
 
 fn good(at: &Path) {
-    harness::program::copy(env!("CARGO_BIN_EXE_master"), at);
+    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), at);
 }
 
 fn script(at: &Path, text: &str) {
@@ -136,6 +134,30 @@ fn an_upgraded_master_still_reloads_replaces_workers_and_stops() {
 }
 
 #[test]
+fn an_upgrade_may_take_listeners_away_and_bring_others() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (plan, binary) = with_own_binary(Plan::new().workers(2));
+    let mut plan = plan;
+    let (stays, goes) = (plan.server(&echo), plan.server(&echo));
+    let new = crate::harness::Port::claim();
+    let proxy = plan.start();
+    let mut client = connect(goes);
+    ping(&mut client, 1, 3).expect("a session before");
+    let comes = new.on("127.0.0.1");
+    proxy.edit(&goes.to_string(), &comes.to_string());
+    upgrade(&proxy, &binary);
+    assert_eq!(proxy.status().json()["accept"], "cpu");
+    for front in [stays, comes] {
+        ping(&mut connect(front), 2, 3).expect("a new session");
+    }
+    ping(&mut client, 3, 3).expect("the session of the listener that is gone");
+    assert!(
+        crate::harness::sockets::try_connect(goes).is_err(),
+        "nobody listens there"
+    );
+}
+
+#[test]
 fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
     let echo = Upstream::echo("127.0.0.1");
     let (plan, binary) = with_own_binary(Plan::new().workers(2));
@@ -162,7 +184,7 @@ fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
             std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o755)).expect("its mode");
         }),
         ("another program", |at| {
-            harness::program::copy("/bin/true", at);
+            crate::harness::program::copy("/bin/true", at);
         }),
     ];
     let name = binary.display().to_string();

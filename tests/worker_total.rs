@@ -1,17 +1,16 @@
 //! Many readers that stand still at once: what the kernel holds for all sessions of a worker stays within
 //! `worker_backlog_size`, nobody starves for it, and nothing is lost.
 
-mod harness;
-
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, ping, receive_from};
-use harness::slow::{
+use crate::harness::pattern::{pause, ping, receive_from};
+use crate::harness::slow::{
     DOWN, MIB, PIECE, UP, finish, must_be_sound, must_have_stayed_in_the_kernel, standstill,
 };
-use harness::sockets::reset;
-use harness::{Ending, Front, Plan, Proxy, Status, Towards, Writer, within};
+use crate::harness::sockets::reset;
+use crate::harness::turns::beside_others;
+use crate::harness::{Ending, Front, Plan, Proxy, Status, Towards, Writer, within};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::RcvBuf;
@@ -97,6 +96,7 @@ fn finish_all(sessions: Vec<Held>, from: u64, bytes: u64) {
 
 #[test]
 fn sixty_readers_that_stand_still_take_no_more_than_the_workers_total() {
+    let _beside = beside_others();
     const SESSIONS: u64 = 60;
     const TOTAL: u64 = 16 * MIB;
     const EACH: u64 = 6 * MIB;
@@ -157,6 +157,7 @@ fn sixty_readers_that_stand_still_take_no_more_than_the_workers_total() {
 
 #[test]
 fn readers_that_stood_still_for_long_are_served_at_once_when_they_read() {
+    let _beside = beside_others();
     // A segment that was allowed and dropped is sent again after 0.2, 0.4, ... 3.2 s, and then 6.4 s later: a session
     // that has one is silent for the rest of that.
     const STANDSTILL: Duration = Duration::from_secs(8);
@@ -166,7 +167,7 @@ fn readers_that_stood_still_for_long_are_served_at_once_when_they_read() {
     let sessions = push(&proxy, &front, 60, EACH);
     std::thread::sleep(STANDSTILL);
     for session in &sessions {
-        let silence = harness::patient(SILENCE);
+        let silence = crate::harness::patient(SILENCE);
         session
             .reading
             .set_read_timeout(Some(silence))
@@ -178,6 +179,7 @@ fn readers_that_stood_still_for_long_are_served_at_once_when_they_read() {
 
 #[test]
 fn a_reader_that_reads_is_served_while_others_use_the_total_up() {
+    let _beside = beside_others();
     const EACH: u64 = 8 * MIB;
     const TOTAL: u64 = 40 * MIB;
     let (proxy, front) = proxy_of("4m");
@@ -186,7 +188,7 @@ fn a_reader_that_reads_is_served_while_others_use_the_total_up() {
     pause(500);
 
     let (mut client, upstream) = front.offloaded(&proxy, Towards::Upstream);
-    let echo = std::thread::spawn(move || harness::upstream::echo(upstream));
+    let echo = std::thread::spawn(move || crate::harness::upstream::echo(upstream));
     ping(&mut client, DOWN, 500).expect("500 rounds");
     drop(client);
     echo.join().expect("the echo");
@@ -203,7 +205,7 @@ fn a_reader_that_reads_is_served_while_others_use_the_total_up() {
             TOTAL / MIB
         );
         assert!(
-            took < harness::patient(Duration::from_secs(15)),
+            took < crate::harness::patient(Duration::from_secs(15)),
             "{towards:?}: took {took:?}"
         );
         finish(writer, writing, reading, DOWN, TOTAL, TOTAL);
@@ -216,6 +218,7 @@ fn a_reader_that_reads_is_served_while_others_use_the_total_up() {
 
 #[test]
 fn what_sessions_held_is_given_back_when_they_or_their_worker_end() {
+    let _beside = beside_others();
     let (proxy, front) = proxy_of("16m");
     let held = |proxy: &Proxy| {
         let sessions = push(proxy, &front, 8, 8 * MIB);
@@ -257,6 +260,7 @@ fn what_sessions_held_is_given_back_when_they_or_their_worker_end() {
 
 #[test]
 fn without_a_limit_each_session_has_its_own_backlog() {
+    let _beside = beside_others();
     const SESSIONS: usize = 12;
     let (proxy, front) = proxy_of("0");
     let sessions = push(&proxy, &front, SESSIONS, 16 * MIB);

@@ -1,20 +1,24 @@
 //! The worker processes: where they run, what they may, that a dead one is replaced, and that idle
 //! sessions cost nothing.
 
-mod harness;
-
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use harness::pattern::{pause, ping};
-use harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
+use crate::harness::pattern::{pause, ping};
+use crate::harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+/// Of workers that have given up what they do not need: that is done before their log writers start.
+#[track_caller]
 fn field_of_each(proxy: &Proxy, key: &str) -> Vec<String> {
     let mut workers = proxy.status().workers();
     workers.sort_by_key(|w| w.slot);
+    let ready = within(Duration::from_secs(5), || {
+        workers.iter().all(|w| process::field(w.pid, "Threads") != "1")
+    });
+    assert!(ready, "workers have their log writers besides");
     workers.iter().map(|w| process::field(w.pid, key)).collect()
 }
 
@@ -194,7 +198,7 @@ fn a_client_of_a_killed_worker_sees_a_reset_and_no_clean_end() {
     let proxy = plan.start();
     let mut client = connect(front);
     proxy.wait("the session is offloaded", |s| s.offloaded() == 1);
-    harness::send(&mut client, 1, 0, 100_000).expect("sending");
+    crate::harness::send(&mut client, 1, 0, 100_000).expect("sending");
     kill(Pid::from_raw(proxy.worker()), Signal::SIGKILL).expect("killing the worker");
     assert_eq!(receive(&mut client, 2).ending, Ending::Reset);
     upstream.result().must_be_a_prefix_and_a_reset(100_000);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * Which worker slot gets a new connection. Loaded once for each listening address and attached to its
- * group of SO_REUSEPORT sockets, of which each slot has one.
+ * Which worker slot gets a new connection. Attached to the group of SO_REUSEPORT sockets of each listening
+ * address, of which each slot has one. Loading it takes its time, so it is loaded once for many addresses.
  *
  * `choose` runs when a SYN finds no connection of its own, on the CPU that it arrived on. It prefers the
  * worker that is pinned there, unless that carries much more than its share: then it takes the one that
@@ -22,13 +22,25 @@
 /* After this long a connection that was not accepted never will be: its client has given up. */
 #define GIVEN_UP_NS 3000000000ULL
 
-/* By worker slot: its socket of this address. A closed socket leaves it by itself. */
+/*
+ * For each address in turn, by worker slot: its socket. A closed socket leaves it by itself. How many addresses
+ * there is room for is said by who loads it.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_REUSEPORT_SOCKARRAY);
 	__uint(max_entries, SLOTS);
 	__type(key, __u32);
 	__type(value, __u64);
 } accept_sockets SEC(".maps");
+
+/* By the cookie of a listening socket: where those of its address begin in accept_sockets. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLOTS);
+	__type(key, __u64);
+	__type(value, __u32);
+} accept_addresses SEC(".maps");
 
 /* By worker slot; shared by the programs of all addresses. */
 struct {
@@ -131,11 +143,12 @@ static __always_inline int is_syn(struct sk_reuseport_md *md)
 	return (tcp[13] & (syn | ack)) == syn;
 }
 
-static __always_inline int give(struct sk_reuseport_md *md, __u32 index)
+static __always_inline int give(struct sk_reuseport_md *md, __u32 first, __u32 index)
 {
 	struct accept_slot *slot;
+	__u32 place = first + index;
 
-	if (bpf_sk_select_reuseport(md, &accept_sockets, &index, 0))
+	if (bpf_sk_select_reuseport(md, &accept_sockets, &place, 0))
 		return -1;
 	slot = bpf_map_lookup_elem(&accept_slots, &index);
 	if (slot && (md->migrating_sk || is_syn(md)))
@@ -153,13 +166,19 @@ int choose(struct sk_reuseport_md *md)
 		.least_weight = (__u64)RANK_NONE << 32,
 	};
 
+	/* Any socket of the group: the one that is closed, when connections move. */
+	__u64 cookie = bpf_get_socket_cookie(md->sk);
+	__u32 *first = bpf_map_lookup_elem(&accept_addresses, &cookie);
+
+	if (!first)
+		return SK_PASS;
 	bpf_loop(SLOTS, look_at, &look, 0);
 	/*
 	 * A slot without a socket has just been added or removed. If it is the other's turn and that has none
 	 * either, or there is no slot yet, the kernel takes a socket of the group by its hash.
 	 */
-	if (!home_is_fair(&look) || give(md, look.home))
-		give(md, look.least);
+	if (!home_is_fair(&look) || give(md, *first, look.home))
+		give(md, *first, look.least);
 	return SK_PASS;
 }
 

@@ -1,15 +1,18 @@
-//! Which worker gets a new connection: one program for each listening address, and what they all go by.
+//! Which worker gets a new connection: a program for many listening addresses, and what it goes by.
 //! Loading needs CAP_BPF; what is shown to the programs afterwards is shown through memory.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use culvert_shared::sys::shm::Shared;
 use culvert_shared::sys::socket;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -22,16 +25,37 @@ use crate::skel::accept::AcceptSkelBuilder;
 /// only, and that of a process that is gone, or was replaced by another binary, still has it until then.
 const FREEING_PATIENCE: Duration = Duration::from_secs(2);
 
-/// What the programs of all addresses have in common.
+/// Addresses that one program has room for at least. Each takes 2 KiB, and 8 KiB of buckets.
+const ADDRESSES: usize = 64;
+
+/// Sockets of one slot and address that are known at once: one that is closed hands what waits in it to its
+/// successor, and the program must know both.
+const KNOWN: usize = 2;
+
+/// The programs of all addresses, and what they have in common.
 pub struct Steering {
     map: MapHandle,
     slots: Arc<Shared<AcceptSlot>>,
+    programs: RefCell<Vec<Rc<Program>>>,
 }
 
-/// The program of one listening address. It stays with the address's sockets; dropping this makes the
+/// A loaded program.
+struct Program {
+    choose: OwnedFd,
+    sockets: MapHandle,
+    addresses: MapHandle,
+    /// Where addresses can begin in `sockets`.
+    free: RefCell<Vec<u32>>,
+}
+
+/// The sockets of one listening address. Its program stays with them; dropping this makes the
 /// kernel deal connections out by their hash.
 pub struct Group {
-    sockets: MapHandle,
+    program: Rc<Program>,
+    first: u32,
+    slots: u32,
+    /// By slot, the cookies of its sockets, newest last.
+    cookies: RefCell<BTreeMap<u32, Vec<u64>>>,
 }
 
 /// What the worker of one slot tells the programs. It needs no right and no descriptor.
@@ -41,36 +65,57 @@ pub struct SlotLoad {
 }
 
 impl Steering {
-    /// Makes what all addresses share, and shows that the program can be loaded.
+    /// Loads a program for a usual number of addresses, and makes what all programs share.
+    ///
+    /// # Errors
+    /// The kernel or the rights of this process do not allow it.
     pub fn open() -> Result<Steering> {
         crate::probe::log_libbpf_at_debug();
-        let mut storage = MaybeUninit::<OpenObject>::uninit();
-        let open = AcceptSkelBuilder::default()
-            .open(&mut storage)
-            .context("failed to open the BPF object")?;
-        let loaded = open.load().context(LOAD_FAILED)?;
-        let map = MapHandle::try_from(&loaded.maps.accept_slots).context("failed to duplicate a BPF map")?;
+        let (program, map) = load(ADDRESSES, None)?;
         let slots = Arc::new(Shared::of_fd(map.as_fd(), map.max_entries() as usize)?);
-        Ok(Steering { map, slots })
+        Ok(Steering {
+            map,
+            slots,
+            programs: RefCell::new(vec![program]),
+        })
+    }
+
+    /// Makes room for so many addresses more, so that they need no program each.
+    ///
+    /// # Errors
+    /// As for [`Steering::open`].
+    pub fn make_room(&self, addresses: usize) -> Result<()> {
+        let mut programs = self.programs.borrow_mut();
+        let free: usize = programs.iter().map(|program| program.free.borrow().len()).sum();
+        if free < addresses {
+            let (program, _) = load(ADDRESSES.max(addresses - free), Some(&self.map))?;
+            programs.push(program);
+        }
+        Ok(())
     }
 
     /// Lets a program choose among the sockets of the group that `socket`, which listens, belongs to. It
     /// knows none of them yet.
+    ///
+    /// # Errors
+    /// As for [`Steering::open`], or the socket belongs to no group.
     pub fn attach(&self, socket: BorrowedFd<'_>) -> Result<Group> {
-        let mut storage = MaybeUninit::<OpenObject>::uninit();
-        let mut open = AcceptSkelBuilder::default()
-            .open(&mut storage)
-            .context("failed to open the BPF object")?;
-        open.maps
-            .accept_slots
-            .reuse_fd(self.map.as_fd())
-            .context("failed to share the map of slots")?;
-        let loaded = open.load().context(LOAD_FAILED)?;
-        let sockets =
-            MapHandle::try_from(&loaded.maps.accept_sockets).context("failed to duplicate a BPF map")?;
-        socket::attach_reuseport(socket, loaded.progs.choose.as_fd())
+        self.make_room(1)?;
+        let programs = self.programs.borrow();
+        let found = programs.iter().find_map(|program| {
+            let first = program.free.borrow_mut().pop()?;
+            Some((Rc::clone(program), first))
+        });
+        let (program, first) = found.context("there is no room for one more address")?;
+        let group = Group {
+            program,
+            first,
+            slots: self.map.max_entries(),
+            cookies: RefCell::default(),
+        };
+        socket::attach_reuseport(socket, group.program.choose.as_fd())
             .context("failed to attach a program to a listening socket")?;
-        Ok(Group { sockets })
+        Ok(group)
     }
 
     /// Shows the programs what slots there are, in order: whether a worker serves in it, and on which CPUs.
@@ -118,20 +163,61 @@ impl AcceptSlot {
     }
 }
 
+/// Loads a program, and says which map of slots it has: that of another program, if there is one.
+fn load(addresses: usize, slots: Option<&MapHandle>) -> Result<(Rc<Program>, MapHandle)> {
+    let mut storage = MaybeUninit::<OpenObject>::uninit();
+    let mut open = AcceptSkelBuilder::default()
+        .open(&mut storage)
+        .context("failed to open the BPF object")?;
+    let maps = &mut open.maps;
+    if let Some(map) = slots {
+        let shared = maps.accept_slots.reuse_fd(map.as_fd());
+        shared.context("failed to share the map of slots")?;
+    }
+    let stride = maps.accept_slots.max_entries();
+    let addresses = u32::try_from(addresses).context("a number of addresses")?;
+    let sockets = addresses.checked_mul(stride).context("too many addresses")?;
+    let sized = maps.accept_sockets.set_max_entries(sockets);
+    sized
+        .and_then(|()| {
+            maps.accept_addresses
+                .set_max_entries(sockets.saturating_mul(KNOWN as u32))
+        })
+        .context("failed to size a BPF map")?;
+    let loaded = open.load().context(LOAD_FAILED)?;
+    let duplicate =
+        |map: &libbpf_rs::Map<'_>| MapHandle::try_from(map).context("failed to duplicate a BPF map");
+    let program = Program {
+        choose: (loaded.progs.choose.as_fd().try_clone_to_owned())
+            .context("failed to duplicate a BPF program")?,
+        sockets: duplicate(&loaded.maps.accept_sockets)?,
+        addresses: duplicate(&loaded.maps.accept_addresses)?,
+        free: RefCell::new((0..addresses).rev().map(|at| at * stride).collect()),
+    };
+    Ok((Rc::new(program), duplicate(&loaded.maps.accept_slots)?))
+}
+
 impl Group {
     /// Makes `socket` the one of a slot.
+    ///
+    /// # Errors
+    /// The kernel does not take it.
     pub fn put(&self, slot: usize, socket: BorrowedFd<'_>) -> Result<()> {
         let cookie = socket::cookie(socket).context("failed to read a socket's cookie")?;
-        let key = u32::try_from(slot).context("a slot's number")?.to_ne_bytes();
+        let slot = u32::try_from(slot).context("a slot's number")?;
+        ensure!(slot < self.slots, "there is no worker slot {slot}");
+        let key = (self.first + slot).to_ne_bytes();
+        let sockets = &self.program.sockets;
         // The map answers with cookies, and refuses a socket that it has (reuseport_array_update_check, 6.12).
-        let present = self.sockets.lookup(&key, MapFlags::ANY);
+        let present = sockets.lookup(&key, MapFlags::ANY);
         if present.is_ok_and(|value| value.is_some_and(|value| value == cookie.to_ne_bytes())) {
             return Ok(());
         }
+        self.know(slot, cookie)?;
         let value = u64::try_from(socket.as_raw_fd()).context("a descriptor")?;
         let give_up = Instant::now() + FREEING_PATIENCE;
         loop {
-            match self.sockets.update(&key, &value.to_ne_bytes(), MapFlags::ANY) {
+            match sockets.update(&key, &value.to_ne_bytes(), MapFlags::ANY) {
                 // Most likely EBUSY, which libbpf-rs has no name for.
                 Err(error) if error.kind() == ErrorKind::Other && Instant::now() < give_up => {
                     sleep(Duration::from_millis(5));
@@ -144,15 +230,34 @@ impl Group {
             }
         }
     }
+
+    /// Tells the program that a socket belongs to this address.
+    fn know(&self, slot: u32, cookie: u64) -> Result<()> {
+        let mut cookies = self.cookies.borrow_mut();
+        let known = cookies.entry(slot).or_default();
+        known.retain(|other| *other != cookie);
+        while known.len() >= KNOWN {
+            let _ = self.program.addresses.delete(&known.remove(0).to_ne_bytes());
+        }
+        known.push(cookie);
+        let first = self.first.to_ne_bytes();
+        (self.program.addresses)
+            .update(&cookie.to_ne_bytes(), &first, MapFlags::ANY)
+            .context("failed to tell the accept program of a socket")
+    }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // The program may stay attached for as long as its sockets live, and a socket can be in one such map
-        // only: the next program of this address must be able to take it.
-        for slot in 0..self.sockets.max_entries() {
-            let _ = self.sockets.delete(&slot.to_ne_bytes());
+        // The program may stay attached for as long as its sockets live: it must not choose by what the next
+        // address has there, and a socket can be in one place only, which the next group may need.
+        for cookie in self.cookies.borrow().values().flatten() {
+            let _ = self.program.addresses.delete(&cookie.to_ne_bytes());
         }
+        for slot in 0..self.slots {
+            let _ = self.program.sockets.delete(&(self.first + slot).to_ne_bytes());
+        }
+        self.program.free.borrow_mut().push(self.first);
     }
 }
 
@@ -264,15 +369,66 @@ mod tests {
     #[test]
     fn a_new_program_takes_the_sockets_of_one_whose_process_is_gone() {
         let steering = Steering::open().expect("loading (needs CAP_BPF)");
-        let (_, sockets) = pair();
-        let mut old = group(&steering, &sockets);
-        let options = libbpf_rs::libbpf_sys::bpf_map_create_opts {
-            sz: size_of::<libbpf_rs::libbpf_sys::bpf_map_create_opts>() as _,
-            ..Default::default()
-        };
-        let other = MapHandle::create(libbpf_rs::MapType::Array, None::<&str>, 4, 8, 1, &options).unwrap();
-        // As when the process ends: its descriptor of the map is closed, and nothing is taken out of the map.
-        drop(std::mem::replace(&mut old.sockets, other));
-        group(&steering, &sockets);
+        let addresses = [pair(), pair()];
+        for (_, sockets) in &addresses {
+            let mut old = group(&steering, sockets);
+            // As when the process ends: nothing is taken out of the maps.
+            old.slots = 0;
+            old.cookies.borrow_mut().clear();
+        }
+        drop(steering);
+        let steering = Steering::open().unwrap();
+        // As long as one address has the old program, that has the sockets of all.
+        let new = addresses
+            .each_ref()
+            .map(|(_, sockets)| steering.attach(sockets[0].as_fd()).unwrap());
+        for (group, (_, sockets)) in new.iter().zip(&addresses) {
+            group.put(0, sockets[0].as_fd()).unwrap();
+        }
+    }
+
+    #[test]
+    fn one_program_serves_many_addresses_and_keeps_them_apart() {
+        let steering = Steering::open().expect("loading (needs CAP_BPF)");
+        steering.make_room(70).unwrap();
+        let no_cpu: &[usize] = &[];
+        steering.show([(false, no_cpu), (true, no_cpu)].into_iter());
+        steering.load_of(1).unwrap().publish(0, 1000);
+        // More than one program has room for, were they not made room for.
+        for round in 0..3 {
+            let addresses: Vec<_> = (0..70).map(|_| pair()).collect();
+            let groups = addresses.iter().map(|(_, sockets)| group(&steering, sockets));
+            let groups: Vec<Group> = groups.collect();
+            assert_eq!(steering.programs.borrow().len(), 2, "round {round}");
+            for (address, sockets) in addresses.iter().step_by(23) {
+                let _clients: Vec<TcpStream> = (0..8).map(|_| TcpStream::connect(address).unwrap()).collect();
+                assert_eq!([accepted(&sockets[0]), accepted(&sockets[1])], [0, 8]);
+                steering.load_of(1).unwrap().count_taken(8);
+            }
+            // Every second one goes first, so that places become free in another order.
+            let (first, second): (Vec<_>, Vec<_>) = groups
+                .into_iter()
+                .enumerate()
+                .partition(|(at, _)| at % 2 == round % 2);
+            drop(first);
+            drop(second);
+        }
+    }
+
+    #[test]
+    fn what_waits_in_a_socket_that_is_closed_goes_to_its_successor() {
+        let steering = Steering::open().expect("loading (needs CAP_BPF)");
+        let no_cpu: &[usize] = &[];
+        steering.show([(true, no_cpu)].into_iter());
+        steering.load_of(0).unwrap().publish(0, 1000);
+        let (address, [first, second]) = pair();
+        let group = steering.attach(first.as_fd()).unwrap();
+        group.put(0, first.as_fd()).unwrap();
+        let _clients: Vec<TcpStream> = (0..8).map(|_| TcpStream::connect(address).unwrap()).collect();
+        group.put(0, second.as_fd()).unwrap();
+        // A third socket of the address, to which a hash would lead some of them.
+        let third = listener(address);
+        drop(first);
+        assert_eq!([accepted(&second), accepted(&third)], [8, 0]);
     }
 }

@@ -1,8 +1,9 @@
-//! Where new connections go: keeps the accept programs of the listening addresses, and shows them which
-//! worker slots are served. Where there are no such programs, the kernel deals connections out by their
+//! Where new connections go: lets the accept program choose among the sockets of each listening address, and shows it
+//! which worker slots are served. Where there is no such program, the kernel deals connections out by their
 //! hash, to slots without a worker too.
 
-use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
@@ -19,7 +20,7 @@ pub struct Accept {
     steering: Option<Rc<Steering>>,
 }
 
-/// The programs of one configuration's addresses. Cloning shares them.
+/// What the programs know of one configuration's addresses. Cloning shares it.
 #[derive(Clone, Default)]
 pub struct Groups {
     groups: HashMap<Bound, Rc<Group>>,
@@ -29,12 +30,13 @@ pub struct Groups {
 }
 
 impl Accept {
-    /// Programs for all addresses of `listeners`: those of `current`, and new ones for the rest. They learn
-    /// of new sockets here, and choose them when [`Master::steer`] says so.
+    /// Groups for all addresses of `listeners`: those of `current`, and new ones for the rest. The program learns
+    /// of new sockets here, and chooses them when [`Master::steer`] says so. `served` are the sockets that `current`
+    /// stands for.
     ///
     /// # Errors
     /// A program could not be loaded, or refuses a socket.
-    pub fn groups(&mut self, listeners: &Listeners, current: &Groups) -> Result<Groups> {
+    pub fn groups(&mut self, listeners: &Listeners, current: &Groups, served: &Listeners) -> Result<Groups> {
         let steering = match &self.steering {
             Some(steering) => Rc::clone(steering),
             None => Rc::clone(self.steering.insert(Rc::new(Steering::open()?))),
@@ -43,21 +45,34 @@ impl Accept {
             steering: Some(Rc::clone(&steering)),
             ..Groups::default()
         };
+        let what = |bound: &Bound| format!("failed to choose workers for connections to {}", bound.address);
+        let mut groups = current.groups.clone();
+        let both = || served.sockets().chain(listeners.sockets());
+        let missing: HashSet<Bound> = (both().map(|(bound, ..)| bound))
+            .filter(|bound| !groups.contains_key(bound))
+            .collect();
+        steering.make_room(missing.len())?;
+        // All of them, before any is given a socket: the program of a binary before this one has the sockets of all its
+        // addresses until the last has another.
+        for (bound, _, socket) in both() {
+            if let Entry::Vacant(place) = groups.entry(bound) {
+                let group = steering
+                    .attach(socket.as_fd())
+                    .with_context(|| what(place.key()))?;
+                place.insert(Rc::new(group));
+            }
+        }
         for (bound, slot, socket) in listeners.sockets() {
-            let what = || format!("failed to choose workers for connections to {}", bound.address);
-            let group = match next.groups.get(&bound).or_else(|| current.groups.get(&bound)) {
-                Some(group) => Rc::clone(group),
-                None => Rc::new(steering.attach(socket.as_fd()).with_context(what)?),
-            };
-            group.put(slot, socket.as_fd()).with_context(what)?;
-            next.groups.insert(bound, group);
+            let group = groups.get(&bound).with_context(|| what(&bound))?;
+            group.put(slot, socket.as_fd()).with_context(|| what(&bound))?;
+            next.groups.insert(bound, Rc::clone(group));
         }
         Ok(next)
     }
 
     /// As [`Accept::groups`] at the start, when there is nothing yet to fall back on.
     pub fn first_groups(&mut self, listeners: &Listeners) -> Groups {
-        self.groups(listeners, &Groups::default())
+        self.groups(listeners, &Groups::default(), &Listeners::default())
             .unwrap_or_else(|error| {
                 log::warn!("new connections are dealt out by their hash: {error:#}");
                 Groups::none(Some(format!("{error:#}")))
@@ -97,7 +112,8 @@ impl Master {
         self.steer();
         let renewed = self.current.listeners.renewed(&self.current.config, slot);
         let renewed = renewed.and_then(|listeners| {
-            let groups = self.kernel.accept.groups(&listeners, &self.current.groups)?;
+            let current = &self.current;
+            let groups = (self.kernel.accept).groups(&listeners, &current.groups, &current.listeners)?;
             Ok((listeners, groups))
         });
         match renewed {

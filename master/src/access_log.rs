@@ -1,20 +1,21 @@
-//! The files of the access logs: opened by the master, handed to workers, which may not have the right to open
+//! The files of the access logs, and the sockets of those that go to syslog: opened by the master, handed to workers, which may not have the right to open
 //! them themselves.
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use culvert_shared::config::Config;
+use culvert_shared::config::{Config, LogTarget};
+use culvert_shared::output;
 use culvert_shared::sys::local_time::local_time;
 
 /// The files of one configuration, in the order of [`Config::access_logs`]. Cloning shares them.
 #[derive(Clone, Default)]
-pub struct AccessLogs(Vec<(PathBuf, Arc<OwnedFd>)>);
+pub struct AccessLogs(Vec<(LogTarget, Arc<OwnedFd>)>);
 
 impl AccessLogs {
     /// Opens them; each is appended to, and created if need be.
@@ -28,7 +29,7 @@ impl AccessLogs {
         let logs = config.access_logs();
         let open = logs
             .iter()
-            .map(|log| Ok((log.path.clone(), files.get(&log.path)?)));
+            .map(|log| Ok((log.target.clone(), files.get(&log.target)?)));
         open.collect::<Result<_>>().map(AccessLogs)
     }
 
@@ -37,8 +38,8 @@ impl AccessLogs {
     /// # Errors
     /// No more descriptors are to be had.
     pub fn duplicate(&self) -> Result<Vec<OwnedFd>> {
-        let copies = self.0.iter().map(|(path, file)| {
-            let what = || format!("failed to hand over the access log {}", path.display());
+        let copies = self.0.iter().map(|(target, file)| {
+            let what = || format!("failed to hand over the access log {}", name(target));
             file.try_clone().with_context(what)
         });
         copies.collect()
@@ -49,10 +50,10 @@ impl AccessLogs {
         self.0.iter().map(|(_, file)| file.as_fd())
     }
 
-    /// Opens the same paths anew; what cannot be opened stays as it is, and the log says so.
+    /// Opens the same places anew; what cannot be opened stays as it is, and the log says so.
     pub fn reopen(&mut self, files: &mut Files) {
-        for (path, file) in &mut self.0 {
-            match files.get(path) {
+        for (target, file) in &mut self.0 {
+            match files.get(target) {
                 Ok(new) => *file = new,
                 Err(error) => log::error!("the old access log goes on: {error:#}"),
             }
@@ -62,17 +63,30 @@ impl AccessLogs {
 
 /// Files that were opened just now, each once.
 #[derive(Default)]
-pub struct Files(HashMap<PathBuf, Arc<OwnedFd>>);
+pub struct Files(HashMap<LogTarget, Arc<OwnedFd>>);
 
 impl Files {
-    fn get(&mut self, path: &Path) -> Result<Arc<OwnedFd>> {
-        if let Some(file) = self.0.get(path) {
+    fn get(&mut self, target: &LogTarget) -> Result<Arc<OwnedFd>> {
+        if let Some(file) = self.0.get(target) {
             return Ok(Arc::clone(file));
         }
-        let what = || format!("failed to open the access log {}", path.display());
-        let file = Arc::new(open(path).with_context(what)?);
-        self.0.insert(path.to_owned(), Arc::clone(&file));
+        let what = || format!("failed to open the access log {}", name(target));
+        let file = match target {
+            LogTarget::File(path) => open(path).with_context(what)?,
+            LogTarget::Stderr | LogTarget::Syslog(_) => output::open(target)?,
+        };
+        let file = Arc::new(file);
+        self.0.insert(target.clone(), Arc::clone(&file));
         Ok(file)
+    }
+}
+
+/// As a file would write it.
+fn name(target: &LogTarget) -> String {
+    match target {
+        LogTarget::Stderr => "stderr".to_owned(),
+        LogTarget::File(path) => path.display().to_string(),
+        LogTarget::Syslog(settings) => settings.text(),
     }
 }
 

@@ -10,7 +10,7 @@ use culvert_shared::counters::MAX_WORKERS;
 use culvert_shared::limits::Limits;
 use culvert_shared::members::{Member, MemberSet};
 use culvert_shared::sys::shm::Shared;
-use culvert_worker::Listener;
+use culvert_worker::{Listener, Store};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::accepting::Groups;
@@ -96,7 +96,7 @@ impl Generation {
     ///
     /// # Errors
     /// As for the first one, and when maps cannot be made although BPF works.
-    pub fn next(&self, config: Config, filling: &[u32], kernel: &mut Kernel) -> Result<Generation> {
+    pub fn next(&self, config: Config, filling: &[Arc<Store>], kernel: &mut Kernel) -> Result<Generation> {
         check_workers(&config)?;
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = self.rows.clone();
@@ -106,7 +106,7 @@ impl Generation {
         let stores = kernel.stores_for(&config, &self.stores, filling)?;
         let listeners = self.listeners.next(&config)?;
         let groups = match kernel.is_open() {
-            true => kernel.accept.groups(&listeners, &self.groups)?,
+            true => kernel.accept.groups(&listeners, &self.groups, &self.listeners)?,
             false => Groups::none(stores.reason().map(str::to_owned)),
         };
         Ok(Generation {

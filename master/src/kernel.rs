@@ -141,8 +141,9 @@ impl Kernel {
     }
 
     /// The stores that `config` needs: those of `current` that fit, and new ones for the rest. Those that do
-    /// not fit are cared for as long as sessions are left in them, or living workers may put some there:
-    /// `filling` are the stores that such workers have as their own.
+    /// not fit are cared for as long as sessions are left in them, or workers may put some there: those of `current`'s
+    /// slots, each of which may get another worker before the next generation serves, and `filling`, which living
+    /// workers have as their own.
     ///
     /// # Errors
     /// New ones could not be made although BPF works in this program.
@@ -150,7 +151,7 @@ impl Kernel {
         &mut self,
         config: &Config,
         current: &StoreTable,
-        filling: &[u32],
+        filling: &[Arc<Store>],
     ) -> Result<StoreTable> {
         let with_maps = self.bpf.is_some() && wanted(config);
         let unwanted = || Some("ebpf_enable = false everywhere".to_owned()).filter(|_| !wanted(config));
@@ -178,14 +179,14 @@ impl Kernel {
             });
         }
         let slots = next.slots.len();
-        let left: Vec<Arc<Store>> = current
-            .all()
-            .filter(|store| store.is_used() || filling.contains(&store.id))
-            .filter(|store| !next.slots.iter().any(|slot| slot.own.id == store.id))
-            .cloned()
-            .collect();
-        for (at, store) in left.into_iter().enumerate() {
-            next.slots[at % slots].inherited.push(store);
+        let own = current.slots.iter().map(|slot| &slot.own);
+        let used = current.all().filter(|store| store.is_used());
+        let mut at = 0;
+        for store in own.chain(filling).chain(used) {
+            if !next.has(store.id) {
+                next.slots[at % slots].inherited.push(Arc::clone(store));
+                at += 1;
+            }
         }
         Ok(next)
     }
@@ -267,5 +268,41 @@ impl StoreTable {
     pub fn all(&self) -> impl Iterator<Item = &Arc<Store>> {
         let slots = self.slots.iter();
         slots.flat_map(|stores| std::iter::once(&stores.own).chain(&stores.inherited))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn every_store_that_sessions_may_come_from_is_cared_for() {
+        let mut config = testing::config(&["127.0.0.1:80"], &[]);
+        config.worker_cpus = vec![vec![0]; 3];
+        let mut kernel = Kernel::new(Err(anyhow!("not wanted")));
+        let first = kernel
+            .stores_for(&config, &StoreTable::default(), &[])
+            .expect("stores");
+        let ids = |table: &StoreTable| {
+            let mut ids: Vec<u32> = table.all().map(|store| store.id).collect();
+            ids.sort_unstable();
+            ids
+        };
+        assert_eq!(ids(&first), [1, 2, 3]);
+        // The worker of the slot that is removed has just died, and is replaced before the next generation serves.
+        config.worker_cpus.pop();
+        let second = kernel.stores_for(&config, &first, &[]).expect("stores");
+        assert_eq!(ids(&second), [1, 2, 3]);
+        // Nobody is left that could fill it, nothing is in it.
+        let third = kernel.stores_for(&config, &second, &[]).expect("stores");
+        assert_eq!(ids(&third), [1, 2]);
+        // A worker of a generation that was refused still has its own.
+        config.worker_connections += 1;
+        let refused = kernel.stores_for(&config, &third, &[]).expect("stores");
+        assert_eq!(ids(&refused), [1, 2, 4, 5]);
+        config.worker_connections -= 1;
+        let next = kernel.stores_for(&config, &third, &[Arc::clone(&refused.slots[1].own)]);
+        assert_eq!(ids(&next.expect("stores")), [1, 2, 5]);
     }
 }

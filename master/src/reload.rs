@@ -2,7 +2,7 @@
 //! ready, the old ones serve as if nothing had happened.
 
 use std::collections::HashSet;
-use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +10,7 @@ use anyhow::{Result, ensure};
 use culvert_shared::config;
 use culvert_shared::counters::Board;
 use culvert_shared::logging;
+use culvert_worker::Store;
 
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
@@ -91,10 +92,10 @@ impl Master {
              ones have drained, or set worker_shutdown_timeout",
             self.workers.len()
         );
-        let filling: Vec<u32> = self
+        let filling: Vec<Arc<Store>> = self
             .workers
             .iter()
-            .filter_map(|worker| worker.stores.first().map(|own| own.id))
+            .filter_map(|worker| worker.stores.first().cloned())
             .collect();
         let generation = self.current.next(config, &filling, &mut self.kernel)?;
         Ok(Pending {
@@ -171,9 +172,9 @@ impl Master {
                 for worker in self
                     .workers
                     .iter_mut()
-                    .filter(|worker| worker.generation != number)
+                    .filter(|worker| worker.generation != number || worker.is_leaving())
                 {
-                    worker.write_log_to(self.log.as_fd());
+                    worker.write_log_to(&self.log);
                 }
             }
             Err(error) => log::error!("the new error log is not used: {error:#}"),
@@ -195,10 +196,12 @@ impl Master {
         self.want_names(now);
         // Removed slots get nothing new from here on, so that their workers can empty them.
         self.steer();
+        self.say_which_listeners_are_gone();
+        // A refused generation had the same number.
         for worker in self
             .workers
             .iter_mut()
-            .filter(|worker| worker.generation != number)
+            .filter(|worker| worker.generation != number || worker.is_leaving())
         {
             worker.hand_over(limit, now);
         }
@@ -210,6 +213,22 @@ impl Master {
         let unix_ms = now.map_or(0, |now| now.as_millis() as u64);
         self.board[0].last_reload_unix_ms.store(unix_ms, Relaxed);
         log::info!("generation {number} serves with {} workers", self.current.slots());
+    }
+
+    /// Before old workers hand their sessions over.
+    fn say_which_listeners_are_gone(&self) {
+        let there: HashSet<usize> = self
+            .current
+            .assigned
+            .listeners
+            .iter()
+            .flatten()
+            .copied()
+            .collect();
+        for row in self.current.rows.listeners() {
+            let gone = u32::from(!there.contains(&row));
+            self.board[0].listeners[row].gone.store(gone, Relaxed);
+        }
     }
 
     /// A peer that is not checked any more is not down for what checks found.
@@ -232,12 +251,22 @@ impl Master {
             return;
         };
         let number = pending.generation.number;
+        let limit = self.current.config.worker_shutdown_timeout;
         for worker in self
             .workers
             .iter_mut()
-            .filter(|worker| worker.generation == number)
+            .filter(|worker| worker.generation == number && !worker.is_leaving())
         {
-            worker.stop(now);
+            let own = worker.stores.first().map(|own| own.id);
+            match worker.state() {
+                // It may have taken connections already, from sockets that both generations have.
+                State::Serving if own.is_some_and(|own| self.current.stores.has(own)) => {
+                    worker.hand_over(limit, now);
+                }
+                // Nobody else has its store, before another reload.
+                State::Serving => worker.drain(limit, now),
+                _ => worker.stop(now),
+            }
         }
         self.count_refused(why);
         self.go_back_to_names(now);

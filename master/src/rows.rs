@@ -33,6 +33,11 @@ pub struct Assigned {
 }
 
 impl Rows {
+    /// The rows of all listeners that there ever were.
+    pub fn listeners(&self) -> impl Iterator<Item = usize> {
+        self.listeners.values().copied()
+    }
+
     /// Gives each listener and each peer of the configuration its row.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use culvert_shared::counters::Board;
 use culvert_shared::ids::Owner;
+use culvert_shared::logging;
 use culvert_shared::sys::shm::Shared;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -138,6 +139,8 @@ impl Master {
             upgrade,
         } = outside;
         let slots = vec![SlotCare::default(); current.slots()];
+        let counted = Arc::clone(&board);
+        logging::on_drop(move |lines| Board::add(&counted[0].log_lines_dropped, lines));
         Master {
             args,
             current,
@@ -441,7 +444,7 @@ impl Master {
             Err(error) => log::error!("failed to open the log anew, the old one goes on: {error:#}"),
         }
         for worker in &mut self.workers {
-            worker.write_logs_to(self.log.as_fd());
+            worker.write_logs_to(&self.log);
         }
     }
 

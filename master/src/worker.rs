@@ -13,6 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::access_log::AccessLogs;
+use crate::error_log::ErrorLog;
 use crate::keeper::Queue;
 
 /// How long a worker has to obey [`ToWorker::Stop`]: it only resets what is open.
@@ -223,15 +224,17 @@ impl Worker {
     }
 
     /// Hands it the error log that it shall write to.
-    pub fn write_log_to(&mut self, log: BorrowedFd<'_>) {
-        self.say(ToWorker::Log, &[log]);
+    pub fn write_log_to(&mut self, log: &ErrorLog) {
+        self.say(ToWorker::Log(log.syslog().cloned()), &[log.as_fd()]);
     }
 
     /// The same, with the access logs as they are now.
-    pub fn write_logs_to(&mut self, log: BorrowedFd<'_>) {
+    pub fn write_logs_to(&mut self, log: &ErrorLog) {
         let access_logs = self.access_logs.clone();
-        let logs: Vec<BorrowedFd<'_>> = std::iter::once(log).chain(access_logs.descriptors()).collect();
-        self.say(ToWorker::Log, &logs);
+        let logs: Vec<BorrowedFd<'_>> = std::iter::once(log.as_fd())
+            .chain(access_logs.descriptors())
+            .collect();
+        self.say(ToWorker::Log(log.syslog().cloned()), &logs);
     }
 
     /// Does what is due.

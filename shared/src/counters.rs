@@ -23,7 +23,7 @@ pub const MAX_GROUPS: usize = 1024;
 
 /// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
 /// it whenever a field or a reason changes its place or meaning.
-const LAYOUT: &str = "culvert counters, layout 2";
+const LAYOUT: &str = "culvert counters, layout 3";
 
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
@@ -223,6 +223,9 @@ pub struct ListenerRow {
     pub bytes: [AtomicU64; 2],
     /// Its sessions that are between two workers.
     pub transit: Transit,
+    /// The current generation does not have it any more.
+    pub gone: AtomicU32,
+    padding: AtomicU32,
 }
 
 /// How the board is laid out, for two binaries to compare.

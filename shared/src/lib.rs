@@ -13,6 +13,7 @@ pub mod limits;
 pub mod logging;
 pub mod members;
 pub mod message;
+pub mod output;
 pub mod peers;
 pub mod queue;
 pub mod sessions;

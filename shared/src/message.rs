@@ -1,12 +1,13 @@
 //! What the master and a worker say to each other, over [`crate::sys::fdpass`]: a byte that names the message,
 //! then the sessions that it is about.
 
+use crate::config::Syslog;
 use crate::sessions::Place;
 use crate::sys::fdpass::MAX_DESCRIPTORS;
 
 /// The version of these messages, for two binaries to compare: workers of one may have a master of the other.
 /// Change it whenever a message changes its bytes or meaning.
-pub const LAYOUT: &str = "culvert messages, layout 1";
+pub const LAYOUT: &str = "culvert messages, layout 2";
 
 /// Sessions of one message at most: each may come with its two sockets.
 pub const BATCH: usize = MAX_DESCRIPTORS / 2;
@@ -31,8 +32,9 @@ pub enum ToWorker {
     HandOver,
     /// Reset what is open and exit now.
     Stop,
-    /// Write the error log to the descriptor that comes with the message, and the access logs to those behind it.
-    Log,
+    /// Write the error log to the descriptor that comes with the message, and the access logs to those behind it. The
+    /// error log is a socket to this syslog server, if one is named.
+    Log(Option<Syslog>),
     /// Take these sessions over; both sockets of each come with the message.
     Adopt(Vec<SessionId>),
 }
@@ -57,18 +59,27 @@ impl ToWorker {
             ToWorker::Drain => encode(b'D', &[]),
             ToWorker::HandOver => encode(b'H', &[]),
             ToWorker::Stop => encode(b'S', &[]),
-            ToWorker::Log => encode(b'L', &[]),
+            ToWorker::Log(syslog) => {
+                let mut bytes = encode(b'L', &[]);
+                bytes.extend(syslog.iter().flat_map(|syslog| syslog.text().into_bytes()));
+                bytes
+            }
             ToWorker::Adopt(sessions) => encode(b'A', sessions),
         }
     }
 
     /// The message that the bytes stand for; `None` for anything else.
     pub fn decode(bytes: &[u8]) -> Option<ToWorker> {
+        if let Some((b'L', target)) = bytes.split_first() {
+            return match str::from_utf8(target).ok()? {
+                "" => Some(ToWorker::Log(None)),
+                text => Syslog::from_text(text).map(|syslog| ToWorker::Log(Some(syslog))),
+            };
+        }
         match decode(bytes)? {
             (b'D', none) if none.is_empty() => Some(ToWorker::Drain),
             (b'H', none) if none.is_empty() => Some(ToWorker::HandOver),
             (b'S', none) if none.is_empty() => Some(ToWorker::Stop),
-            (b'L', none) if none.is_empty() => Some(ToWorker::Log),
             (b'A', sessions) => Some(ToWorker::Adopt(sessions)),
             _ => None,
         }
@@ -145,7 +156,8 @@ mod tests {
             ToWorker::Drain,
             ToWorker::HandOver,
             ToWorker::Stop,
-            ToWorker::Log,
+            ToWorker::Log(None),
+            ToWorker::Log(Syslog::from_text("syslog:server=[::1]:514,tag=a,nohostname")),
             ToWorker::Adopt(some()),
         ] {
             assert_eq!(ToWorker::decode(&message.encode()), Some(message));
@@ -162,7 +174,7 @@ mod tests {
 
     #[test]
     fn what_is_no_message_is_not_taken_for_one() {
-        for bytes in [&b""[..], b"D ", b"?", b"A123", b"R000000000000"] {
+        for bytes in [&b""[..], b"D ", b"?", b"A123", b"Lx", b"R000000000000"] {
             assert_eq!(ToWorker::decode(bytes), None);
             assert_eq!(ToMaster::decode(bytes), None);
         }

@@ -18,7 +18,7 @@ use crate::sys::shm::Shareable;
 
 /// The version of this layout: another binary may go on with a table if it has the same ([`layout`]). Change it
 /// whenever a word or a bit changes its place or meaning.
-const LAYOUT: &str = "culvert sessions, layout 4";
+const LAYOUT: &str = "culvert sessions, layout 5";
 
 /// How a record is laid out, for two binaries to compare.
 pub fn layout() -> String {
@@ -27,6 +27,8 @@ pub fn layout() -> String {
 
 /// The longest name of an upstream that a record holds; a unix socket's path is shorter (unix(7)).
 const NAME_BYTES: usize = 112;
+/// Peers that a record can say were tried.
+pub const MAX_TRIED: usize = 16;
 /// Where the words of a record are; the order of [`Saved`].
 mod at {
     pub const NUMBER: usize = 0;
@@ -50,8 +52,10 @@ mod at {
     pub const HEADER: usize = 26;
     pub const RATES: usize = 32;
     pub const CLAIM: usize = 34;
-    pub const NAME_LEN: usize = 35;
-    pub const NAME: usize = 36;
+    pub const CONNECTING_SINCE: usize = 35;
+    pub const TRIED: usize = 36;
+    pub const NAME_LEN: usize = 40;
+    pub const NAME: usize = 41;
     pub const END: usize = NAME + super::NAME_BYTES / 8;
 }
 
@@ -191,6 +195,10 @@ pub struct Saved {
     pub carrier: Carrier,
     /// Its place among those that wait for a group.
     pub claim: Option<Claim>,
+    /// Since when it is looked for a peer, in milliseconds of CLOCK_MONOTONIC.
+    pub connecting_since_ms: u64,
+    /// The rows on the board of the peers that were tried, in order; of more than [`MAX_TRIED`] the last.
+    pub tried: Vec<u16>,
     /// What it is connected to, for people.
     pub upstream: String,
     /// When connecting to the peer began, in nanoseconds of CLOCK_MONOTONIC.
@@ -397,6 +405,11 @@ impl Saved {
             words[at::HOLDS + word] = u64::from(pair[0]) | u64::from(pair[1]) << 32;
         }
         words[at::CLAIM] = self.claim.map_or(0, Claim::to_word);
+        words[at::CONNECTING_SINCE] = self.connecting_since_ms;
+        let first = self.tried.len().saturating_sub(MAX_TRIED);
+        for (number, row) in self.tried[first..].iter().enumerate() {
+            words[at::TRIED + number / 4] |= (u64::from(*row) + 1) << (16 * (number % 4));
+        }
         words[at::CONNECT_BEGAN] = self.connect_began_ns;
         words[at::CONNECT_TOOK] = self.connect_us;
         let name = self.upstream.as_bytes();
@@ -460,6 +473,11 @@ impl Saved {
             carrier,
             upstream: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
             claim: Claim::of_word(words[at::CLAIM]),
+            connecting_since_ms: words[at::CONNECTING_SINCE],
+            tried: (0..MAX_TRIED)
+                .map(|number| (words[at::TRIED + number / 4] >> (16 * (number % 4))) as u16)
+                .filter_map(|row| row.checked_sub(1))
+                .collect(),
             connect_began_ns: words[at::CONNECT_BEGAN],
             connect_us: words[at::CONNECT_TOOK],
             streams: [stream(0), stream(1)],
@@ -529,22 +547,32 @@ impl Places {
             if self.claim(records, index) {
                 return Some(Place(index));
             }
-            self.elsewhere.push_back(index);
         }
-        for _ in 0..ASK_AGAIN.min(self.elsewhere.len()) {
-            let index = self.elsewhere.pop_front()?;
+        let mut asked = 0;
+        while asked < ASK_AGAIN
+            && let Some(index) = self.elsewhere.pop_front()
+        {
+            let before = self.elsewhere.len();
             if self.claim(records, index) {
                 return Some(Place(index));
             }
-            self.elsewhere.push_back(index);
+            asked += self.elsewhere.len() - before;
         }
         None
     }
 
-    fn claim(&self, records: &[Record], index: u32) -> bool {
-        records
-            .get(index as usize)
-            .is_some_and(|record| record.take(self.owner))
+    /// Takes this place if it is free. It is asked again if another worker has it; not if this one has, with a session
+    /// that it took over: when that ends the place is given back or let go of. Were such places asked again, hundreds in
+    /// a row would hide the free ones behind them.
+    fn claim(&mut self, records: &[Record], index: u32) -> bool {
+        let Some(record) = records.get(index as usize) else {
+            return false;
+        };
+        let taken = record.take(self.owner);
+        if !taken && record.owner() != Some(self.owner) {
+            self.elsewhere.push_back(index);
+        }
+        taken
     }
 
     /// Gives a place back whose sockets are closed.
@@ -583,6 +611,31 @@ mod tests {
         old.give_back(&records, held[0]);
         assert_eq!(new.take(&records), Some(held[0]));
         assert_eq!(records[held[0].0 as usize].owner(), Some(Owner(2)));
+    }
+
+    #[test]
+    fn sessions_that_were_taken_over_hide_no_free_places() {
+        const TAKEN_OVER: u32 = 100;
+        let records = records(TAKEN_OVER as usize + 3);
+        let mut old = Places::new(TAKEN_OVER as usize, Owner(1));
+        while let Some(place) = old.take(&records) {
+            records[place.0 as usize].pass_to(Owner(2));
+        }
+        let mut new = Places::new(records.len(), Owner(2));
+        // Each of its own sessions was kept: the master frees the places.
+        for round in 0..20 {
+            let held: Vec<Place> = (0..3).filter_map(|_| new.take(&records)).collect();
+            assert_eq!(held.len(), 3, "round {round}");
+            assert_eq!(new.take(&records), None);
+            for place in held {
+                new.let_go(place);
+                records[place.0 as usize].free();
+            }
+        }
+        // A session that was taken over ends like any other.
+        new.let_go(Place(7));
+        records[7].free();
+        assert_eq!((0..9).filter_map(|_| new.take(&records)).count(), 4);
     }
 
     #[test]
@@ -648,7 +701,8 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_saved_is_what_is_read(
-            numbers in any::<[u64; 9]>(),
+            numbers in any::<[u64; 10]>(),
+            tried in proptest::collection::vec(0..u16::MAX, 0..=MAX_TRIED),
             small in any::<[u32; 3]>(),
             bits in any::<[bool; 5]>(),
             deadline_ms in any::<u64>(),
@@ -687,6 +741,8 @@ mod tests {
                 },
                 upstream,
                 claim: claim.map(|(group, ticket)| Claim { group, ticket }),
+                connecting_since_ms: numbers[9],
+                tried,
                 connect_began_ns: numbers[7],
                 connect_us: numbers[8],
                 streams,

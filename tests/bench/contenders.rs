@@ -4,6 +4,7 @@
 
 use std::fmt::Write;
 use std::fs::File;
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -35,8 +36,14 @@ pub struct Contender {
 #[derive(Debug)]
 enum Kind {
     Direct,
-    Culvert { stream: &'static str },
-    Nginx { buffer: &'static str },
+    Culvert {
+        stream: &'static str,
+        /// With an access log, access rules, and metrics that somebody reads.
+        equipped: bool,
+    },
+    Nginx {
+        buffer: &'static str,
+    },
     Haproxy,
 }
 
@@ -52,6 +59,7 @@ pub const ALL: &[Contender] = &[
         title: "Culvert, offloaded",
         kind: Kind::Culvert {
             stream: "ebpf_enable = true",
+            equipped: false,
         },
     },
     Contender {
@@ -59,6 +67,7 @@ pub const ALL: &[Contender] = &[
         title: "Culvert, offloaded after 64k",
         kind: Kind::Culvert {
             stream: "ebpf_offload_after = \"64k\"",
+            equipped: false,
         },
     },
     Contender {
@@ -66,6 +75,15 @@ pub const ALL: &[Contender] = &[
         title: "Culvert, relayed",
         kind: Kind::Culvert {
             stream: "ebpf_enable = false",
+            equipped: false,
+        },
+    },
+    Contender {
+        name: "equipped",
+        title: "Culvert, with log, rules, metrics",
+        kind: Kind::Culvert {
+            stream: "ebpf_enable = true",
+            equipped: true,
         },
     },
     Contender {
@@ -107,6 +125,8 @@ pub struct Proxy {
     server: Option<Background>,
     routes: Vec<Route>,
     status: Option<Port>,
+    /// Culvert's, where it serves them.
+    metrics: Option<Port>,
     upstreams: Vec<u16>,
 }
 
@@ -152,6 +172,7 @@ impl Contender {
             server: None,
             routes: Vec::new(),
             status: None,
+            metrics: None,
             upstreams: upstreams.to_vec(),
         };
         if matches!(self.kind, Kind::Direct) {
@@ -169,9 +190,13 @@ impl Contender {
         let file = stem.with_extension("conf");
         let (program, args, text) = match self.kind {
             Kind::Direct => return Ok(proxy),
-            Kind::Culvert { stream } => {
+            Kind::Culvert { stream, equipped } => {
                 let status = proxy.status.insert(Port::claim()).number;
-                let text = culvert(&proxy.routes, workers, stream, status, &stem);
+                let mut text = culvert(&proxy.routes, workers, stream, status, &stem);
+                if equipped {
+                    let metrics = proxy.metrics.insert(Port::claim()).number;
+                    text = equip(&text, metrics, &stem);
+                }
                 (PathBuf::from(CULVERT), vec!["-c"], text)
             }
             Kind::Nginx { buffer } => {
@@ -214,6 +239,16 @@ impl Proxy {
         self.server.iter().flat_map(Background::family).collect()
     }
 
+    /// Reads Culvert's metrics, as a monitoring system does.
+    pub fn scrape(&self) {
+        let Some(port) = &self.metrics else { return };
+        if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port.number)) {
+            let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+            let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n");
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        }
+    }
+
     /// Culvert's status document; nothing for the others.
     pub fn status(&self) -> Option<Value> {
         let port = self.status.as_ref()?.number;
@@ -239,6 +274,20 @@ fn culvert(routes: &[Route], workers: usize, stream: &str, status: u16, stem: &P
         );
     }
     text
+}
+
+/// Adds what a well-run proxy has beside forwarding: rules that are all looked at, a line for each session, metrics.
+fn equip(text: &str, metrics: u16, stem: &Path) -> String {
+    let rules: Vec<String> = (0..16).map(|net| format!("\"deny 10.{net}.0.0/16\"")).collect();
+    let stream = format!(
+        "[stream]\naccess = [{}, \"allow all\"]\naccess_log = \"{}\"\n",
+        rules.join(", "),
+        stem.with_extension("access.log").display()
+    );
+    format!(
+        "{}[http]\nlisten = \"127.0.0.1:{metrics}\"\n",
+        text.replacen("[stream]\n", &stream, 1)
+    )
 }
 
 fn nginx(routes: &[Route], workers: usize, buffer: &str, stem: &Path) -> String {

@@ -1,6 +1,7 @@
 //! What is measured, and one run of each: a load on one contender, with what it cost.
 
 use std::process::Command;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -120,14 +121,14 @@ impl Sample {
 
 /// Runs a measure on a contender. What goes wrong is in the sample.
 pub fn run(measure: &Measure, place: &mut Place, round: usize, setup: &Setup, options: &Options) -> Sample {
-    let mut outcome = attempt(measure, place, setup, options);
+    let mut outcome = watched(measure, place, setup, options);
     if outcome.is_err() && matches!(measure.kind, Kind::Bulk { .. }) {
         // iperf3's server takes one test at a time and may hang after a broken one: the failure counts only if a
         // new one fails too.
         outcome = place
             .peers
             .restart_iperf(setup)
-            .and_then(|()| attempt(measure, place, setup, options));
+            .and_then(|()| watched(measure, place, setup, options));
     }
     let mut sample = Sample {
         round,
@@ -145,6 +146,22 @@ pub fn run(measure: &Measure, place: &mut Place, round: usize, setup: &Setup, op
         Err(e) => sample.failure = Some(format!("{e:#}")),
     }
     sample
+}
+
+/// An attempt during which the contender's metrics are read once a second, if it serves any.
+fn watched(measure: &Measure, place: &Place, setup: &Setup, options: &Options) -> Result<Outcome> {
+    let (end, ended) = channel::<()>();
+    let proxy = &place.proxy;
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(Duration::from_secs(1)) {
+                proxy.scrape();
+            }
+        });
+        let outcome = attempt(measure, place, setup, options);
+        drop(end);
+        outcome
+    })
 }
 
 type Outcome = (Vec<(&'static str, f64)>, Cpu, f64);

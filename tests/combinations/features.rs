@@ -79,6 +79,16 @@ pub enum Peer {
     Unix,
 }
 
+/// How a listener is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Front {
+    /// At an address of its own.
+    Ip(&'static str),
+    /// At every address of both families, over IPv4.
+    Dual,
+    Unix,
+}
+
 /// The header that the upstream waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Header {
@@ -106,7 +116,7 @@ pub struct Setup {
     pub listen: Vec<&'static str>,
     /// Of the `[[upstream]]`.
     pub group: Vec<&'static str>,
-    pub ip: &'static str,
+    pub front: Front,
     /// What the client says before its payload.
     pub says: &'static [u8],
     pub pass: Pass,
@@ -114,6 +124,8 @@ pub struct Setup {
     /// The group has peers beside the one that serves.
     pub many_peers: bool,
     pub peer: Peer,
+    /// The peer has a name that is looked up while the program runs.
+    pub by_name: bool,
     pub expects: Header,
     /// The client ends its stream before it has its answer.
     pub ends_early: bool,
@@ -130,12 +142,13 @@ impl Setup {
             lines: Vec::new(),
             listen: vec!["backlog = 511"],
             group: Vec::new(),
-            ip: "127.0.0.1",
+            front: Front::Ip("127.0.0.1"),
             says: b"",
             pass: Pass::Name,
             balance: "round_robin",
             many_peers: false,
             peer: Peer::V4,
+            by_name: false,
             expects: Header::None,
             ends_early: false,
             closes: &["finished"],
@@ -200,7 +213,7 @@ const V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\xc6\x33\x64
 const BALANCE: &str = "`balance`, each way";
 const PROXY_IN: &str = "`listen = { proxy_protocol = true }`, v1 and v2, `set_real_ip_from`";
 const PROXY_OUT: &str = "`proxy_protocol = \"v1\"` and `\"v2\"`";
-const BELIEVED: &str = "set_real_ip_from = [\"127.0.0.1\", \"::1\"]";
+const BELIEVED: &str = "set_real_ip_from = [\"127.0.0.1\", \"::1\", \"unix:\"]";
 
 /// Everything that a session may have by itself.
 pub const FEATURES: &[Feature] = &[
@@ -248,7 +261,7 @@ pub const FEATURES: &[Feature] = &[
         s.lines.push("proxy_protocol = \"v2\"");
     }),
     kernel("access", "`access`", &["access"], |s| {
-        let rule = "access = [\"deny 10.0.0.0/8\", \"allow 127.0.0.0/8\", \"allow ::1\", \"allow 192.0.2.0/24\", \"deny all\"]";
+        let rule = "access = [\"deny 10.0.0.0/8\", \"allow 127.0.0.0/8\", \"allow ::1\", \"allow 192.0.2.0/24\", \"allow unix:\", \"deny all\"]";
         s.lines.push(rule);
     }),
     kernel(
@@ -297,8 +310,20 @@ pub const FEATURES: &[Feature] = &[
         },
     ),
     kernel("v6 client", "IPv6, on either side or both", &["listen"], |s| {
-        s.ip = "::1"
+        s.front = Front::Ip("::1")
     }),
+    kernel("both families", "`ipv6only = false`", &["listen"], |s| {
+        s.front = Front::Dual;
+        s.listen.push("ipv6only = false");
+    }),
+    copied(
+        "unix listener",
+        "`unix:` listeners",
+        // What the others say of a listener is said of TCP.
+        &["listen", "keepalive", "deferred", "fastopen", "buffers"],
+        Carrier::NotTcp,
+        |s| s.front = Front::Unix,
+    ),
     kernel("v6 peer", "IPv6, on either side or both", &["peer"], |s| {
         s.peer = Peer::V6
     }),
@@ -362,6 +387,13 @@ pub const FEATURES: &[Feature] = &[
     kernel("deferred", "`deferred`", &["deferred"], |s| {
         s.listen.push("deferred = true")
     }),
+    kernel(
+        "fastopen",
+        "`fastopen`, for clients without data in the SYN",
+        &["fastopen"],
+        |s| s.listen.push("fastopen = 16"),
+    ),
+    kernel("by name", "`resolve`", &["peer"], |s| s.by_name = true),
     kernel("check", "`check`", &["check"], |s| {
         s.group.push("check = { interval = \"200ms\" }")
     }),
@@ -370,8 +402,10 @@ pub const FEATURES: &[Feature] = &[
     }),
 ];
 
-/// What is on in every test here, or happens to sessions: the rows that have no feature of their own.
+/// What is on in every test here, or happens to sessions, or to the host (`tests/steering.rs`): the rows that have no
+/// feature of their own.
 pub const AROUND: &[&str] = &[
+    "`flow_steering`",
     "`access_log`, `log_format`",
     "`http`: metrics, status",
     "a reload (HUP), for sessions that go on",

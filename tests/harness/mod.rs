@@ -23,8 +23,9 @@
 //! | `memory` | what the kernel's TCP holds, and the memory of the machine |
 //! | `program` | other programs: run to the end, or kept running |
 //! | `random` | numbers that follow from a seed |
+//! | `turns` | tests that need the machine for themselves |
 
-// Each test binary uses its own part of the harness.
+// Each of the test programs uses its own part of the harness.
 #![allow(dead_code, unused_imports)]
 
 pub mod cramped;
@@ -42,6 +43,7 @@ pub mod random;
 pub mod slow;
 pub mod sockets;
 pub mod status;
+pub mod turns;
 pub mod upstream;
 pub mod watchdog;
 

@@ -58,7 +58,7 @@ impl Proxy {
             _ports: plan.ports,
         };
         watchdog::watch(proxy.pid(), proxy.lifetime);
-        proxy.wait_until_serving();
+        proxy.wait_until_serving(|_, worker| worker > 0);
         proxy
     }
 
@@ -72,11 +72,12 @@ impl Proxy {
         self.child = spawn(&self.command, log.expect("the log file"));
         self.ended = false;
         watchdog::watch(self.pid(), self.lifetime);
-        self.wait_until_serving();
+        // Workers that a killed master has left behind may still answer for a moment.
+        self.wait_until_serving(|master, worker| process::children(master).contains(&worker));
     }
 
     #[track_caller]
-    fn wait_until_serving(&mut self) {
+    fn wait_until_serving(&mut self, is_one: impl Fn(i32, i32) -> bool) {
         let mut last = String::new();
         let serving = within(Duration::from_secs(20), || {
             if let Some(exit) = self.child.try_wait().expect("asking for the exit status") {
@@ -90,7 +91,7 @@ impl Proxy {
                 Ok(status) => {
                     let workers = status.workers();
                     last = format!("{workers:?}");
-                    workers.len() == self.workers && workers.iter().all(|w| w.pid > 0)
+                    workers.len() == self.workers && workers.iter().all(|w| is_one(self.pid(), w.pid))
                 }
                 Err(e) => {
                     last = e;

@@ -1,9 +1,8 @@
 //! Sessions whose reader is slow or stands still: the proxy, the streams and the checks that all such tests share.
 //!
-//! `TEST_PRESSURE_SECONDS` is how long a reader stands still in the tests of memory (5 unless set).
+//! `TEST_PRESSURE_SECONDS` is how long a reader stands still at the least in the tests of memory (2 unless set).
 
 use std::net::{Shutdown, TcpStream};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use super::pattern::receive_from;
@@ -22,19 +21,6 @@ pub const BOUND: u64 = 24 * MIB;
 /// ebpf_backlog_size unless set.
 pub const BACKLOG_DEFAULT: u64 = 4 * MIB;
 
-/// The tests of memory run alone: what they read is the whole machine's.
-static MACHINE: RwLock<()> = RwLock::new(());
-
-/// A test of memory holds this while it runs.
-pub fn alone() -> RwLockWriteGuard<'static, ()> {
-    MACHINE.write().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Any other test of the file holds this.
-pub fn beside_others() -> RwLockReadGuard<'static, ()> {
-    MACHINE.read().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A proxy with one front.
 pub fn proxy_with(ip: &str, stream: &str) -> (Proxy, Front) {
     let mut plan = Plan::new()
@@ -46,7 +32,7 @@ pub fn proxy_with(ip: &str, stream: &str) -> (Proxy, Front) {
 
 /// How long a reader stands still.
 pub fn standstill() -> Duration {
-    let seconds = std::env::var("TEST_PRESSURE_SECONDS").map_or(5, |text| {
+    let seconds = std::env::var("TEST_PRESSURE_SECONDS").map_or(2, |text| {
         text.parse()
             .expect("TEST_PRESSURE_SECONDS must be a whole number")
     });

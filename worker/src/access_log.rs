@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use culvert_shared::config::{AccessLog, Config};
 use culvert_shared::counters::{Board, CloseReason};
+use culvert_shared::output::Output;
 use culvert_shared::sys::local_time::{LocalTime, local_time};
 use culvert_shared::sys::shm::Shared;
 
@@ -65,9 +66,10 @@ impl AccessLogs {
                 Board::add(&board[0].access_lines_written, written);
                 Board::add(&board[0].access_lines_dropped, dropped);
             };
+            let output = Output::of(file, &configured.target);
             self.logs.push(Log {
                 configured,
-                writer: LogWriter::start(file, Arc::new(report))?,
+                writer: LogWriter::start(output, Arc::new(report))?,
                 gathered: Batch::default(),
                 due_ms: 0,
             });
@@ -80,7 +82,7 @@ impl AccessLogs {
         self.logs
             .iter()
             .zip(files)
-            .for_each(|(log, file)| log.writer.set_output(file));
+            .for_each(|(log, file)| log.writer.set_output(Output::of(file, &log.configured.target)));
     }
 
     /// Hands over what is due; says when the next lines are.
@@ -166,7 +168,7 @@ impl Worker {
         let AccessLogs { logs, host, .. } = &mut self.access_logs;
         let log = &mut logs[at];
         let configured = &log.configured;
-        if log.gathered.lines == 0 {
+        if log.gathered.lines == 0 && !configured.flush.is_zero() {
             log.gathered.bytes.reserve(configured.buffer_bytes.min(64 << 10));
             log.due_ms = now_ms + configured.flush.as_millis() as u64;
         }

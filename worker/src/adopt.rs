@@ -23,7 +23,7 @@ use crate::route::Ends;
 use crate::session::{Awaited, Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
 use crate::sockets;
 use crate::store::Seat;
-use crate::table::{Side, Token};
+use crate::table::Token;
 use crate::tally;
 
 impl Worker {
@@ -83,7 +83,7 @@ impl Worker {
         if !record.begin_adoption() {
             return reset("workers have died at taking it over");
         }
-        let Some(saved) = record.read() else {
+        let Some(mut saved) = record.read() else {
             return reset("its record makes no sense");
         };
         if ends.map(|end| socket::cookie(end).unwrap_or(0)) != saved.cookies {
@@ -117,8 +117,9 @@ impl Worker {
             kept: true,
             stale: false,
         };
+        let tried = std::mem::take(&mut saved.tried);
         let mut session = revive(saved, downstream, upstream, server, settings, seat);
-        session.tried = self.tried_by(&session);
+        session.tried = self.tried_by(&session, &tried);
         self.take_in(session, died);
         record.end_adoption();
         Ok(())
@@ -234,13 +235,20 @@ impl Worker {
         }
     }
 
-    /// The group of a session that is still connecting, and the row of the peer that is being tried.
-    fn tried_by(&self, session: &Session) -> Option<(usize, Vec<usize>)> {
-        let row = session.upstream.as_ref().and_then(|upstream| upstream.row)?;
-        let mut groups = self.groups.iter().enumerate();
-        groups
-            .find(|(_, group)| session.phase != Phase::Streaming && group.knows(row))
-            .map(|(group, _)| (group, vec![row]))
+    /// The group of a session that looks for a peer, and the rows of those that were tried, the one that is being tried
+    /// last.
+    fn tried_by(&self, session: &Session, tried: &[u16]) -> Option<(usize, Vec<usize>)> {
+        let current = session.upstream.as_ref().and_then(|upstream| upstream.row);
+        let group = match (session.phase, current, session.claim) {
+            (Phase::Connecting { .. }, Some(row), _) => self.groups.iter().position(|group| group.knows(row)),
+            (Phase::Waiting { .. }, _, Some((claim, _))) => {
+                self.group_rows.iter().position(|row| *row == claim.group)
+            }
+            _ => None,
+        }?;
+        let rows = tried.iter().map(|row| usize::from(*row));
+        let before = rows.filter(|row| Some(*row) != current && self.groups[group].knows(*row));
+        Some((group, before.chain(current).collect()))
     }
 }
 
@@ -292,6 +300,7 @@ fn revive(
     };
     session.claim = saved.claim.map(|claim| (claim, deadline_ms));
     session.connect_began_ns = saved.connect_began_ns;
+    session.connecting_since_ms = saved.connecting_since_ms;
     session.connect_us = Some(saved.connect_us).filter(|_| saved.stage == Stage::Streaming);
     session.streams = saved.streams.map(revive_stream);
     session.holds = tally::revived(&saved.holds);

@@ -36,8 +36,12 @@ impl Worker {
         self.limit_rates(session, clock::now_ns());
         match self.router.route(target, &session.ends) {
             Ok(Route::Group(group)) => {
-                session.tried = Some((group, Vec::new()));
-                session.connecting_since_ms = clock::now_ms();
+                // One that waited in another worker goes on with what was tried there.
+                let tried = session.tried.take().filter(|(before, _)| *before == group);
+                session.tried = Some(tried.unwrap_or((group, Vec::new())));
+                if tried_none(session) {
+                    session.connecting_since_ms = clock::now_ms();
+                }
                 if self.groups[group].key().is_some()
                     && let Some(local) = sockets::local_address(session.downstream.as_fd())
                 {

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use culvert_shared::logging;
 use culvert_shared::message::ToWorker;
+use culvert_shared::output::{Output, SyslogOutput};
 use culvert_shared::sys::fdpass;
 use nix::errno::Errno;
 
@@ -45,9 +46,12 @@ impl Worker {
                 Some(ToWorker::HandOver) => self.hand_over(),
                 Some(ToWorker::Adopt(sessions)) => self.adopted += self.adopt(sessions, descriptors),
                 Some(ToWorker::Stop) => self.stopping = true,
-                Some(ToWorker::Log) => {
+                Some(ToWorker::Log(syslog)) => {
                     if let Some(descriptor) = descriptors.next() {
-                        logging::set_output(descriptor);
+                        logging::set_output(match syslog {
+                            Some(settings) => Output::Syslog(SyslogOutput::new(descriptor, &settings)),
+                            None => Output::File(descriptor.into()),
+                        });
                     }
                     self.access_logs.reopen(descriptors);
                 }

@@ -274,12 +274,21 @@ impl Worker {
             && can_be_moved(session)
             && !session.holds_bytes()
             && !session.queued
+            && !self.is_stranded(session)
             && (session.seat.is_some_and(|seat| seat.kept) || self.is_room_to_keep());
         if leaves && session.datapath == Datapath::Late {
             // Its record does not say that it is to be looked at once more.
             self.enter_kernel(token, session);
         }
         leaves && self.fill_record(session)
+    }
+
+    /// Whether a session is better off here for now: it is to be kept, its listener is gone, and what was to become of
+    /// it only this worker knows. Once its peer is known, any worker can go on with it.
+    fn is_stranded(&self, session: &Session) -> bool {
+        matches!(session.phase, Phase::Reading { .. } | Phase::Waiting { .. })
+            && session.settings.on_reload == OnReload::Keep
+            && self.board[0].listeners[session.listener].gone.load(Relaxed) != 0
     }
 
     /// Takes a session out of the table for another worker.
@@ -469,6 +478,13 @@ fn saved(session: &Session, seat: Seat, claim: Option<Claim>) -> Option<Saved> {
         },
         upstream: upstream.map_or(String::new(), |upstream| upstream.name.clone()),
         claim,
+        connecting_since_ms: session.connecting_since_ms,
+        tried: session
+            .tried
+            .iter()
+            .flat_map(|(_, rows)| rows)
+            .map(|row| *row as u16)
+            .collect(),
         connect_began_ns: session.connect_began_ns,
         connect_us: session.connect_us.unwrap_or(0),
         streams: Direction::BOTH.map(|way| saved_stream(&session.streams[way.index()])),

@@ -3,13 +3,13 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use crossbeam::channel::{Sender, bounded};
+use culvert_shared::output::{Output, SyslogOutput};
 
 /// Bytes that may wait for a slow disk, for each log and worker: some seconds of lines at full speed.
 pub const QUEUED_BYTES: usize = 8 << 20;
@@ -17,6 +17,8 @@ pub const QUEUED_BYTES: usize = 8 << 20;
 const QUEUED_BATCHES: usize = 8192;
 /// How long a file that cannot take bytes at the moment is left alone.
 const RETRY: Duration = Duration::from_millis(10);
+/// After which time a syslog server that takes no line is asked again, if it is still the one to ask.
+const SYSLOG_RETRY: Duration = Duration::from_millis(100);
 
 /// Lines, each with its end.
 #[derive(Debug, Default)]
@@ -39,16 +41,16 @@ enum Item {
 pub struct LogWriter {
     items: Sender<Item>,
     queued_bytes: Arc<AtomicUsize>,
-    output: Arc<RwLock<Arc<File>>>,
+    output: Arc<RwLock<Arc<Output>>>,
     report: Arc<Report>,
 }
 
 impl LogWriter {
     /// Starts the thread.
-    pub fn start(output: OwnedFd, report: Arc<Report>) -> Result<LogWriter> {
+    pub fn start(output: Output, report: Arc<Report>) -> Result<LogWriter> {
         let (items, queue) = bounded(QUEUED_BATCHES);
         let queued_bytes = Arc::new(AtomicUsize::new(0));
-        let output = Arc::new(RwLock::new(Arc::new(File::from(output))));
+        let output = Arc::new(RwLock::new(Arc::new(output)));
         let mut out = Out {
             output: Arc::clone(&output),
             torn: None,
@@ -88,9 +90,9 @@ impl LogWriter {
         }
     }
 
-    /// Sends all lines that are not yet written to this file.
-    pub fn set_output(&self, output: OwnedFd) {
-        *self.output.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(File::from(output));
+    /// Sends all lines that are not yet written there.
+    pub fn set_output(&self, output: Output) {
+        *self.output.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(output);
     }
 
     /// Waits until what was handed over is written, or until `deadline`.
@@ -104,39 +106,38 @@ impl LogWriter {
 
 /// Where the thread writes.
 struct Out {
-    output: Arc<RwLock<Arc<File>>>,
+    output: Arc<RwLock<Arc<Output>>>,
     /// The file that ends in the middle of a line, because it took no more.
-    torn: Option<Arc<File>>,
+    torn: Option<Arc<Output>>,
 }
 
 impl Out {
     /// Says how many lines were written whole.
     fn write(&mut self, batch: &Batch) -> u64 {
         let mut rest = batch.bytes.as_slice();
-        let mut last = self.file();
+        let mut lost = 0;
+        let mut last = self.output();
         while !rest.is_empty() {
             // Looked at each time: what the old file does not take may go to the new one.
-            let file = self.file();
-            if !Arc::ptr_eq(&file, &last) {
+            let output = self.output();
+            let mut done = batch.bytes.len() - rest.len();
+            if !Arc::ptr_eq(&output, &last) {
                 // A line that was cut there is written again here, whole.
-                let done = batch.bytes.len() - rest.len();
-                rest = &batch.bytes[start_of_line(&batch.bytes, done)..];
-                last = Arc::clone(&file);
+                done = start_of_line(&batch.bytes, done);
+                rest = &batch.bytes[done..];
+                last = Arc::clone(&output);
             }
-            if self.torn.take_if(|torn| Arc::ptr_eq(torn, &file)).is_some() && (&*file).write(b"\n").is_err()
-            {
-                self.torn = Some(file);
-                break;
-            }
-            match (&*file).write(rest) {
-                Ok(0) => break,
-                Ok(written) => rest = &rest[written..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(RETRY),
-                Err(_) => {
-                    let done = batch.bytes.len() - rest.len();
+            let step = match &*output {
+                Output::File(file) => self.write_some(&output, file, rest),
+                Output::Syslog(syslog) => send_line(syslog, rest),
+            };
+            match step {
+                Step::Done(bytes) => rest = &rest[bytes..],
+                Step::Lost(bytes) => (rest, lost) = (&rest[bytes..], lost + 1),
+                Step::Again => {}
+                Step::End => {
                     if start_of_line(&batch.bytes, done) != done {
-                        self.torn = Some(file);
+                        self.torn = Some(output);
                     }
                     break;
                 }
@@ -144,11 +145,56 @@ impl Out {
         }
         let done = &batch.bytes[..batch.bytes.len() - rest.len()];
         let lines = done.iter().filter(|byte| **byte == b'\n').count() as u64;
-        lines.min(batch.lines)
+        lines.min(batch.lines).saturating_sub(lost)
     }
 
-    fn file(&self) -> Arc<File> {
+    fn write_some(&mut self, output: &Arc<Output>, mut file: &File, rest: &[u8]) -> Step {
+        if self.torn.take_if(|torn| Arc::ptr_eq(torn, output)).is_some() && file.write(b"\n").is_err() {
+            self.torn = Some(Arc::clone(output));
+            return Step::End;
+        }
+        match file.write(rest) {
+            Ok(0) => Step::End,
+            Ok(written) => Step::Done(written),
+            Err(error) if error.kind() == ErrorKind::Interrupted => Step::Again,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                std::thread::sleep(RETRY);
+                Step::Again
+            }
+            Err(_) => Step::End,
+        }
+    }
+
+    fn output(&self) -> Arc<Output> {
         Arc::clone(&self.output.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// What became of the beginning of the lines that are left.
+enum Step {
+    /// So many bytes are written.
+    Done(usize),
+    /// So many bytes, a line, are dropped.
+    Lost(usize),
+    /// Nothing yet.
+    Again,
+    /// All of them are dropped.
+    End,
+}
+
+/// Sends the first of the lines.
+fn send_line(syslog: &SyslogOutput, rest: &[u8]) -> Step {
+    let end = rest
+        .iter()
+        .position(|byte| *byte == b'\n')
+        .map_or(rest.len(), |at| at + 1);
+    match syslog.send(&rest[..end]) {
+        Ok(()) => Step::Done(end),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            syslog.wait(SYSLOG_RETRY);
+            Step::Again
+        }
+        Err(_) => Step::Lost(end),
     }
 }
 
@@ -164,6 +210,7 @@ fn start_of_line(bytes: &[u8], at: usize) -> usize {
 mod tests {
     use super::*;
     use std::io::Read;
+    use std::os::fd::OwnedFd;
     use std::sync::atomic::AtomicU64;
 
     /// A writer on a pipe, and its counters of written and dropped lines.
@@ -175,7 +222,8 @@ mod tests {
             told[0].fetch_add(written, Relaxed);
             told[1].fetch_add(dropped, Relaxed);
         };
-        let log = LogWriter::start(writer.into(), Arc::new(report)).unwrap();
+        let log =
+            LogWriter::start(Output::File(File::from(OwnedFd::from(writer))), Arc::new(report)).unwrap();
         (log, reader, counts)
     }
 
@@ -213,7 +261,8 @@ mod tests {
     #[test]
     fn what_a_full_disk_does_not_take_is_counted_as_dropped() {
         let (log, _reader, counts) = on_a_pipe();
-        log.set_output(File::options().write(true).open("/dev/full").unwrap().into());
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        log.set_output(Output::File(full));
         let bytes = b"one\ntwo\n".to_vec();
         log.write(Batch { bytes, lines: 2 });
         log.flush(soon());
@@ -230,7 +279,7 @@ mod tests {
         };
         log.write(line("old\n"));
         log.flush(soon());
-        log.set_output(writer.into());
+        log.set_output(Output::File(File::from(OwnedFd::from(writer))));
         log.write(line("new\n"));
         log.flush(soon());
         drop(log);

@@ -5,8 +5,8 @@
 
 use std::collections::HashMap;
 
-use culvert_shared::config::{Pattern, Template, VariableMap};
-use regex::Regex;
+use culvert_shared::config::{Part, Pattern, Template, Variable, VariableMap};
+use regex::{Captures, Regex};
 
 /// A map made ready for looking things up.
 pub struct Lookup {
@@ -50,8 +50,8 @@ impl Lookup {
         lookup
     }
 
-    /// The value for a text.
-    pub fn find(&self, text: &str) -> &Template {
+    /// The value for a text, and what the groups of its regular expression have found if it asks for that.
+    pub fn find<'t>(&self, text: &'t str) -> (&Template, Option<Captures<'t>>) {
         let small = text.to_ascii_lowercase();
         let name = match self.hostnames {
             true => small.strip_suffix('.').unwrap_or(&small),
@@ -67,19 +67,25 @@ impl Lookup {
                     .find_map(|at| self.below.get(&name[at + 1..]))
             })
             .or_else(|| dots().rev().find_map(|at| self.beginnings.get(&name[..at])))
-            .copied()
-            .or_else(|| {
-                let fits = self.regexes.iter().find(|(regex, _)| regex.is_match(text));
-                fits.map(|(_, value)| *value)
-            });
-        found.map_or(&self.default, |value| &self.values[value])
+            .copied();
+        if let Some(value) = found {
+            return (&self.values[value], None);
+        }
+        let Some((regex, value)) = self.regexes.iter().find(|(regex, _)| regex.is_match(text)) else {
+            return (&self.default, None);
+        };
+        let value = &self.values[*value];
+        let asks = |part: &Part| matches!(part, Part::Variable(Variable::Capture(_)));
+        // Finding groups takes longer than to see that it fits.
+        let captures = (value.0.iter().any(asks)).then(|| regex.captures(text)).flatten();
+        (value, captures)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use culvert_shared::config::{MapEntry, Part};
+    use culvert_shared::config::MapEntry;
 
     fn template(text: &str) -> Template {
         Template(vec![Part::Literal(text.into())])
@@ -131,7 +137,30 @@ mod tests {
             ("", "8"),
             ("...", "default"),
         ] {
-            assert_eq!(lookup.find(text), &template(expected), "{text:?}");
+            assert_eq!(lookup.find(text).0, &template(expected), "{text:?}");
         }
+    }
+
+    #[test]
+    fn what_groups_have_found_comes_with_a_value_that_asks_for_it() {
+        let entry = |pattern: &str, value: Part| MapEntry {
+            text: String::new(),
+            pattern: Pattern::Regex(Regex::new(pattern).unwrap()),
+            value: Template(vec![value]),
+        };
+        let lookup = Lookup::new(&VariableMap {
+            name: "v".into(),
+            source: Template(Vec::new()),
+            hostnames: false,
+            entries: vec![
+                entry("^(a)(.)", Part::Variable(Variable::Capture(2))),
+                entry("^(b)", Part::Literal("b".into())),
+            ],
+            default: template("default"),
+        });
+        let found = lookup.find("ax").1.expect("it asks");
+        assert_eq!(found.get(2).map(|group| group.as_str()), Some("x"));
+        assert!(lookup.find("bx").1.is_none());
+        assert!(lookup.find("c").1.is_none());
     }
 }

@@ -89,6 +89,9 @@ impl Worker {
         };
         // If its last peer failed, the master has another socket of it.
         self.keep_again(token, session);
+        if session.seat.is_none_or(|seat| !seat.kept) {
+            self.note_young(token, session);
+        }
         if !self.queues.listening {
             let bell = &mut SourceFd(&self.queues.bell.as_fd().as_raw_fd());
             // Without it, the timer alone brings them on.

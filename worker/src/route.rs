@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use culvert_shared::client;
 use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable, VariableMap};
 
+use regex::Captures;
+
 use crate::client_hello::Hello;
 use crate::map::Lookup;
 use crate::proxy_protocol::Addresses;
@@ -102,10 +104,19 @@ impl Router {
 
     /// The text that a template gives for a session.
     pub fn expand(&self, template: &Template, ends: &Ends) -> String {
+        self.expand_found(template, ends, None)
+    }
+
+    /// The same for the value of a regular expression that has found something.
+    fn expand_found(&self, template: &Template, ends: &Ends, found: Option<&Captures>) -> String {
         let mut value = String::new();
         for part in &template.0 {
             match part {
                 Part::Literal(text) => value.push_str(text),
+                Part::Variable(Variable::Capture(group)) => {
+                    let group = found.and_then(|found| found.get(usize::from(*group)));
+                    value.push_str(group.map_or("", |group| group.as_str()));
+                }
                 Part::Variable(variable) => value.push_str(&self.value_of(*variable, ends)),
             }
         }
@@ -118,7 +129,9 @@ impl Router {
             Variable::Map(map) => {
                 let map = &self.maps[map];
                 // A map is made from maps before it alone, so this ends.
-                self.expand(map.find(&self.expand(&map.source, ends)), ends)
+                let source = self.expand(&map.source, ends);
+                let (value, found) = map.find(&source);
+                self.expand_found(value, ends, found.as_ref())
             }
             other => ends.value_of(other),
         }
@@ -142,7 +155,7 @@ impl Ends {
             Variable::ProxyProtocolPort => named(self, |named| named.source.port().to_string()),
             Variable::ProxyProtocolServerAddr => named(self, |named| named.destination.ip().to_string()),
             Variable::ProxyProtocolServerPort => named(self, |named| named.destination.port().to_string()),
-            Variable::Hostname | Variable::Map(_) => String::new(),
+            Variable::Hostname | Variable::Map(_) | Variable::Capture(_) => String::new(),
         }
     }
 }

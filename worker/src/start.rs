@@ -76,7 +76,7 @@ pub struct Listener {
 /// Serves until told to stop; returns the process's exit status.
 pub fn run(start: WorkerStart) -> i32 {
     let board = Arc::clone(&start.board);
-    let on_drop = move || Board::add(&board[0].log_lines_dropped, 1);
+    let on_drop = move |lines| Board::add(&board[0].log_lines_dropped, lines);
     let served = crate::event_loop::Worker::new(start).and_then(|mut worker| {
         // Before the log writers' threads start, which inherit it; after what reads files.
         crate::confine::apply()?;

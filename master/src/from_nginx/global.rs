@@ -158,9 +158,6 @@ fn error_log(directive: &Directive, section: &mut Section) -> Result<(), String>
     if path.starts_with("memory:") {
         return Err("a log in memory is not to be had".to_owned());
     }
-    if path.starts_with("syslog:") {
-        return Err("there is no syslog; what is written to stderr reaches the journal".to_owned());
-    }
     if section.has("error_log") {
         return Err("there is one error log".to_owned());
     }
@@ -169,7 +166,7 @@ fn error_log(directive: &Directive, section: &mut Section) -> Result<(), String>
     }
     let value = format!("{{ path = {}, level = {} }}", quoted(path), quoted(level));
     section.set("error_log", &value, &directive.at)?;
-    if path != "stderr" && !path.starts_with('/') {
+    if path != "stderr" && !path.starts_with('/') && !path.starts_with("syslog:") {
         let reason = "a relative path counts from where the program is started, not from nginx's prefix";
         section.say(directive, Level::Note, reason);
     }

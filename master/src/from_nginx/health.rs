@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::names::Names;
-use super::out::{Level, Section, quoted};
+use super::out::{Level, Section, Table, quoted};
 use super::tree::Directive;
 use super::value::{amount, number};
 
@@ -69,14 +69,14 @@ impl<'a> Checks<'a> {
     }
 
     fn table(&self, health: &Health, section: &mut Section) -> Result<String, String> {
-        let mut table = Vec::new();
+        let mut table = Table::default();
         for option in &health.check.args {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
             match name {
-                "interval" => table.push(format!("interval = {}", amount(value)?)),
-                "fails" => table.push(format!("fall = {}", number(value)?)),
-                "passes" => table.push(format!("rise = {}", number(value)?)),
-                "port" => table.push(format!("port = {}", number(value)?)),
+                "interval" => table.put("interval", amount(value)?),
+                "fails" => table.put("fall", number(value)?.to_string()),
+                "passes" => table.put("rise", number(value)?.to_string()),
+                "port" => table.put("port", number(value)?.to_string()),
                 "match" => {
                     let found = self
                         .matches
@@ -84,10 +84,10 @@ impl<'a> Checks<'a> {
                         .ok_or(format!("there is no match {value}"))?;
                     for line in found.block.iter().flatten() {
                         match (line.name.as_str(), line.args.as_slice()) {
-                            ("send", [text]) => table.push(format!("send = {}", quoted(text))),
-                            ("expect", [text]) => table.push(format!("expect = {}", quoted(text))),
+                            ("send", [text]) => table.put("send", quoted(text)),
+                            ("expect", [text]) => table.put("expect", quoted(text)),
                             ("expect", [how, regex]) if how == "~" || how == "~*" => {
-                                table.push(format!("expect = {}", quoted(&format!("{how} {regex}"))));
+                                table.put("expect", quoted(&format!("{how} {regex}")));
                             }
                             _ => return Err(format!("{} at {} is not known here", line.shown(), line.at)),
                         }
@@ -103,11 +103,8 @@ impl<'a> Checks<'a> {
             }
         }
         if let Some(timeout) = health.timeout {
-            table.push(format!("timeout = {}", amount(timeout)?));
+            table.put("timeout", amount(timeout)?);
         }
-        Ok(match table.is_empty() {
-            true => "{}".to_owned(),
-            false => format!("{{ {} }}", table.join(", ")),
-        })
+        Ok(table.text())
     }
 }

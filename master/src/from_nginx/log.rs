@@ -3,7 +3,7 @@
 use culvert_shared::config;
 
 use super::names::Names;
-use super::out::{Level, Section, quoted};
+use super::out::{Level, Section, Table, quoted};
 use super::tree::Directive;
 use super::value::{Bad, Piece, amount, is_name_char, pieces};
 
@@ -83,24 +83,21 @@ pub fn access_log(directive: &Directive, section: &mut Section, names: &Names) -
     if section.has("access_log") {
         return Err("there is one access log for a session".into());
     }
-    if path.starts_with("syslog:") {
-        return Err("there is no syslog".into());
-    }
     if path.contains('$') {
         return Err("a log's path holds no variables here".into());
     }
-    let mut table = vec![format!("path = {}", quoted(path))];
+    let mut table = Table::default();
+    table.put("path", quoted(path));
     for (number, option) in options.iter().enumerate() {
         let (name, value) = option.split_once('=').unwrap_or((option, ""));
-        let key = match (number, name) {
-            (_, "buffer" | "flush") => format!("{name} = {}", amount(value)?),
+        match (number, name) {
+            (_, "buffer" | "flush") => table.put(name, amount(value)?),
             (_, "gzip") => {
                 section.say(
                     directive,
                     Level::Lost,
                     "of it gzip: lines are written as they are",
                 );
-                continue;
             }
             (_, "if") => {
                 section.say(
@@ -108,18 +105,16 @@ pub fn access_log(directive: &Directive, section: &mut Section, names: &Names) -
                     Level::Lost,
                     "of it the condition: every session is logged",
                 );
-                continue;
             }
             (0, format) => match names.formats.get(format) {
-                Some(ours) => format!("format = {}", quoted(ours)),
+                Some(ours) => table.put("format", quoted(ours)),
                 None => return Err(Bad::Line(format!("there is no log_format {format}"))),
             },
             _ => return Err(Bad::Line(format!("{option} is not known here"))),
-        };
-        table.push(key);
+        }
     }
-    section.set("access_log", &format!("{{ {} }}", table.join(", ")), at)?;
-    if !path.starts_with('/') {
+    section.set("access_log", &table.text(), at)?;
+    if !path.starts_with('/') && !path.starts_with("syslog:") {
         let reason = "a relative path counts from where the program is started, not from nginx's prefix";
         section.say(directive, Level::Note, reason);
     }

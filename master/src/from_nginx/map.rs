@@ -3,7 +3,7 @@
 use super::names::Names;
 use super::out::{Level, Section, quoted};
 use super::tree::{Directive, Place};
-use super::value::{Piece, Use, pieces, template};
+use super::value::{Piece, Use, is_name_char, pieces, template};
 
 /// Carries maps over, each behind those that it uses. What cannot be carried over is taken out of `names`.
 pub fn maps(directives: &[&Directive], names: &mut Names) -> Vec<Section> {
@@ -116,7 +116,7 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
 
 fn entry(pattern: &str, value: &str, hostnames: bool, names: &Names) -> Result<(Rank, String), String> {
     let value = match value.contains('$') {
-        true => captureless(value).and_then(|value| template(value, Use::Value, names, &[]))?,
+        true => with_captures(value, pattern, names)?,
         false => names.upstream(value).unwrap_or(value).to_owned(),
     };
     if value.trim() != value || value == "\"\"" {
@@ -140,15 +140,39 @@ fn entry(pattern: &str, value: &str, hostnames: bool, names: &Names) -> Result<(
     Ok((rank, format!("{pattern} {value}")))
 }
 
-/// The text, if it uses no part of what a regular expression found.
-fn captureless(value: &str) -> Result<&str, String> {
-    let captured = pieces(value)?.iter().any(
-        |piece| matches!(piece, Piece::Variable(name) if name.starts_with(|c: char| c.is_ascii_digit())),
-    );
-    match captured {
-        true => Err("what a regular expression captures is not known here".to_owned()),
-        false => Ok(value),
+/// A value with variables. Those that a regular expression gives are called as in nginx.
+fn with_captures(value: &str, pattern: &str, names: &Names) -> Result<String, String> {
+    let mut out = String::new();
+    let mut rest = value;
+    let is_group = |behind: &str| behind.starts_with(|c: char| ('1'..='9').contains(&c));
+    while let Some((at, _)) = rest.match_indices('$').find(|(at, _)| is_group(&rest[at + 1..])) {
+        // Outside a regular expression it is what the last one has found, whichever that was: nobody means that.
+        if !pattern.starts_with('~') {
+            return Err(
+                "$1 and so on stand for something in the value of a regular expression only".to_owned(),
+            );
+        }
+        out.push_str(&template(&rest[..at], Use::Value, names, &named(pattern))?);
+        // The number has one digit, here as there.
+        out.push_str(&rest[at..at + 2]);
+        rest = &rest[at + 2..];
     }
+    out.push_str(&template(rest, Use::Value, names, &named(pattern))?);
+    Ok(out)
+}
+
+/// The names of the groups of a regular expression.
+fn named(pattern: &str) -> Vec<String> {
+    let Some(regex) = pattern.strip_prefix('~') else {
+        return Vec::new();
+    };
+    let groups = regex.match_indices("(?").filter_map(|(at, _)| {
+        let behind = &regex[at + 2..];
+        let behind = behind.strip_prefix('P').unwrap_or(behind).strip_prefix('<')?;
+        let (name, _) = behind.split_once('>')?;
+        (!name.is_empty() && name.chars().all(is_name_char)).then(|| name.to_owned())
+    });
+    groups.collect()
 }
 
 /// A regular expression for this text.

@@ -283,6 +283,36 @@ impl Page {
     }
 }
 
+/// An inline table in the making. As in nginx, the last one of what is given twice counts.
+#[derive(Debug, Default)]
+pub struct Table(Vec<(String, String)>);
+
+impl Table {
+    /// A key and its value, in TOML.
+    pub fn put(&mut self, name: &str, value: String) {
+        self.0.retain(|(known, _)| known != name);
+        self.0.push((name.to_owned(), value));
+    }
+
+    /// How many keys it has.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The table in TOML.
+    pub fn text(&self) -> String {
+        if self.0.is_empty() {
+            return "{}".to_owned();
+        }
+        let pairs: Vec<String> = self
+            .0
+            .iter()
+            .map(|(name, value)| format!("{name} = {value}"))
+            .collect();
+        format!("{{ {} }}", pairs.join(", "))
+    }
+}
+
 /// A string of TOML that a configuration takes as it is: nothing in it names an environment variable.
 pub fn quoted(text: &str) -> String {
     let mut out = String::from("\"");

@@ -2,7 +2,7 @@
 
 use super::health;
 use super::names::Names;
-use super::out::{Level, Section, quoted};
+use super::out::{Level, Section, Table, quoted};
 use super::settings::{self, Lists};
 use super::tree::{Directive, Place};
 use super::value::{Bad, Use, is_name_char, single, template};
@@ -154,7 +154,8 @@ impl Server<'_> {
             true => format!("0.0.0.0:{address}"),
             false => address.clone(),
         };
-        let mut table = vec![format!("address = {}", quoted(&address))];
+        let mut table = Table::default();
+        table.put("address", quoted(&address));
         let mut lost = Vec::new();
         for option in options {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
@@ -178,16 +179,16 @@ impl Server<'_> {
                 }
             };
             match self.section.known(&format!("listen.{name}")) {
-                Ok(()) => table.push(format!("{name} = {value}")),
+                Ok(()) => table.put(name, value),
                 Err(reason) => lost.push(reason),
             }
         }
         for reason in lost {
             self.section.say(directive, Level::Lost, &reason);
         }
-        Ok(match table.as_slice() {
-            [_] => quoted(&address),
-            table => format!("{{ {} }}", table.join(", ")),
+        Ok(match table.len() {
+            1 => quoted(&address),
+            _ => table.text(),
         })
     }
 

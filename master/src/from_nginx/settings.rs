@@ -2,7 +2,7 @@
 
 use super::log;
 use super::names::Names;
-use super::out::{Level, Section, quoted};
+use super::out::{Level, Section, Table, quoted};
 use super::reasons;
 use super::tree::{Directive, Place};
 use super::value::{Bad, Use, amount, flag, number, single, template};
@@ -141,11 +141,12 @@ pub fn resolver(directive: &Directive, section: &mut Section) -> Result<(), Stri
         directive.args.iter().partition(|arg| arg.contains('='));
     let servers: Vec<String> = servers.iter().map(|server| quoted(server)).collect();
     let servers = format!("[{}]", servers.join(", "));
-    let mut table = vec![format!("addresses = {servers}")];
+    let mut table = Table::default();
+    table.put("addresses", servers.clone());
     for option in options {
         match option.split_once('=') {
-            Some(("valid", time)) => table.push(format!("valid = {}", amount(time)?)),
-            Some((family @ ("ipv4" | "ipv6"), wanted)) => table.push(format!("{family} = {}", flag(wanted)?)),
+            Some(("valid", time)) => table.put("valid", amount(time)?),
+            Some((family @ ("ipv4" | "ipv6"), wanted)) => table.put(family, flag(wanted)?.to_string()),
             Some(("status_zone", _)) => {}
             _ => section.say(
                 directive,
@@ -154,9 +155,9 @@ pub fn resolver(directive: &Directive, section: &mut Section) -> Result<(), Stri
             ),
         }
     }
-    let value = match table.as_slice() {
-        [_] => servers,
-        table => format!("{{ {} }}", table.join(", ")),
+    let value = match table.len() {
+        1 => servers,
+        _ => table.text(),
     };
     section.set("resolver", &value, &directive.at)
 }

@@ -168,6 +168,32 @@ proptest! {
 }
 
 #[test]
+fn of_a_parameter_that_stands_twice_the_last_one_counts() {
+    let text = "stream {
+        resolver 127.0.0.1 valid=1s ipv4=on valid=2s ipv4=off;
+        log_format one $status;
+        access_log /log one buffer=1k flush=1s buffer=2k flush=2s;
+        match pong { send one; expect one; send two; expect ~ two; }
+        upstream group { zone group 64k; server 127.0.0.1:1 weight=1 backup weight=2 backup; }
+        server {
+            listen 80 so_keepalive=off backlog=1 so_keepalive=on backlog=2;
+            proxy_pass group;
+            health_check interval=1s port=1 match=pong interval=2s port=2;
+        }
+    }";
+    let page = print(text.as_bytes()).expect("a translation");
+    for wanted in [
+        r#"{ addresses = ["127.0.0.1"], valid = "2s", ipv4 = false }"#,
+        r#"buffer = "2k", flush = "2s" }"#,
+        r#"{ send = "two", expect = "~ two", interval = "2s", port = 2 }"#,
+        r#"{ address = "127.0.0.1:1", weight = 2, backup = true }"#,
+        r#"{ address = "0.0.0.0:80", so_keepalive = true, backlog = 2 }"#,
+    ] {
+        assert!(page.contains(wanted), "{wanted} is not in\n{page}");
+    }
+}
+
+#[test]
 fn a_server_that_would_be_weaker_than_nginxs_is_a_comment() {
     for line in [
         "deny;",

@@ -2,7 +2,7 @@
 
 use super::health::Checks;
 use super::names::Names;
-use super::out::{Level, Section, quoted};
+use super::out::{Level, Section, Table, quoted};
 use super::reasons;
 use super::settings;
 use super::tree::Directive;
@@ -87,7 +87,8 @@ fn server(directive: &Directive, section: &mut Section) {
         section.say(directive, Level::Lost, "it names no address");
         return;
     };
-    let mut table = vec![format!("address = {}", quoted(address))];
+    let mut table = Table::default();
+    table.put("address", quoted(address));
     for option in options {
         let (name, value) = option.split_once('=').unwrap_or((option, ""));
         let value = match (name, value) {
@@ -98,12 +99,12 @@ fn server(directive: &Directive, section: &mut Section) {
             _ => Err("it is not known here".to_owned()),
         };
         match value.and_then(|value| section.known(&format!("server.{name}")).map(|()| value)) {
-            Ok(value) => table.push(format!("{name} = {value}")),
+            Ok(value) => table.put(name, value),
             Err(reason) => section.say(directive, Level::Lost, &format!("of it {option}: {reason}")),
         }
     }
-    match table.as_slice() {
-        [_] => section.entry(&quoted(address), &directive.at),
-        table => section.entry(&format!("{{ {} }}", table.join(", ")), &directive.at),
+    match table.len() {
+        1 => section.entry(&quoted(address), &directive.at),
+        _ => section.entry(&table.text(), &directive.at),
     }
 }

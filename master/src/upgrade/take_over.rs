@@ -59,7 +59,7 @@ pub fn run(args: Args, document: RawFd) -> Result<ExitCode> {
     );
     let config = current_config(&args, &state.config)?;
     logging::init(config.error_log.level);
-    let log = ErrorLog::of(inherit::take(state.log)?);
+    let log = ErrorLog::of(inherit::take(state.log)?, &config.error_log);
     log.install()?;
     let master = rebuild(args, config, log, &mut state).inspect_err(|error| {
         log::error!("failed to take over from the binary before: {error:#}");

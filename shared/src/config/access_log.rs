@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
 
@@ -13,7 +14,10 @@ use super::source::join;
 use super::template::is_name_char;
 use super::units::{write_duration, write_size};
 use super::valid::{self, Given};
-use super::{AccessLog, Escape, LogFormat, LogPart, LogVariable, Variable, defaults, expand, units};
+use super::world::World;
+use super::{
+    AccessLog, Escape, LogFormat, LogPart, LogTarget, LogVariable, Variable, defaults, expand, syslog, units,
+};
 
 /// Each is a descriptor and a thread of every worker.
 const LOGS_MAX: usize = 64;
@@ -199,17 +203,19 @@ impl AccessLogs {
         else {
             return inherited.clone();
         };
+        let world = check.world;
         let mut log = AccessLog {
-            path: Default::default(),
+            target: LogTarget::File(Default::default()),
             format: Arc::clone(&self.formats[defaults::LOG_FORMAT]),
             buffer_bytes: defaults::LOG_BUFFER_BYTES,
             flush: defaults::LOG_FLUSH,
         };
         let Some(settings) = table_of(value) else {
-            log.path = check.read(&key, value, |given| match given.kind {
-                ValueKind::String(_) => path_or_off(given),
+            log.target = check.read(&key, value, |given| match given.kind {
+                ValueKind::String(_) => target_or_off(given, world),
                 _ => Err(given.wrong_type(format!("write for example {EXAMPLE}"))),
             })??;
+            log.flush = default_flush(&log.target);
             return Some(self.share(check, &key, value, log));
         };
         if !settings.contains_key("path") {
@@ -225,10 +231,10 @@ impl AccessLogs {
         });
         log.buffer_bytes = buffer.unwrap_or(log.buffer_bytes);
         let flush = check.at(settings, &key, "flush", |given| {
-            units::duration(given, std::time::Duration::ZERO..=YEAR)
+            units::duration(given, Duration::ZERO..=YEAR)
         });
-        log.flush = flush.unwrap_or(log.flush);
-        log.path = check.at(settings, &key, "path", path_or_off)??;
+        log.target = check.at(settings, &key, "path", |given| target_or_off(given, world))??;
+        log.flush = flush.unwrap_or_else(|| default_flush(&log.target));
         Some(self.share(check, &key, value, log))
     }
 
@@ -274,14 +280,20 @@ fn table_of(value: &Value) -> Option<&Map<String, Value>> {
 }
 
 /// `None`: off.
-fn path_or_off(given: Given) -> Result<Option<std::path::PathBuf>, Fault> {
-    match valid::text(given, EXAMPLE)? {
-        "off" => Ok(None),
-        text if text.starts_with("syslog:") => Err(Fault::new(
-            "logging to syslog is not supported",
-            format!("write {EXAMPLE}"),
-        )),
-        _ => valid::path(given, EXAMPLE).map(Some),
+fn target_or_off(given: Given, world: &dyn World) -> Result<Option<LogTarget>, Fault> {
+    let text = valid::text(given, EXAMPLE)?;
+    match text.strip_prefix("syslog:") {
+        Some(rest) => syslog::read(rest, world).map(|syslog| Some(LogTarget::Syslog(syslog))),
+        None if text == "off" => Ok(None),
+        None => valid::path(given, EXAMPLE).map(|path| Some(LogTarget::File(path))),
+    }
+}
+
+/// Who reads at the other end of syslog wants to know at once, and a datagram holds one line anyway.
+fn default_flush(target: &LogTarget) -> Duration {
+    match target {
+        LogTarget::Syslog(_) => Duration::ZERO,
+        LogTarget::Stderr | LogTarget::File(_) => defaults::LOG_FLUSH,
     }
 }
 
@@ -360,9 +372,14 @@ pub(super) fn write_log(log: Option<&AccessLog>, quoted: impl Fn(&str) -> String
     let Some(log) = log else {
         return quoted("off");
     };
+    let path = match &log.target {
+        LogTarget::Stderr => "stderr".into(),
+        LogTarget::File(path) => path.to_string_lossy(),
+        LogTarget::Syslog(syslog) => syslog.text().into(),
+    };
     format!(
         "{{ path = {}, format = {}, buffer = {}, flush = {} }}",
-        quoted(&expand::escape(&log.path.to_string_lossy())),
+        quoted(&expand::escape(&path)),
         quoted(&expand::escape(&log.format.name)),
         quoted(&write_size(log.buffer_bytes)),
         quoted(&write_duration(log.flush))

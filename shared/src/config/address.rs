@@ -41,6 +41,11 @@ fn unix(path: &str, remedy: &str) -> Result<Address, Fault> {
     }
 }
 
+/// The unix socket that a server, not a peer, is reached at: `unix:` and its path.
+pub(super) fn unix_server(text: &str, remedy: &str) -> Result<Address, Fault> {
+    unix(text.strip_prefix("unix:").unwrap_or(text), remedy)
+}
+
 /// As [`peers`], for what speaks over sockets of the internet only.
 pub(super) fn sockets(text: &str, remedy: &str, world: &dyn World) -> Result<Vec<SocketAddr>, Fault> {
     let (host, port) = split(text, remedy)?;

@@ -14,7 +14,7 @@ use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
 use super::{Config, ErrorLog, FlowSteering, LogTarget, User};
-use super::{cpus, units};
+use super::{cpus, syslog, units};
 
 /// Kernels know up to 8192 CPUs; more than half of that is a slip of the finger.
 const WORKERS_MAX: u32 = 4096;
@@ -252,15 +252,15 @@ impl Check<'_> {
             Some(ValueKind::Table(table)) => table,
             _ => &nothing,
         };
+        let world = self.world;
         let target = self.at(table, "error_log", "path", |given| {
             const EXAMPLE: &str = "\"stderr\" or \"/var/log/culvert/error.log\"";
             match valid::text(given, EXAMPLE)? {
                 "stderr" => Ok(LogTarget::Stderr),
-                text if text.starts_with("syslog:") => Err(Fault::new(
-                    "logging to syslog is not supported",
-                    format!("write {EXAMPLE}"),
-                )),
-                _ => valid::path(given, EXAMPLE).map(LogTarget::File),
+                text => match text.strip_prefix("syslog:") {
+                    Some(rest) => syslog::read(rest, world).map(LogTarget::Syslog),
+                    None => valid::path(given, EXAMPLE).map(LogTarget::File),
+                },
             }
         });
         let level = self.at(table, "error_log", "level", |given| {

@@ -53,6 +53,7 @@ fn write(out: &mut String, config: &Config) -> std::fmt::Result {
     let target = match &config.error_log.target {
         LogTarget::Stderr => quoted("stderr"),
         LogTarget::File(file) => path(file),
+        LogTarget::Syslog(syslog) => quoted(&expand::escape(&syslog.text())),
     };
     let level = config.error_log.level.as_str().to_ascii_lowercase();
     writeln!(

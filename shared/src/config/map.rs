@@ -1,8 +1,6 @@
 //! `[[map]]`: a variable whose value depends on another's, as nginx's map. What is written → patterns in the order in which
 //! they are written; looking one up is the worker's.
 
-use std::collections::BTreeMap;
-
 use config::{Map, Value};
 use regex::{Regex, RegexBuilder};
 
@@ -14,6 +12,8 @@ use super::template::{self, is_name_char};
 use super::valid::{self, Given};
 
 const ENTRY: &str = "write a pattern and a value, for example \"www.example.org backend\", or \"\\\"\\\"\" for an empty value";
+const RESOLVABLE: &str =
+    "a map uses a session's variables, such as $ssl_preread_server_name, and maps above it";
 const NAME: &str = "write it as \"$name\", with letters, digits and _";
 
 /// A variable that is made from others.
@@ -79,6 +79,15 @@ impl Pattern {
                 None => (regex, false),
             };
             let built = RegexBuilder::new(regex).case_insensitive(any_case).build();
+            if let Ok(regex) = &built
+                && let Some(name) = regex
+                    .capture_names()
+                    .flatten()
+                    .find(|name| template::session_variable(name).is_some())
+            {
+                let what = format!("${name} is a variable already");
+                return Err(Fault::new(what, "call the group otherwise"));
+            }
             return built.map(Pattern::Regex).map_err(|error| {
                 let why = error.to_string();
                 let why = why.lines().last().unwrap_or_default().trim().to_owned();
@@ -136,11 +145,7 @@ impl Check<'_> {
             }
         }
         let resolve = |text: &str| {
-            template::resolve(text, &BTreeMap::new(), before).map_err(|unresolved| {
-                let remedy =
-                    "a map uses a session's variables, such as $ssl_preread_server_name, and maps above it";
-                Fault::new(unresolved.fault.what, remedy)
-            })
+            template::resolve_value(text, before, None).map_err(|fault| Fault::new(fault.what, RESOLVABLE))
         };
         let source = self.at(table, key, "source", |given| {
             resolve(valid::text(given, "\"$ssl_preread_server_name\"")?)
@@ -166,16 +171,21 @@ impl Check<'_> {
             let (pattern, value) = line
                 .split_once(char::is_whitespace)
                 .ok_or_else(|| Fault::new("not a pattern and a value", ENTRY))?;
+            let read = match pattern {
+                "default" => None,
+                _ => Some(Pattern::read(pattern, hostnames)?),
+            };
+            let regex = match &read {
+                Some(Pattern::Regex(regex)) => Some(regex),
+                _ => None,
+            };
             let value = value.trim();
-            let value = resolve(if value == "\"\"" { "" } else { value })?;
-            match pattern {
-                "default" => Ok((pattern.to_owned(), None, value)),
-                _ => Ok((
-                    pattern.to_owned(),
-                    Some(Pattern::read(pattern, hostnames)?),
-                    value,
-                )),
-            }
+            let value = if value == "\"\"" { "" } else { value };
+            let value = template::resolve_value(value, before, regex).map_err(|fault| match regex {
+                Some(_) if !fault.what.ends_with("is not defined") => fault,
+                _ => Fault::new(fault.what, RESOLVABLE),
+            })?;
+            Ok((pattern.to_owned(), read, value))
         });
         let mut entries: Vec<MapEntry> = Vec::new();
         let mut default = None;

@@ -31,6 +31,7 @@ mod proxy_bind;
 mod rate;
 mod servers;
 mod source;
+mod syslog;
 mod template;
 #[cfg(test)]
 mod tests;
@@ -56,6 +57,7 @@ pub use map::{MapEntry, Pattern, VariableMap};
 pub use network::Network;
 pub use proxy_bind::ProxyBind;
 pub use rate::Rate;
+pub use syslog::Syslog;
 
 /// Reads, merges and checks a configuration: the file with what it includes, over it the environment
 /// (`CULVERT_STREAM__PROXY_TIMEOUT=5s`), over that `overrides` (`stream.proxy_timeout=5s`, the last one counts).
@@ -180,12 +182,14 @@ pub struct ErrorLog {
 }
 
 /// Where log lines go.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum LogTarget {
     /// Standard error.
     Stderr,
     /// A file that is appended to, and reopened by USR1.
     File(PathBuf),
+    /// A syslog server; each line is a datagram.
+    Syslog(Syslog),
 }
 
 /// How an upstream group chooses a peer.
@@ -435,6 +439,8 @@ pub enum Variable {
     SslPrereadProtocol,
     /// What the map at this index of [`Config::maps`] gives.
     Map(usize),
+    /// What the group of this number of a map's regular expression has found, 1 to 9; in that expression's value only.
+    Capture(u8),
 }
 
 /// Settings of `[stream]` that a server inherits.
@@ -510,8 +516,8 @@ pub enum ProxyProtocol {
 /// A log with a line for each ended session.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AccessLog {
-    /// A file that is appended to, and reopened by USR1.
-    pub path: PathBuf,
+    /// Where lines go; never [`LogTarget::Stderr`].
+    pub target: LogTarget,
     /// What a line is made of.
     pub format: Arc<LogFormat>,
     /// Lines are written when a worker has gathered so many bytes of them.

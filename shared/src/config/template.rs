@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use super::diagnostic::Fault;
+use regex::Regex;
+
+use super::diagnostic::{Fault, short};
 use super::file::nearest;
 use super::{Part, Template, Variable, VariableMap};
 
@@ -48,8 +50,30 @@ pub(super) fn variable_name(variable: Variable) -> &'static str {
 pub(super) fn name_of(maps: &[VariableMap], variable: Variable) -> &str {
     match variable {
         Variable::Map(map) => maps.get(map).map_or("", |map| map.name.as_str()),
+        Variable::Capture(group) => CAPTURES.get(usize::from(group)).copied().unwrap_or_default(),
         other => variable_name(other),
     }
+}
+
+/// Groups of a regular expression by what their variables are called; nginx's are single digits too.
+const CAPTURES: [&str; 10] = ["", "1", "2", "3", "4", "5", "6", "7", "8", "9"];
+
+/// The group that a variable of a regular expression's value stands for, by its number or name.
+fn capture(name: &str, regex: &Regex) -> Option<Result<Variable, Fault>> {
+    let group = match name.parse() {
+        Ok(group) => group,
+        Err(_) => regex.capture_names().position(|group| group == Some(name))?,
+    };
+    Some(match u8::try_from(group) {
+        Ok(group @ 1..=9) if usize::from(group) < regex.captures_len() => Ok(Variable::Capture(group)),
+        _ => Err(Fault::new(
+            format!(
+                "${name} is none of the first nine groups of {}",
+                short(regex.as_str())
+            ),
+            "put what is meant in parentheses: $1 is the first group, (?<name>…) is $name",
+        )),
+    })
 }
 
 /// Whether a character may stand in a variable's name.
@@ -73,7 +97,7 @@ pub(super) fn resolve(
 ) -> Result<Template, Unresolved> {
     let mut parts = Vec::new();
     let mut within = Vec::new();
-    match append(text, (set, maps), &mut within, &mut 0, &mut parts) {
+    match append(text, (set, maps, None), &mut within, &mut 0, &mut parts) {
         Ok(()) => Ok(Template(parts)),
         Err(fault) => Err(Unresolved {
             within: within.last().map(|&name| name.to_owned()),
@@ -82,9 +106,21 @@ pub(super) fn resolve(
     }
 }
 
+/// As [`resolve`], for the value of a map's line, whose pattern may be a regular expression.
+pub(super) fn resolve_value(
+    text: &str,
+    maps: &[VariableMap],
+    regex: Option<&Regex>,
+) -> Result<Template, Fault> {
+    let mut parts = Vec::new();
+    let set = BTreeMap::new();
+    append(text, (&set, maps, regex), &mut Vec::new(), &mut 0, &mut parts)?;
+    Ok(Template(parts))
+}
+
 fn append<'a>(
     text: &'a str,
-    (set, maps): (&BTreeMap<&'a str, &'a str>, &[VariableMap]),
+    (set, maps, regex): (&BTreeMap<&'a str, &'a str>, &[VariableMap], Option<&Regex>),
     within: &mut Vec<&'a str>,
     length: &mut usize,
     parts: &mut Vec<Part>,
@@ -108,7 +144,12 @@ fn append<'a>(
         let Some(after) = after.strip_prefix('$') else {
             break;
         };
-        let (name, after) = after.split_at(after.find(|c| !is_name_char(c)).unwrap_or(after.len()));
+        let end = match after.starts_with(|c: char| c.is_ascii_digit()) {
+            // As in nginx, where a group's number has one digit.
+            true if regex.is_some() => 1,
+            _ => after.find(|c| !is_name_char(c)).unwrap_or(after.len()),
+        };
+        let (name, after) = after.split_at(end);
         if name.is_empty() {
             return Err(Fault::new(
                 "$ without a variable's name",
@@ -117,6 +158,8 @@ fn append<'a>(
         }
         if let Some(variable) = session_variable(name) {
             parts.push(Part::Variable(variable));
+        } else if let Some(capture) = regex.and_then(|regex| capture(name, regex)) {
+            parts.push(Part::Variable(capture?));
         } else if let Some(value) = set.get(name) {
             if let Some(start) = within.iter().position(|before| *before == name) {
                 let chain = within[start..].iter().chain([&name]);
@@ -125,7 +168,7 @@ fn append<'a>(
                 return Err(Fault::new(what, "break the circle"));
             }
             within.push(name);
-            append(value, (set, maps), within, length, parts)?;
+            append(value, (set, maps, regex), within, length, parts)?;
             within.pop();
         } else if let Some(map) = maps.iter().position(|map| map.name == name) {
             parts.push(Part::Variable(Variable::Map(map)));

@@ -164,7 +164,11 @@ fn talk(front: SocketAddr, number: u64, begin: Instant) -> Result<(u64, Duration
         _ => Failure::Refused(e),
     };
     let limit = patient(PATIENCE);
-    let mut stream = TcpStream::connect_timeout(&front, limit).map_err(Failure::Refused)?;
+    let mut stream = TcpStream::connect_timeout(&front, limit).map_err(|e| match e.kind() {
+        // It stood, was accepted, and was reset before this thread looked.
+        ErrorKind::ConnectionReset => Failure::Reset,
+        _ => Failure::Refused(e),
+    })?;
     stream.set_nodelay(true).map_err(failed)?;
     stream.set_read_timeout(Some(limit)).map_err(failed)?;
     let length = 1 + number * 37 % 3000;

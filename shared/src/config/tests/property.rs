@@ -166,7 +166,7 @@ fn access_log() -> impl Strategy<Value = Option<Arc<AccessLog>>> {
     );
     prop::option::of(log.prop_map(|(path, format, buffer_bytes, flush)| {
         Arc::new(AccessLog {
-            path: path.into(),
+            target: LogTarget::File(path.into()),
             format: Arc::new(format),
             buffer_bytes,
             flush: Duration::from_millis(flush),
@@ -191,7 +191,7 @@ fn maps() -> Vec<VariableMap> {
         source = "$ssl_preread_server_name"
         variable = "$one"
         hostnames = true
-        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "~^w{1} v", "~*[A-Z] u", "default w"]
+        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "~^w{1} v", "~^(a)(?<b>c)$ $1x$2$b-$remote_port", "~*[A-Z] u", "default w"]
         [[map]]
         source = "$one-$server_port"
         variable = "$two"

@@ -2,22 +2,22 @@
 //! and while workers are replaced. Who carries the bytes is read from the access log's line of each session, and must
 //! be what the table in the README says.
 
-#[path = "../harness/mod.rs"]
-mod harness;
-
 mod features;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use features::{AROUND, Carrier, FEATURES, Feature, Header, Pass, Peer, Setup};
-use harness::pattern::fill;
-use harness::{Plan, Port, Proxy, Upstream, connect, within};
+use self::features::{AROUND, Carrier, FEATURES, Feature, Front, Header, Pass, Peer, Setup};
+use crate::harness::pattern::fill;
+use crate::harness::program::{Running, need};
+use crate::harness::{Plan, Port, Proxy, Upstream, connect, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -88,21 +88,116 @@ impl Servers {
             let path = plan.file(&format!("{header:?}.sock"));
             let name = format!("unix:{}", path.display());
             servers.addresses.insert((Peer::Unix, header), name);
-            servers._unix.push(harness::upstream::unix(&path, move |stream| {
-                serve(stream, header)
-            }));
+            servers
+                ._unix
+                .push(crate::harness::upstream::unix(&path, move |stream| {
+                    serve(stream, header)
+                }));
         }
         servers
+    }
+}
+
+/// dnsmasq, which knows that `one.test` is 127.0.0.1.
+fn name_server(port: &Port) -> Running {
+    let mut command = Command::new(need("dnsmasq", "dnsmasq-base"));
+    command.args([
+        "--keep-in-foreground",
+        "--conf-file=/dev/null",
+        "--no-resolv",
+        "--no-hosts",
+    ]);
+    command.args([
+        "--bind-interfaces",
+        "--listen-address=127.0.0.4",
+        "--user=root",
+        "--group=root",
+    ]);
+    command.args([
+        "--pid-file=",
+        "--local=/test/",
+        "--local-ttl=1",
+        "--log-facility=-",
+    ]);
+    command.args([
+        "--host-record=one.test,127.0.0.1",
+        &format!("--port={}", port.number),
+    ]);
+    Running::start(command).wait_for(port.on("127.0.0.4"))
+}
+
+/// Where clients connect to, and what the access log calls it.
+#[derive(Clone, Debug)]
+enum Place {
+    Tcp(SocketAddr, String),
+    Unix(PathBuf),
+}
+
+impl Place {
+    fn name(&self) -> String {
+        match self {
+            Place::Tcp(_, name) => name.clone(),
+            Place::Unix(path) => format!("unix:{}", path.display()),
+        }
+    }
+}
+
+/// A client's end.
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    fn connect(place: &Place) -> Stream {
+        match place {
+            Place::Tcp(address, _) => Stream::Tcp(connect(*address)),
+            Place::Unix(path) => {
+                let stream = UnixStream::connect(path).expect("connecting");
+                let _ = stream.set_read_timeout(Some(crate::harness::PATIENCE));
+                Stream::Unix(stream)
+            }
+        }
+    }
+
+    fn end(&self) -> std::io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Write),
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.read(buffer),
+            Stream::Unix(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.write(buffer),
+            Stream::Unix(stream) => stream.write(buffer),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
 /// A proxy with a listener for each setup.
 struct Bench {
     proxy: Proxy,
-    setups: Vec<(Setup, SocketAddr)>,
+    setups: Vec<(Setup, Place)>,
     http: SocketAddr,
     log: PathBuf,
     _servers: Servers,
+    _names: Running,
     _ports: Vec<Port>,
 }
 
@@ -112,7 +207,8 @@ impl Bench {
         let log = plan.file("access.log");
         let servers = Servers::new(&plan);
         // The first takes nothing, the second is not there.
-        let (down, dead, http) = (Port::claim(), Port::claim(), Port::claim());
+        let (down, dead, http, dns) = (Port::claim(), Port::claim(), Port::claim(), Port::claim());
+        let name_server = name_server(&dns);
         let mut groups = String::new();
         let mut names = String::new();
         for (n, setup) in setups.iter().enumerate() {
@@ -129,8 +225,13 @@ impl Bench {
             let _ = write!(
                 groups,
                 "[[upstream]]\nname = \"group-{n}\"\nbalance = \"{}\"\n\
-                 server = [{beside} {{ address = \"{address}\", weight = 7, max_conns = 100 }}]\n{}\n\n",
+                 server = [{beside} {{ address = \"{}\", weight = 7, max_conns = 100{} }}]\n{}\n\n",
                 setup.balance,
+                match setup.by_name {
+                    true => address.replace("127.0.0.1", "one.test"),
+                    false => address.clone(),
+                },
+                if setup.by_name { ", resolve = true" } else { "" },
                 setup.group.join("\n")
             );
             let _ = writeln!(names, "  \"{} group-{n}\",", name_of(n));
@@ -145,12 +246,18 @@ impl Bench {
             "access_log = {{ path = \"{}\", format = \"carried\", flush = \"50ms\" }}",
             log.display()
         );
-        let mut plan = plan.stream(&log_line).tables(&tables);
+        let resolver = format!("resolver = \"127.0.0.4:{}\"", dns.number);
+        let mut plan = plan.stream(&log_line).stream(&resolver).tables(&tables);
         let mut led = Vec::new();
-        let mut ports = vec![down, dead];
+        let mut ports = vec![down, dead, dns];
         for (n, setup) in setups.into_iter().enumerate() {
             let port = Port::claim();
-            let front = port.on(setup.ip);
+            let place = match setup.front {
+                Front::Ip(ip) => Place::Tcp(port.on(ip), port.on(ip).to_string()),
+                Front::Dual => Place::Tcp(port.on("127.0.0.1"), port.on("::").to_string()),
+                Front::Unix => Place::Unix(plan.file(&format!("front-{n}.sock"))),
+            };
+            let front = place.name();
             ports.push(port);
             let pass = match setup.pass {
                 Pass::Name => format!("proxy_pass = \"group-{n}\""),
@@ -162,7 +269,7 @@ impl Bench {
                 setup.listen.join(", "),
                 setup.lines.join("\n")
             ));
-            led.push((setup, front));
+            led.push((setup, place));
         }
         let http_at = http.on("127.0.0.1");
         ports.push(http);
@@ -172,6 +279,7 @@ impl Bench {
             http: http_at,
             log,
             _servers: servers,
+            _names: name_server,
             _ports: ports,
         }
     }
@@ -200,7 +308,7 @@ impl Bench {
         assert_eq!(lines.len(), self.setups.len(), "a line for each session:\n{text}");
         let mut wrong = String::new();
         for (setup, front) in &self.setups {
-            let said = lines[front.to_string().as_str()];
+            let said = lines[front.name().as_str()];
             if let Err(why) = compare(setup, said, rounds) {
                 let _ = writeln!(wrong, "{}: {why}: {said}", setup.name);
             }
@@ -281,7 +389,7 @@ fn hello(name: &str) -> Vec<u8> {
 
 /// A client of one of the listeners.
 struct Client<'b> {
-    stream: TcpStream,
+    stream: Stream,
     setup: &'b Setup,
     question: Vec<u8>,
 }
@@ -295,7 +403,7 @@ impl Client<'_> {
             let hello = hello(&name_of(number));
             question[..hello.len()].copy_from_slice(&hello);
         }
-        let mut stream = connect(*front);
+        let mut stream = Stream::connect(front);
         stream.write_all(setup.says).expect("the header");
         Client {
             stream,
@@ -314,7 +422,7 @@ impl Client<'_> {
         self.stream.read_exact(echo).unwrap_or_else(failed);
         assert!(echo == self.question, "{name}: the question came back changed");
         if self.setup.ends_early {
-            self.stream.shutdown(Shutdown::Write).unwrap_or_else(failed);
+            self.stream.end().unwrap_or_else(failed);
         }
         self.stream.read_exact(answer).unwrap_or_else(failed);
         let mut right = vec![0; ANSWER];
@@ -325,9 +433,7 @@ impl Client<'_> {
     /// Ends, and sees the end.
     fn end(mut self) {
         if !self.setup.ends_early {
-            self.stream
-                .shutdown(Shutdown::Write)
-                .expect("the end of the stream");
+            self.stream.end().expect("the end of the stream");
         }
         let rest = self.stream.read(&mut [0; 1]);
         // Without half close the end of one stream is a reset of the other.

@@ -1,0 +1,14 @@
+//! The black-box tests that measure or change what belongs to the whole machine, or bring it under load: a program of its
+//! own, in which each says whether others may run beside it (`harness::turns`). All others are in `main.rs`.
+
+mod harness;
+
+mod adoption;
+mod chaos;
+mod held_back;
+mod lost_events;
+mod memory_pressure;
+mod outlive;
+mod pressure;
+mod steering;
+mod worker_total;
