@@ -21,9 +21,9 @@ use crate::pace::Pace;
 use crate::proxy_protocol::Addresses;
 use crate::route::Ends;
 use crate::session::{Awaited, Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
-use crate::sockets::{self, Interest};
+use crate::sockets;
 use crate::store::Seat;
-use crate::table::{Side, Token};
+use crate::table::Token;
 use crate::tally;
 
 impl Worker {
@@ -156,12 +156,7 @@ impl Worker {
                 Phase::Streaming | Phase::Http { .. } => {}
             }
             // What is there already is found by trying.
-            for side in [Side::Downstream, Side::Upstream] {
-                if session.interest(side) != Interest::End {
-                    session.ready[side.index()].readable = true;
-                    session.ready[side.index()].writable = true;
-                }
-            }
+            session.try_both();
             for direction in Direction::BOTH {
                 // What the programs said of it went to another worker.
                 let next = worker.look_at_flow(token, session, direction);

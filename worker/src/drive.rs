@@ -94,7 +94,7 @@ impl Worker {
     }
 
     /// Moves both directions on as far as they go.
-    pub(crate) fn stream(&mut self, _: Token, session: &mut Session) -> Next {
+    pub(crate) fn stream(&mut self, token: Token, session: &mut Session) -> Next {
         for side in [Side::Downstream, Side::Upstream] {
             if !std::mem::take(&mut session.ready[side.index()].failed) {
                 continue;
@@ -119,6 +119,9 @@ impl Worker {
             } else {
                 CloseReason::Finished
             });
+        }
+        if session.is_long() {
+            self.enter_kernel(token, session);
         }
         if again { Next::Again } else { self.wait(session) }
     }

@@ -330,7 +330,7 @@ impl Worker {
             self.save(&session);
         }
         match next {
-            Next::Wait(_) if self.is_to_leave(&mut session) => {
+            Next::Wait(_) if self.is_to_leave(token, &mut session) => {
                 self.wheel.cancel(timer_of(token));
                 self.leave(token, session);
             }

@@ -56,6 +56,9 @@ impl Worker {
             if session.stream(direction).source_ended {
                 return Ok(Pumped::SourceEnded);
             }
+            if session.is_long() {
+                return Ok(Pumped::TurnOver);
+            }
             if !session.ready[from.index()].readable {
                 return Ok(Pumped::Blocked);
             }

@@ -161,6 +161,8 @@ pub struct Readiness {
 pub enum Datapath {
     /// It is still to be handed over.
     Pending,
+    /// User space copies until it has seen that the session is no short one.
+    Late,
     /// The kernel has both sockets.
     Sockmap,
     /// User space copies because the operator says so.
@@ -175,7 +177,7 @@ impl Datapath {
         match self {
             Datapath::Pending => "none",
             Datapath::Sockmap => "sockmap",
-            Datapath::Relay | Datapath::Fallback(_) => "relay",
+            Datapath::Late | Datapath::Relay | Datapath::Fallback(_) => "relay",
         }
     }
 }
@@ -383,6 +385,21 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Whether it is copied because it may be short, and has moved enough by now to be none.
+    pub fn is_long(&self) -> bool {
+        self.datapath == Datapath::Late && self.copied_bytes() >= self.settings.ebpf_offload_after
+    }
+
+    fn copied_bytes(&self) -> u64 {
+        self.streams.iter().map(|stream| stream.written_bytes).sum()
+    }
+
+    /// Whether no stream has ended, as far as is known. The kernel takes no other session.
+    pub fn is_open(&self) -> bool {
+        let is_open = |stream: &Stream| stream.way == Way::Relay && !stream.source_ended;
+        self.streams.iter().all(is_open) && !self.ready.iter().any(|ready| ready.ended || ready.failed)
     }
 
     /// Its sockets are tried, whatever was reported.
