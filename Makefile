@@ -88,7 +88,7 @@ lint: setup ## clippy, warnings are errors
 
 # In release: the tests drive what users run. Most of a black-box test is waiting: two for each processor.
 test: setup-tests format-check lint ## everything: formatting, lints, unit and black-box tests (as root)
-	cargo test --workspace --locked --release -- --test-threads=$$((2 * $$(nproc)))
+	cargo test --workspace --locked --release --no-fail-fast -- --test-threads=$$((2 * $$(nproc)))
 
 clean: ## remove what was built
 	cargo clean

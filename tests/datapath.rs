@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -10,8 +11,12 @@ use std::time::Duration;
 use crate::harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
 use crate::harness::sockets::{Deaf, rewind};
 use crate::harness::{
-    Bytes, Plan, Proxy, Received, Upstream, connect, exchange, receive, receive_exactly, send, upstream,
+    Bytes, Front, Plan, Proxy, Received, Upstream, connect, exchange, receive, receive_exactly, send,
+    upstream,
 };
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::MsgFlags;
+use nix::unistd::Pid;
 
 const UP: u64 = 11;
 const DOWN: u64 = 22;
@@ -345,4 +350,33 @@ fn a_stream_in_full_flow_both_ways_at_the_takeover_keeps_its_bytes() {
             "in round {round}"
         );
     }
+}
+
+#[test]
+fn what_follows_urgent_data_in_the_same_burst_is_copied() {
+    let mut plan = Plan::new();
+    let front = Front::new(&mut plan, "127.0.0.1", "ebpf_enable = false");
+    let proxy = plan.start();
+    let (mut client, mut upstream) = front.open();
+    ping_through(&mut client, &mut upstream);
+    // All of it is there when the worker looks next. A read of TCP ends where urgent data stands.
+    let worker = Pid::from_raw(proxy.worker());
+    kill(worker, Signal::SIGSTOP).expect("stopping the worker");
+    client.write_all(b"before").expect("sending");
+    nix::sys::socket::send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).expect("sending urgent data");
+    client.write_all(b"behind").expect("sending");
+    pause(100);
+    kill(worker, Signal::SIGCONT).expect("letting the worker go on");
+    let mut text = [0; 12];
+    upstream.read_exact(&mut text).expect("what is not urgent");
+    assert_eq!(&text, b"beforebehind");
+    drop((client, upstream));
+    proxy.settle();
+}
+
+fn ping_through(client: &mut TcpStream, upstream: &mut TcpStream) {
+    client.write_all(b"?").expect("asking");
+    upstream.read_exact(&mut [0]).expect("the question");
+    upstream.write_all(b"!").expect("answering");
+    client.read_exact(&mut [0]).expect("the answer");
 }

@@ -18,6 +18,7 @@ mod http;
 mod lifecycle;
 mod many;
 mod names;
+mod offload_after;
 mod on_reload;
 mod orphans;
 mod outlive_reading;

@@ -287,6 +287,8 @@ fn they_come_through_the_death_of_their_worker() {
 #[test]
 fn a_client_that_sends_no_header_or_hello_is_given_up_at_its_own_time_whoever_waits_for_it() {
     const LIMIT: Duration = Duration::from_millis(2500);
+    // The program counts whole milliseconds, of its own clock.
+    const ROUNDING: Duration = Duration::from_millis(5);
     let told = Upstream::serve("127.0.0.1", tell_and_echo);
     let mut plan =
         Plan::new().stream("proxy_protocol_timeout = \"2500ms\"\npreread_timeout = \"2500ms\"\naccess = []");
@@ -306,7 +308,7 @@ fn a_client_that_sends_no_header_or_hello_is_given_up_at_its_own_time_whoever_wa
         assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
         let took = begun.elapsed();
         assert!(
-            took + Duration::from_millis(2) >= LIMIT && took < LIMIT + patient(Duration::from_millis(1300)),
+            took + ROUNDING >= LIMIT && took < LIMIT + patient(Duration::from_millis(1300)),
             "closed after {took:?}"
         );
     }
@@ -359,8 +361,7 @@ fn a_client_whose_listener_is_gone_before_it_has_said_where_to_is_reset_where_th
 #[test]
 fn a_peer_that_was_tried_in_one_worker_is_not_tried_again_in_the_next() {
     for event in [Event::Reload, Event::Kill] {
-        let (nobody, deaf) = (Port::claim(), Deaf::new());
-        let refuses = nobody.on("127.0.0.1");
+        let (refuses, deaf) = (Port::claim().on("127.0.0.1"), Deaf::new());
         let peer = |address| format!("{{ address = \"{address}\", max_fails = 0 }}");
         let group = format!(
             "[[upstream]]\nname = \"group\"\nserver = [{}, {}]\n",
@@ -382,10 +383,9 @@ fn a_peer_that_was_tried_in_one_worker_is_not_tried_again_in_the_next() {
         proxy.wait("it is kept", |s| s.number("/sessions/kept") == 1);
         replace(&proxy, event);
         assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
+        let told = within(Duration::from_secs(1), || tries(deaf.address) == 1);
+        assert!(told && tries(refuses) == 1, "{event:?}: {}", proxy.log());
         assert_eq!(proxy.settle().number("/closes/connect_timeout"), 1);
-        let failed = || within(Duration::from_secs(1), || tries(deaf.address) == 1);
-        assert!(failed(), "{event:?}: {}", proxy.log());
-        assert_eq!(tries(refuses), 1, "{event:?}: {}", proxy.log());
     }
 }
 

@@ -135,7 +135,7 @@ fn no_more_wait_than_size_and_none_longer_than_timeout() {
     let mut second = come(front, 2);
     let mut third = come(front, 3);
     wait_for_waiting(&proxy, 2);
-    // It may be over before the client has looked at its connection.
+    // It may be reset before its connect has looked.
     if let Ok(mut fourth) = try_connect(front) {
         let _ = fourth.write_all(&[4]);
         assert!(!is_served(&mut fourth, 4));

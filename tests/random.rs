@@ -21,11 +21,14 @@ const GIB: u64 = 1024 * MIB;
 
 const IPS: [&str; 2] = ["127.0.0.1", "::1"];
 /// What a listener's sessions are carried by.
-const PATHS: [&str; 3] = ["", "ebpf_backlog_size = \"64k\"", "ebpf_enable = false"];
+const PATHS: [&str; 4] = ["", "ebpf_backlog_size = \"64k\"", LATE, "ebpf_enable = false"];
+/// By the kernel once it has moved as much as its listener says: each another one.
+const LATE: &str = "ebpf_offload_after";
+const LATE_BYTES: [u64; 4] = [1, 3_000, 150_000, 2 * MIB];
 /// Listeners: every path between every two kinds of addresses. A session's seed says which it uses.
-const LANES: u64 = 12;
+const LANES: u64 = 16;
 /// Those among them whose sessions the kernel takes.
-const KERNEL_LANES: u64 = 8;
+const KERNEL_LANES: u64 = 12;
 
 /// A sequence of numbers that follows from its seed.
 struct Random(u64);
@@ -249,7 +252,13 @@ fn random_sessions_are_whole_and_end_in_fin_or_are_a_prefix_and_end_in_reset() {
     // The log of many thousand sessions is of no use.
     plan = plan.global("error_log = { path = \"stderr\", level = \"warn\" }");
     let fronts: Vec<_> = (0..LANES as usize)
-        .map(|lane| Front::between(&mut plan, IPS[lane % 2], IPS[lane / 2 % 2], PATHS[lane / 4]))
+        .map(|lane| {
+            let lines = match PATHS[lane / 4] {
+                LATE => format!("{LATE} = {}", LATE_BYTES[lane % 4]),
+                path => path.to_owned(),
+            };
+            Front::between(&mut plan, IPS[lane % 2], IPS[lane / 2 % 2], &lines)
+        })
         .collect();
     let proxy = plan.start();
 

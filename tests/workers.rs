@@ -10,15 +10,9 @@ use crate::harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, w
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Of workers that have given up what they do not need: that is done before their log writers start.
-#[track_caller]
 fn field_of_each(proxy: &Proxy, key: &str) -> Vec<String> {
     let mut workers = proxy.status().workers();
     workers.sort_by_key(|w| w.slot);
-    let ready = within(Duration::from_secs(5), || {
-        workers.iter().all(|w| process::field(w.pid, "Threads") != "1")
-    });
-    assert!(ready, "workers have their log writers besides");
     workers.iter().map(|w| process::field(w.pid, key)).collect()
 }
 

@@ -8,7 +8,7 @@
 
 /* What a flow has met; bits of flow.flags. */
 enum flow_flag {
-	FLOW_STARTED = 1,	/* next_seq and acked_base are valid */
+	FLOW_STARTED = 1,	/* next_seq is valid */
 	FLOW_GAP = 2,		/* a segment began after next_seq: bytes are missing */
 	FLOW_NO_TARGET = 4,	/* the other socket was not in the map: bytes were left to user space */
 	FLOW_TRIM_FAILED = 8,	/* bytes that were forwarded before could not be cut off */
@@ -33,7 +33,7 @@ struct flow {
 	__u64 trimmed_bytes;	/* cut off because they had been forwarded before */
 	__u32 next_seq;		/* the sequence number expected next */
 	enum flow_flag flags;
-	__u32 acked_base;	/* bytes_acked of the target when the flow started, low 32 bits */
+	__u32 acked_base;	/* user: bytes_acked of the target when all that was sent before the flow is acknowledged, low 32 bits */
 	__u32 high_bytes;	/* user: outstanding bytes above which the source is held back */
 	__u32 low_bytes;	/* user: outstanding bytes below which it is let go */
 	enum flow_pause pause;	/* user space turns it off when it resumes the source */

@@ -91,7 +91,7 @@ static __always_inline __u32 segment_seq(struct __sk_buff *skb)
  * Where the stream stands when the first segment is seen: everything before copied_seq was read by user
  * space. A segment that it read in part is trimmed like any overlap.
  */
-static __always_inline int start(struct __sk_buff *skb, struct flow *flow, struct tcp_sock *target)
+static __always_inline int start(struct __sk_buff *skb, struct flow *flow)
 {
 	struct bpf_sock *sk = skb->sk;
 	struct tcp_sock *source;
@@ -102,7 +102,6 @@ static __always_inline int start(struct __sk_buff *skb, struct flow *flow, struc
 	if (!source)
 		return -1;
 	flow->next_seq = source->copied_seq;
-	flow->acked_base = target->bytes_acked;
 	flow->flags |= FLOW_STARTED;
 	return 0;
 }
@@ -139,8 +138,8 @@ static __always_inline int trim(struct __sk_buff *skb, __u32 overlap)
 }
 
 /*
- * Bytes that were redirected and that the target's peer has not acknowledged. One field of the target is
- * read, so there is nothing to tear; bytes that user space sent before make it smaller, never larger.
+ * Bytes that the target's peer has not acknowledged: those that were redirected, and what is left of those that
+ * user space sent before. One field of the target is read, so there is nothing to tear.
  */
 static __always_inline __s32 outstanding_bytes(struct flow *flow, struct tcp_sock *target)
 {
@@ -185,7 +184,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 	__u32 cpu, len;
 	__s32 behind;
 
-	if (!(flow->flags & FLOW_STARTED) && start(skb, flow, target))
+	if (!(flow->flags & FLOW_STARTED) && start(skb, flow))
 		return SK_PASS;
 
 	behind = (__s32)(flow->next_seq - segment_seq(skb));

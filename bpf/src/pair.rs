@@ -233,7 +233,8 @@ impl SlotMaps {
     /// sockets are as before.
     ///
     /// `wanted` are the directions that the kernel is to forward; the source of another one stays an ordinary socket
-    /// that user space reads.
+    /// that user space reads. `sent_bytes` is what was sent in each direction before, as its target's TCP will have
+    /// counted it when all of it is acknowledged.
     ///
     /// The kick comes last, for what arrived before its socket was a source.
     pub fn join(
@@ -241,6 +242,7 @@ impl SlotMaps {
         place: Place,
         sockets: [BorrowedFd<'_>; 2],
         terms: &Terms,
+        sent_bytes: [u64; 2],
         wanted: [bool; 2],
     ) -> io::Result<Joined> {
         for (side, fd) in sockets.iter().enumerate() {
@@ -249,6 +251,8 @@ impl SlotMaps {
             flow.forwarded_bytes.store(0, Relaxed);
             flow.trimmed_bytes.store(0, Relaxed);
             flow.last_active_ns.store(terms.now_ns, Relaxed);
+            // Its low bits, as in the program.
+            flow.acked_base.store(sent_bytes[side] as u32, Relaxed);
             flow.high_bytes.store(terms.backlog_bytes, Relaxed);
             flow.low_bytes.store(terms.backlog_bytes / 2, Relaxed);
             flow.lane.store(terms.lane.0, Relaxed);

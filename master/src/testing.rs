@@ -25,6 +25,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         proxy_bind: ProxyBind::Off,
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
+        ebpf_offload_after: 0,
         on_reload: OnReload::Keep,
         proxy_protocol: None,
         proxy_protocol_timeout: Duration::from_secs(30),

@@ -37,7 +37,7 @@ pub struct Contender {
 enum Kind {
     Direct,
     Culvert {
-        ebpf: bool,
+        stream: &'static str,
         /// With an access log, access rules, and metrics that somebody reads.
         equipped: bool,
     },
@@ -58,7 +58,15 @@ pub const ALL: &[Contender] = &[
         name: "culvert",
         title: "Culvert, offloaded",
         kind: Kind::Culvert {
-            ebpf: true,
+            stream: "ebpf_enable = true",
+            equipped: false,
+        },
+    },
+    Contender {
+        name: "culvert_late",
+        title: "Culvert, offloaded after 64k",
+        kind: Kind::Culvert {
+            stream: "ebpf_offload_after = \"64k\"",
             equipped: false,
         },
     },
@@ -66,7 +74,7 @@ pub const ALL: &[Contender] = &[
         name: "relayed",
         title: "Culvert, relayed",
         kind: Kind::Culvert {
-            ebpf: false,
+            stream: "ebpf_enable = false",
             equipped: false,
         },
     },
@@ -74,7 +82,7 @@ pub const ALL: &[Contender] = &[
         name: "equipped",
         title: "Culvert, with log, rules, metrics",
         kind: Kind::Culvert {
-            ebpf: true,
+            stream: "ebpf_enable = true",
             equipped: true,
         },
     },
@@ -182,9 +190,9 @@ impl Contender {
         let file = stem.with_extension("conf");
         let (program, args, text) = match self.kind {
             Kind::Direct => return Ok(proxy),
-            Kind::Culvert { ebpf, equipped } => {
+            Kind::Culvert { stream, equipped } => {
                 let status = proxy.status.insert(Port::claim()).number;
-                let mut text = culvert(&proxy.routes, workers, ebpf, status, &stem);
+                let mut text = culvert(&proxy.routes, workers, stream, status, &stem);
                 if equipped {
                     let metrics = proxy.metrics.insert(Port::claim()).number;
                     text = equip(&text, metrics, &stem);
@@ -250,11 +258,11 @@ impl Proxy {
     }
 }
 
-fn culvert(routes: &[Route], workers: usize, ebpf: bool, status: u16, stem: &Path) -> String {
+fn culvert(routes: &[Route], workers: usize, stream: &str, status: u16, stem: &Path) -> String {
     let mut text = format!(
         "worker_processes = {workers}\nworker_cpu_affinity = \"auto\"\nworker_connections = 4096\n\
          pid = \"{}\"\nerror_log = {{ path = \"stderr\", level = \"warn\" }}\n\
-         [stream]\nebpf_enable = {ebpf}\n\
+         [stream]\n{stream}\n\
          [[server]]\nlisten = \"127.0.0.1:{status}\"\nebpf_status_return = true\n",
         stem.with_extension("pid").display()
     );

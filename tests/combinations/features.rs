@@ -16,13 +16,15 @@ pub enum Carrier {
     NotTcp,
     /// User space, because the operator says so.
     Off,
+    /// User space at first, because the operator says so, then the kernel.
+    Late,
 }
 
 impl Carrier {
     /// Whether user space carries the bytes to the upstream, and to the client.
     pub fn copied(self) -> [bool; 2] {
         match self {
-            Carrier::Kernel => [false; 2],
+            Carrier::Kernel | Carrier::Late => [false; 2],
             Carrier::UploadLimited => [true, false],
             Carrier::DownloadLimited => [false, true],
             Carrier::Limited | Carrier::NotTcp | Carrier::Off => [true; 2],
@@ -32,7 +34,7 @@ impl Carrier {
     /// Why the kernel does not, as it is counted; `-`: nothing is.
     pub fn reason(self) -> &'static str {
         match self {
-            Carrier::Kernel | Carrier::Off => "-",
+            Carrier::Kernel | Carrier::Off | Carrier::Late => "-",
             Carrier::NotTcp => "not_tcp",
             Carrier::UploadLimited | Carrier::DownloadLimited | Carrier::Limited => "rate_limited",
         }
@@ -41,6 +43,7 @@ impl Carrier {
     /// The second and third cell of a row of the README's table.
     pub fn cells(self) -> [String; 2] {
         let who = match self.copied() {
+            _ if self == Carrier::Late => "user space, then the kernel",
             [false, false] => "the kernel",
             [true, true] => "user space",
             [true, false] => "user space to the upstream, the kernel to the client",
@@ -61,6 +64,7 @@ impl Carrier {
             Carrier::Limited,
             Carrier::UploadLimited,
             Carrier::DownloadLimited,
+            Carrier::Late,
         ];
         let first = order.into_iter().find(|one| *one == self || *one == other);
         first.unwrap_or(Carrier::Kernel)
@@ -356,6 +360,14 @@ pub const FEATURES: &[Feature] = &[
         &["ebpf"],
         Carrier::Off,
         |s| s.lines.push("ebpf_enable = false"),
+    ),
+    copied(
+        "late",
+        "`ebpf_offload_after`",
+        // What is limited one way would be copied in part the other way.
+        &["ebpf", "rate"],
+        Carrier::Late,
+        |s| s.lines.push("ebpf_offload_after = \"1k\""),
     ),
     kernel("bind", "`proxy_bind`", &["bind", "peer"], |s| {
         s.lines.push("proxy_bind = \"127.0.0.1\"");

@@ -87,6 +87,12 @@ pub fn children(pid: i32) -> Vec<i32> {
         .collect()
 }
 
+/// Whether a worker has begun to serve: the thread that writes its log is the last thing that it starts, when it has
+/// given up what it does not need.
+pub fn is_past_its_start(pid: i32) -> bool {
+    std::fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.count() >= 2)
+}
+
 /// Whether the process exists and is more than a zombie.
 pub fn is_alive(pid: i32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {

@@ -31,7 +31,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Writes the file, starts the binary and waits until every worker is in the status.
+    /// Writes the file, starts the binary and waits until every worker is in the status and serves.
     #[track_caller]
     pub fn start(plan: Plan) -> Proxy {
         let file = plan.scratch.file("proxy.toml");
@@ -91,7 +91,10 @@ impl Proxy {
                 Ok(status) => {
                     let workers = status.workers();
                     last = format!("{workers:?}");
-                    workers.len() == self.workers && workers.iter().all(|w| is_one(self.pid(), w.pid))
+                    workers.len() == self.workers
+                        && workers
+                            .iter()
+                            .all(|w| is_one(self.pid(), w.pid) && process::is_past_its_start(w.pid))
                 }
                 Err(e) => {
                     last = e;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -12,7 +12,6 @@ use culvert_shared::client;
 use culvert_shared::config::{Action, Address};
 use culvert_shared::counters::{Board, WorkerRow};
 use mio::net::{TcpListener, UnixListener};
-use mio::{Interest, Registry, Token};
 
 use crate::clock;
 use crate::event_loop::{ACCEPT_TIMER, Worker};
@@ -21,7 +20,7 @@ use crate::route::Ends;
 use crate::session::Session;
 use crate::start::Listener;
 
-/// Connections that one listener may bring in one turn, so that no listener starves the sessions.
+/// Connections that one listener may bring in one turn at most, so that no listener starves the sessions.
 const TURN_BUDGET: usize = 64;
 /// How long a listener rests after the process ran out of descriptors or memory (nginx: 500 ms).
 const REST_MS: u64 = 500;
@@ -32,6 +31,8 @@ pub struct Intake {
     reason: Option<String>,
     /// Connections accepted since they were told.
     accepted: u32,
+    /// The turn of the event loop.
+    turn: u64,
 }
 
 impl Intake {
@@ -40,7 +41,13 @@ impl Intake {
             load,
             reason,
             accepted: 0,
+            turn: 0,
         }
+    }
+
+    /// Another turn of the event loop begins.
+    pub(crate) fn turn(&mut self) {
+        self.turn += 1;
     }
 
     /// How the worker of a new connection is chosen, as the status document has it.
@@ -81,17 +88,10 @@ impl Socket {
         }
     }
 
-    fn watch(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Socket::Tcp(listener) => registry.register(listener, token, Interest::READABLE),
-            Socket::Unix(listener) => registry.register(listener, token, Interest::READABLE),
-        }
-    }
-
-    fn unwatch(&mut self, registry: &Registry) -> io::Result<()> {
-        match self {
-            Socket::Tcp(listener) => registry.deregister(listener),
-            Socket::Unix(listener) => registry.deregister(listener),
+            Socket::Tcp(listener) => listener.as_fd(),
+            Socket::Unix(listener) => listener.as_fd(),
         }
     }
 
@@ -109,8 +109,13 @@ pub struct Listening {
     pub(crate) row: usize,
     /// Connections begin with a PROXY header.
     proxy_protocol: bool,
-    /// The accept queue may hold more: readiness is edge-triggered and was not used up.
-    more: bool,
+    /// Connections that it may bring in this turn. An attempt that finds none costs as much as one that finds one, so
+    /// it is one at first, and more where there are always some left.
+    batch: usize,
+    /// The turn in which it last had connections.
+    reported: u64,
+    /// It is not watched meanwhile.
+    unheeded: bool,
     /// It rests: the process ran out of descriptors or memory.
     resting: bool,
     /// It rests: the worker holds `worker_connections` sessions.
@@ -125,23 +130,20 @@ impl Listening {
             server: listener.server,
             row: listener.row,
             proxy_protocol: listener.proxy_protocol,
-            more: false,
+            batch: 1,
+            reported: 0,
+            unheeded: false,
             resting: false,
             full: false,
         };
         Ok(listeners.into_iter().map(open).collect())
-    }
-
-    /// Whether it has to be asked again without waiting.
-    pub(crate) fn has_more(&self) -> bool {
-        self.more && !self.resting && !self.full
     }
 }
 
 impl Worker {
     pub(crate) fn listen(&mut self) -> Result<()> {
         for (token, listener) in self.listeners.iter_mut().enumerate() {
-            let watched = listener.socket.watch(self.poll.registry(), Token(token));
+            let watched = self.sockets.watch_listener(listener.socket.as_fd(), token);
             watched.with_context(|| format!("failed to watch the listener {}", listener.address))?;
         }
         Ok(())
@@ -151,61 +153,89 @@ impl Worker {
     /// queued on a socket that no other process holds would be reset.
     pub(crate) fn stop_listening(&mut self) {
         for listener in 0..self.listeners.len() {
-            self.accept(listener);
-            while self.listeners[listener].has_more() {
-                self.accept(listener);
-            }
+            while self.accept_one(listener) {}
         }
         for listener in &mut self.listeners {
-            let _ = listener.socket.unwatch(self.poll.registry());
+            let _ = self.sockets.unwatch_listener(listener.socket.as_fd());
         }
         self.listeners.clear();
     }
 
-    /// Accepts from a listener until its queue is empty or the turn's budget is used up.
+    /// Accepts from a listener that has connections; what is left is reported again.
     pub(crate) fn accept(&mut self, listener: usize) {
-        for _ in 0..TURN_BUDGET {
-            let full = self.table.len() >= self.config.worker_connections as usize;
-            let Some(listening) = self.listeners.get_mut(listener) else {
-                return;
-            };
-            listening.more = true;
-            listening.full = full;
-            if full || listening.resting {
+        let turn = self.intake.turn;
+        let Some(listening) = self.listeners.get_mut(listener) else {
+            return;
+        };
+        let had_some = listening.reported + 1 == turn;
+        let more = if had_some { 2 * listening.batch } else { 1 };
+        listening.batch = more.min(TURN_BUDGET);
+        listening.reported = turn;
+        for _ in 0..listening.batch {
+            if !self.accept_one(listener) {
                 return;
             }
-            match listening.socket.accept() {
-                Ok((stream, remote)) => {
-                    self.intake.accepted += u32::from(listening.socket.is_chosen());
-                    self.begin(listener, stream, remote);
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    listening.more = false;
-                    return;
-                }
-                // The connection was gone before it was accepted (accept(2)): the next one may be fine.
-                Err(error)
-                    if matches!(
-                        error.raw_os_error(),
-                        Some(nix::libc::ECONNABORTED | nix::libc::EPROTO)
-                    ) =>
-                {
-                    log::debug!(
-                        "a connection on {} was lost before it was accepted",
-                        listening.address
-                    );
-                }
-                // Most likely EMFILE, ENFILE, ENOBUFS or ENOMEM: trying again at once would spin.
-                Err(error) => {
-                    log::warn!(
-                        "failed to accept on {}: {error}; resting for {REST_MS} ms",
-                        listening.address
-                    );
-                    listening.resting = true;
-                    self.wheel.set(ACCEPT_TIMER, clock::now_ms() + REST_MS);
-                    return;
-                }
+        }
+    }
+
+    /// Accepts the next connection of a listener; false: there is none, or it has to wait.
+    fn accept_one(&mut self, listener: usize) -> bool {
+        let full = self.table.len() >= self.config.worker_connections as usize;
+        let Some(listening) = self.listeners.get_mut(listener) else {
+            return false;
+        };
+        listening.full = full;
+        if full || listening.resting {
+            self.heed(listener);
+            return false;
+        }
+        match listening.socket.accept() {
+            Ok((stream, remote)) => {
+                self.intake.accepted += u32::from(listening.socket.is_chosen());
+                self.begin(listener, stream, remote);
+                true
             }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                listening.batch = 1;
+                false
+            }
+            // The connection was gone before it was accepted (accept(2)): the next one may be fine.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(nix::libc::ECONNABORTED | nix::libc::EPROTO)
+                ) =>
+            {
+                log::debug!(
+                    "a connection on {} was lost before it was accepted",
+                    listening.address
+                );
+                true
+            }
+            // Most likely EMFILE, ENFILE, ENOBUFS or ENOMEM: trying again at once would spin.
+            Err(error) => {
+                log::warn!(
+                    "failed to accept on {}: {error}; resting for {REST_MS} ms",
+                    listening.address
+                );
+                listening.resting = true;
+                self.wheel.set(ACCEPT_TIMER, clock::now_ms() + REST_MS);
+                self.heed(listener);
+                false
+            }
+        }
+    }
+
+    /// Watches a listener that may bring connections, and no other: it would be reported again and again.
+    fn heed(&mut self, listener: usize) {
+        let listening = &mut self.listeners[listener];
+        let unheeded = listening.full || listening.resting;
+        if unheeded != listening.unheeded {
+            // It cannot fail: it is watched, and nothing is allocated for it.
+            let _ = self
+                .sockets
+                .heed_listener(listening.socket.as_fd(), listener, !unheeded);
+            listening.unheeded = unheeded;
         }
     }
 
@@ -223,27 +253,22 @@ impl Worker {
         load.count_taken(std::mem::take(&mut self.intake.accepted));
     }
 
-    /// Asks all listeners that had more when their turn ended.
-    pub(crate) fn accept_more(&mut self) {
+    /// A session has ended: listeners that rest for want of room may go on.
+    pub(crate) fn make_room(&mut self) {
         for listener in 0..self.listeners.len() {
-            if self.listeners[listener].has_more() {
-                self.accept(listener);
+            if std::mem::take(&mut self.listeners[listener].full) {
+                self.heed(listener);
             }
         }
     }
 
-    /// A session has ended: listeners that rest for want of room may go on.
-    pub(crate) fn make_room(&mut self) {
-        self.listeners
-            .iter_mut()
-            .for_each(|listener| listener.full = false);
-    }
-
     /// Listeners that rest for want of descriptors may try again.
     pub(crate) fn end_rest(&mut self) {
-        self.listeners
-            .iter_mut()
-            .for_each(|listener| listener.resting = false);
+        for listener in 0..self.listeners.len() {
+            if std::mem::take(&mut self.listeners[listener].resting) {
+                self.heed(listener);
+            }
+        }
     }
 
     fn begin(&mut self, listener: usize, downstream: OwnedFd, remote: SocketAddr) {
@@ -273,7 +298,7 @@ impl Worker {
         }
         self.with_session(token, |worker, session| {
             if is_http {
-                worker.answer_http(token, session)
+                worker.answer_http(session)
             } else {
                 worker.enter(token, session, header_first)
             }

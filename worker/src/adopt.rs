@@ -21,9 +21,9 @@ use crate::pace::Pace;
 use crate::proxy_protocol::Addresses;
 use crate::route::Ends;
 use crate::session::{Awaited, Buffers, Datapath, Phase, Session, Stream, Upstream, Way, target};
-use crate::sockets::{self, Interest};
+use crate::sockets;
 use crate::store::Seat;
-use crate::table::{Side, Token};
+use crate::table::Token;
 use crate::tally;
 
 impl Worker {
@@ -135,26 +135,13 @@ impl Worker {
     }
 
     /// Gives a session that was built from its record a slot, and goes on with it.
-    fn take_in(&mut self, mut session: Session, died: bool) {
+    fn take_in(&mut self, session: Session, died: bool) {
         self.refresh_groups();
         let gone = self.is_gone(&session);
         let token = self.table.reserve();
         self.count_in(token, &session, died);
-        session.attention = Some(session.interest(Side::Downstream));
-        let mut watched = true;
-        for side in [Side::Downstream, Side::Upstream] {
-            if let Some(socket) = session.socket(side) {
-                watched &= self
-                    .sockets
-                    .watch(socket, token, side, session.interest(side))
-                    .is_ok();
-            }
-        }
         self.table.put(token, Box::new(session));
         self.with_session(token, |worker, session| {
-            if !watched {
-                return Next::Close(CloseReason::Resource);
-            }
             if gone {
                 return Next::Close(CloseReason::Removed);
             }
@@ -169,12 +156,7 @@ impl Worker {
                 Phase::Streaming | Phase::Http { .. } => {}
             }
             // What is there already is found by trying.
-            for side in [Side::Downstream, Side::Upstream] {
-                if session.interest(side) != Interest::End {
-                    session.ready[side.index()].readable = true;
-                    session.ready[side.index()].writable = true;
-                }
-            }
+            session.try_both();
             for direction in Direction::BOTH {
                 // What the programs said of it went to another worker.
                 let next = worker.look_at_flow(token, session, direction);
@@ -334,7 +316,6 @@ fn revive(
         Stage::Connecting | Stage::Streaming => Some(Upstream {
             socket: upstream,
             tcp: saved.tcp,
-            was_connecting: saved.stage == Stage::Connecting,
             name: saved.upstream,
             row: saved.peer.map(|row| row as usize),
         }),

@@ -17,6 +17,7 @@ use crate::table::{Side, Token};
 impl Worker {
     /// Ends a session that was taken out of the table.
     pub(crate) fn close(&mut self, token: Token, mut session: Session, reason: CloseReason) {
+        self.http_connections -= usize::from(session.http.is_some());
         self.stop_keeping(&session);
         self.leave_queue(&session);
         for side in [Side::Downstream, Side::Upstream] {

@@ -16,15 +16,12 @@ use crate::event_loop::Worker;
 use crate::proxy_protocol;
 use crate::route::Route;
 use crate::session::{Phase, Session, Upstream};
-use crate::sockets::{self, Interest};
+use crate::sockets;
 use crate::table::{Side, Token};
 
 impl Worker {
     /// Starts a session: finds where it goes and begins to connect.
     pub(crate) fn connect(&mut self, token: Token, session: &mut Session) -> Next {
-        if self.attend(token, session, Interest::End).is_err() {
-            return Next::Close(CloseReason::Resource);
-        }
         let config = std::sync::Arc::clone(&self.config);
         let action = session.server.map(|server| &config.servers[server].action);
         let Some(Action::Proxy(target)) = action else {
@@ -203,12 +200,7 @@ impl Worker {
         session.connect_began_ns = clock::now_ns();
         let deadline_ms =
             session.connect_began_ns / 1_000_000 + settings.proxy_connect_timeout.as_millis() as u64;
-        let interest = if under_way {
-            Interest::Connected
-        } else {
-            Interest::End
-        };
-        self.sockets.watch(&socket, token, Side::Upstream, interest)?;
+        session.watched[Side::Upstream.index()] = None;
         session.ready[Side::Upstream.index()] = Default::default();
         log::debug!(
             "session {}: client {} to upstream {address}",
@@ -218,7 +210,6 @@ impl Worker {
         session.upstream = Some(Upstream {
             socket,
             tcp,
-            was_connecting: under_way,
             name: address.to_string(),
             row,
         });

@@ -108,7 +108,7 @@ impl Worker {
         }
         let mut again = false;
         for direction in Direction::BOTH {
-            match self.step(token, session, direction) {
+            match self.step(session, direction) {
                 Ok(more) => again |= more,
                 Err(trouble) => return Next::Close(self.explain(session, trouble)),
             }
@@ -120,11 +120,14 @@ impl Worker {
                 CloseReason::Finished
             });
         }
+        if session.is_long() {
+            self.enter_kernel(token, session);
+        }
         if again { Next::Again } else { self.wait(session) }
     }
 
     /// Moves one direction on; true: it stopped only because its turn is over.
-    fn step(&mut self, token: Token, session: &mut Session, direction: Direction) -> Result<bool, Trouble> {
+    fn step(&mut self, session: &mut Session, direction: Direction) -> Result<bool, Trouble> {
         loop {
             match session.stream(direction).way {
                 Way::Ended => return Ok(false),
@@ -152,7 +155,7 @@ impl Worker {
                     if session.stream(direction).settled() {
                         self.pass_end_on(session, direction)?;
                     } else {
-                        self.watch_data(token, session);
+                        session.try_both();
                     }
                 }
             }

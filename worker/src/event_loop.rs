@@ -1,5 +1,5 @@
-//! The only poll: listeners, the master's messages and the sessions' epoll through one mio instance,
-//! timers between. Hands each event to the file that knows what it means.
+//! The only wait: sessions, listeners, and mio's poll with all that is rare (the master's messages, the programs' events,
+//! health checks), timers between. Hands each event to the file that knows what it means.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -19,7 +19,7 @@ use culvert_shared::message::ToMaster;
 use culvert_shared::sys::{fdpass, shm::Shared};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
-use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::epoll::EpollFlags;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::accept::{Intake, Listening};
@@ -35,7 +35,7 @@ use crate::queue::Queues;
 use crate::relay::Scratch;
 use crate::route::Router;
 use crate::session::Session;
-use crate::sockets::{BufferLimits, Sockets};
+use crate::sockets::{BufferLimits, Sockets, Source};
 use crate::start::WorkerStart;
 use crate::store::Ward;
 use crate::table::{Side, Table, Token};
@@ -43,10 +43,9 @@ use crate::tally::Tally;
 use crate::timer::Wheel;
 
 const CONTROL: mio::Token = mio::Token(usize::MAX);
-const SESSIONS: mio::Token = mio::Token(usize::MAX - 1);
-const KERNEL: mio::Token = mio::Token(usize::MAX - 2);
-const LOOKOUT: mio::Token = mio::Token(usize::MAX - 3);
-pub(crate) const QUEUE_BELL: mio::Token = mio::Token(usize::MAX - 4);
+const KERNEL: mio::Token = mio::Token(usize::MAX - 1);
+const LOOKOUT: mio::Token = mio::Token(usize::MAX - 2);
+pub(crate) const QUEUE_BELL: mio::Token = mio::Token(usize::MAX - 3);
 
 /// The timer that lets listeners out of their rest; ids from [`FIRST_SESSION`] are sessions'.
 pub(crate) const ACCEPT_TIMER: u32 = 0;
@@ -67,9 +66,6 @@ pub(crate) const CHECK_TIMER: u32 = 7;
 /// The timer that looks at sessions that wait for a place.
 pub(crate) const QUEUE_TIMER: u32 = 8;
 const FIRST_SESSION: u32 = 9;
-
-/// Events of sessions that one turn takes.
-const TURN_EVENTS: usize = 256;
 
 /// One worker process.
 pub struct Worker {
@@ -114,8 +110,6 @@ pub struct Worker {
     pub(crate) wheel: Wheel,
     /// Sessions whose turn's budget ran out before their sockets did.
     pub(crate) again: VecDeque<Token>,
-    /// The sessions' epoll had more events than one turn takes.
-    more_events: bool,
     pub(crate) scratch: Scratch,
     pub(crate) glance: Glance,
     pub(crate) limits: BufferLimits,
@@ -132,9 +126,9 @@ impl Worker {
         let poll = Poll::new().context("failed to create the worker's poll")?;
         let sockets = Sockets::new()?;
         let registry = poll.registry();
-        registry
-            .register(&mut SourceFd(&sockets.raw_fd()), SESSIONS, Interest::READABLE)
-            .context("failed to watch the sessions' epoll")?;
+        sockets
+            .watch_poll(registry.as_fd())
+            .context("failed to watch the worker's poll")?;
         registry
             .register(
                 &mut SourceFd(&start.control.as_raw_fd()),
@@ -224,7 +218,6 @@ impl Worker {
             table: Table::new(),
             wheel: Wheel::new(clock::now_ms()),
             again: VecDeque::new(),
-            more_events: false,
             draining: false,
             stopping: false,
         })
@@ -242,27 +235,17 @@ impl Worker {
         fdpass::send(self.control.as_fd(), &ToMaster::Ready.encode(), &[])
             .context("failed to tell the master that the worker is ready")?;
         while !self.is_done() {
-            if let Err(error) = self.poll.poll(&mut events, self.patience())
-                && error.kind() != std::io::ErrorKind::Interrupted
-            {
-                return Err(error).context("failed to wait for events");
-            }
-            for event in &events {
-                match event.token() {
-                    CONTROL => self.hear_master(),
-                    SESSIONS => self.more_events = true,
-                    KERNEL => self.take_kernel_events(),
-                    LOOKOUT => self.tell_busiest(),
-                    QUEUE_BELL => self.look_at_queues(),
-                    mio::Token(check) if check >= check::FIRST_TOKEN => self.check_event(check),
-                    mio::Token(listener) => self.accept(listener),
+            let patience = self.patience();
+            let happened = self.sockets.wait(patience).context("failed to wait for events")?;
+            self.intake.turn();
+            for index in 0..happened {
+                match self.sockets.event(index) {
+                    (Source::Session(token, side), flags) => self.note(token, side, flags),
+                    (Source::Listener(listener), _) => self.accept(listener),
+                    (Source::Poll, _) => self.take_poll_events(&mut events)?,
                 }
             }
-            if self.more_events {
-                self.take_session_events();
-            }
             self.make_up_for_lost_events();
-            self.accept_more();
             for _ in 0..self.again.len() {
                 let Some(token) = self.again.pop_front() else {
                     break;
@@ -294,7 +277,7 @@ impl Worker {
 
     /// How long the poll may sleep.
     fn patience(&self) -> Option<Duration> {
-        if self.more_events || !self.again.is_empty() || self.listeners.iter().any(Listening::has_more) {
+        if !self.again.is_empty() {
             return Some(Duration::ZERO);
         }
         self.wheel
@@ -302,15 +285,23 @@ impl Worker {
             .map(|next| Duration::from_millis(next.saturating_sub(clock::now_ms())))
     }
 
-    /// Takes one turn's worth of events: if there are more, listeners, timers and the master come first.
-    fn take_session_events(&mut self) {
-        let mut events = [EpollEvent::empty(); TURN_EVENTS];
-        let taken = self.sockets.take(&mut events).unwrap_or(0);
-        self.more_events = taken == events.len();
-        for event in &events[..taken] {
-            let (token, side) = Token::decode(event.data());
-            self.note(token, side, event.events());
+    fn take_poll_events(&mut self, events: &mut Events) -> Result<()> {
+        if let Err(error) = self.poll.poll(events, Some(Duration::ZERO))
+            && error.kind() != std::io::ErrorKind::Interrupted
+        {
+            return Err(error).context("failed to take events");
         }
+        for event in &*events {
+            match event.token() {
+                CONTROL => self.hear_master(),
+                KERNEL => self.take_kernel_events(),
+                LOOKOUT => self.tell_busiest(),
+                QUEUE_BELL => self.look_at_queues(),
+                mio::Token(check) if check >= check::FIRST_TOKEN => self.check_event(check),
+                mio::Token(_) => {}
+            }
+        }
+        Ok(())
     }
 
     fn note(&mut self, token: Token, side: Side, flags: EpollFlags) {
@@ -320,6 +311,7 @@ impl Worker {
             ready.readable |= ended || flags.contains(EpollFlags::EPOLLIN);
             ready.writable |= flags.contains(EpollFlags::EPOLLOUT);
             ready.ended |= ended;
+            ready.urgent |= flags.contains(EpollFlags::EPOLLPRI);
             ready.failed |= flags.contains(EpollFlags::EPOLLERR);
             worker.drive(token, session)
         });
@@ -330,12 +322,15 @@ impl Worker {
         let Some(mut session) = self.table.take(token) else {
             return;
         };
-        let next = work(self, &mut session);
+        let mut next = work(self, &mut session);
+        if !matches!(next, Next::Close(_)) && self.watch(token, &mut session).is_err() {
+            next = Next::Close(CloseReason::Resource);
+        }
         if !matches!(next, Next::Close(_)) {
             self.save(&session);
         }
         match next {
-            Next::Wait(_) if self.is_to_leave(&mut session) => {
+            Next::Wait(_) if self.is_to_leave(token, &mut session) => {
                 self.wheel.cancel(timer_of(token));
                 self.leave(token, session);
             }
@@ -354,6 +349,25 @@ impl Worker {
                 self.close(token, *session, reason);
             }
         }
+    }
+
+    /// Watches a session's sockets for what it waits for now. Once at the end of its turn is enough: what has come
+    /// meanwhile is reported when they are watched for it.
+    fn watch(&self, token: Token, session: &mut Session) -> nix::Result<()> {
+        for side in [Side::Downstream, Side::Upstream] {
+            let Some(socket) = session.socket(side) else {
+                continue;
+            };
+            let wanted = session.interest(side);
+            match session.watched[side.index()] {
+                Some(present) if present == wanted => continue,
+                // It cannot fail: nothing is allocated for it.
+                Some(_) => self.sockets.change(socket, token, side, wanted)?,
+                None => self.sockets.watch(socket, token, side, wanted)?,
+            }
+            session.watched[side.index()] = Some(wanted);
+        }
+        Ok(())
     }
 
     fn fire(&mut self, timer: u32) {

@@ -12,8 +12,8 @@ use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::page;
 use crate::session::{Datapath, Phase, Session, Way};
-use crate::sockets::{self, Interest};
-use crate::table::{Side, Token};
+use crate::sockets;
+use crate::table::Side;
 
 /// The longest request, body excluded: nobody is answered who sends a body.
 const REQUEST_BYTES: usize = 8 << 10;
@@ -75,20 +75,17 @@ struct Answer {
 
 impl Worker {
     /// Begins to serve a client that has just connected.
-    pub(crate) fn answer_http(&mut self, token: Token, session: &mut Session) -> Next {
+    pub(crate) fn answer_http(&mut self, session: &mut Session) -> Next {
         session.is_status = true;
         session.datapath = Datapath::Relay;
-        session.http = Some(Box::default());
         session.phase = Phase::Http {
             deadline_ms: session.started_ms + REQUEST_PATIENCE_MS,
         };
-        let watched = self
-            .sockets
-            .watch(&session.downstream, token, Side::Downstream, Interest::Data);
-        if watched.is_err() || self.http_connections >= CONNECTIONS {
+        if self.http_connections >= CONNECTIONS {
             return Next::Close(CloseReason::Resource);
         }
         self.http_connections += 1;
+        session.http = Some(Box::default());
         session.ready[Side::Downstream.index()].readable = true;
         session.ready[Side::Downstream.index()].writable = true;
         self.serve_http(session)
@@ -101,9 +98,6 @@ impl Worker {
         };
         let next = self.serve_connection(session, &mut connection);
         session.http = Some(connection);
-        if matches!(next, Next::Close(_)) {
-            self.http_connections -= 1;
-        }
         next
     }
 
@@ -260,9 +254,8 @@ impl Worker {
             let meant = is_meant(&session);
             self.table.put(token, session);
             if meant {
-                self.with_session(token, |worker, session| {
+                self.with_session(token, |_, session| {
                     if session.http.is_some() {
-                        worker.http_connections -= 1;
                         end_stream(session);
                     }
                     Next::Close(CloseReason::Status)

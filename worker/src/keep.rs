@@ -74,7 +74,8 @@ impl Worker {
     pub(crate) fn keep_due(&mut self) {
         let now_ms = clock::now_ms();
         let mut old: Vec<(Token, Box<Session>)> = Vec::new();
-        while old.len() < BATCH
+        let mut entered = 0;
+        while old.len() + entered < BATCH
             && let Some(&(token, due_ms)) = self.keeping.young.front()
             && due_ms <= now_ms
         {
@@ -83,6 +84,18 @@ impl Worker {
                 continue;
             };
             session.is_young = false;
+            if session.datapath == Datapath::Late {
+                entered += 1;
+                self.table.put(token, session);
+                self.with_session(token, |worker, session| {
+                    worker.enter_kernel(token, session);
+                    worker.stream(token, session)
+                });
+                match self.table.take(token) {
+                    Some(again) => session = again,
+                    None => continue,
+                }
+            }
             if can_be_moved(&session) && self.is_room_to_keep() && self.fill_record(&mut session) {
                 old.push((token, session));
             } else {
@@ -256,14 +269,18 @@ impl Worker {
     }
 
     /// Whether a session that has nothing to do now is to leave; its record is filled then.
-    pub(crate) fn is_to_leave(&mut self, session: &mut Session) -> bool {
-        self.keeping.handing_over
+    pub(crate) fn is_to_leave(&mut self, token: Token, session: &mut Session) -> bool {
+        let leaves = self.keeping.handing_over
             && can_be_moved(session)
             && !session.holds_bytes()
             && !session.queued
             && !self.is_stranded(session)
-            && (session.seat.is_some_and(|seat| seat.kept) || self.is_room_to_keep())
-            && self.fill_record(session)
+            && (session.seat.is_some_and(|seat| seat.kept) || self.is_room_to_keep());
+        if leaves && session.datapath == Datapath::Late {
+            // Its record does not say that it is to be looked at once more.
+            self.enter_kernel(token, session);
+        }
+        leaves && self.fill_record(session)
     }
 
     /// Whether a session is better off here for now: it is to be kept, its listener is gone, and what was to become of
@@ -376,9 +393,10 @@ impl Worker {
         self.keeping.forgotten.clear();
         for (token, session) in std::mem::take(&mut self.keeping.leaving) {
             for side in [Side::Downstream, Side::Upstream] {
-                if let Some(socket) = session.socket(side) {
+                if let (Some(socket), Some(interest)) = (session.socket(side), session.watched[side.index()])
+                {
                     // What was reported meanwhile is reported again.
-                    let _ = self.sockets.change(socket, token, side, session.interest(side));
+                    let _ = self.sockets.change(socket, token, side, interest);
                 }
             }
             self.table.put(token, session);
@@ -456,7 +474,7 @@ fn saved(session: &Session, seat: Seat, claim: Option<Claim>) -> Option<Saved> {
         carrier: match session.datapath {
             Datapath::Sockmap => Carrier::Sockmap,
             Datapath::Fallback(reason) => Carrier::Fallback(reason),
-            Datapath::Relay | Datapath::Pending => Carrier::Relay,
+            Datapath::Relay | Datapath::Late | Datapath::Pending => Carrier::Relay,
         },
         upstream: upstream.map_or(String::new(), |upstream| upstream.name.clone()),
         claim,

@@ -2,6 +2,7 @@
 //! and how it leaves. The data itself is never touched here.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 
 use culvert_bpf::{Joined, SlotMaps, Terms, flow_flag};
 use culvert_shared::counters::{Board, FallbackReason, WorkerRow};
@@ -16,7 +17,6 @@ use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::Worker;
 use crate::session::{Datapath, Failed, Session, source, target};
-use crate::sockets::Interest;
 use crate::store::{Seat, Ward};
 use crate::table::{Side, Token};
 
@@ -26,48 +26,16 @@ pub(crate) const FATAL_FLAGS: u32 = flow_flag::GAP | flow_flag::TRIM_FAILED | fl
 impl Worker {
     /// Both ends are there: the kernel takes the session, or user space copies it.
     pub(crate) fn begin_streaming(&mut self, token: Token, session: &mut Session) -> Next {
-        session.datapath = match self.offload(token, session) {
-            Ok(Joined::Wanted) if session.is_limited() => {
-                // One direction is the kernel's, the other one user space's.
-                session.streams.iter_mut().for_each(|stream| stream.offload());
-                self.board[0].count_fallback(FallbackReason::RateLimited);
-                self.watch_data(token, session);
-                Datapath::Sockmap
-            }
-            Ok(Joined::Wanted) => {
-                session.streams.iter_mut().for_each(|stream| stream.offload());
-                if let Some(upstream) = session
-                    .upstream
-                    .as_ref()
-                    .filter(|upstream| upstream.was_connecting)
-                {
-                    // It can only fail for want of memory; then the session ends by its idle timeout.
-                    let _ = self
-                        .sockets
-                        .change(&upstream.socket, token, Side::Upstream, Interest::End);
-                }
-                Datapath::Sockmap
-            }
-            Ok(Joined::ToUpstreamOnly) => {
-                session.stream(Direction::ToUpstream).offload();
-                self.watch_data(token, session);
-                Datapath::Sockmap
-            }
-            Err(datapath) => {
-                if let Datapath::Fallback(reason) = datapath {
-                    self.board[0].count_fallback(reason);
-                }
-                self.watch_data(token, session);
-                datapath
-            }
-        };
-        log::debug!("session {}: datapath {:?}", session.number, session.datapath);
-        self.mark_upstream(session);
-        if session.datapath == Datapath::Sockmap {
-            Board::add(&self.board[0].sessions_offloaded, 1);
-            WorkerRow::up(&self.gauges().offloaded);
+        let kept = session.seat.is_some_and(|seat| seat.kept);
+        // One that is kept has lived for long enough.
+        if session.settings.ebpf_offload_after > 0 && !kept && self.may_enter(session).is_ok() {
+            session.datapath = Datapath::Late;
+            begin_copying(session);
+        } else {
+            self.enter_kernel(token, session);
         }
-        match session.seat.is_some_and(|seat| seat.kept) {
+        log::debug!("session {}: datapath {:?}", session.number, session.datapath);
+        match kept {
             // The record still says that it is connecting.
             true => drop(self.fill_record(session)),
             false => self.note_young(token, session),
@@ -75,7 +43,53 @@ impl Worker {
         self.stream(token, session)
     }
 
-    fn offload(&mut self, token: Token, session: &mut Session) -> Result<Joined, Datapath> {
+    /// The kernel takes the session now, if it takes it at all.
+    pub(crate) fn enter_kernel(&mut self, token: Token, session: &mut Session) {
+        let late = session.datapath == Datapath::Late;
+        let result = match late && !session.is_open() {
+            true => Err(Datapath::Relay),
+            false => self.offload(token, session),
+        };
+        session.datapath = match result {
+            Ok(Joined::Wanted) if session.is_limited() => {
+                // One direction is the kernel's, the other one user space's.
+                session.streams.iter_mut().for_each(|stream| stream.offload());
+                self.board[0].count_fallback(FallbackReason::RateLimited);
+                begin_copying(session);
+                Datapath::Sockmap
+            }
+            Ok(Joined::Wanted) => {
+                session.streams.iter_mut().for_each(|stream| stream.offload());
+                Datapath::Sockmap
+            }
+            Ok(Joined::ToUpstreamOnly) => {
+                session.stream(Direction::ToUpstream).offload();
+                begin_copying(session);
+                Datapath::Sockmap
+            }
+            // It was a short one after all.
+            Err(Datapath::Fallback(FallbackReason::EarlyEnd)) if late => Datapath::Relay,
+            Err(datapath) => {
+                if let Datapath::Fallback(reason) = datapath {
+                    self.board[0].count_fallback(reason);
+                }
+                begin_copying(session);
+                datapath
+            }
+        };
+        if late {
+            log::debug!("session {}: datapath {:?} now", session.number, session.datapath);
+            session.try_both();
+        }
+        self.mark_upstream(session);
+        if session.datapath == Datapath::Sockmap {
+            Board::add(&self.board[0].sessions_offloaded, 1);
+            WorkerRow::up(&self.gauges().offloaded);
+        }
+    }
+
+    /// The maps for a session, and which of its directions the kernel is to forward; otherwise why user space copies it.
+    fn may_enter(&self, session: &Session) -> Result<(Arc<SlotMaps>, [bool; 2]), Datapath> {
         let refuse = |reason| Err(Datapath::Fallback(reason));
         if !session.settings.ebpf_enable {
             return Err(Datapath::Relay);
@@ -85,17 +99,22 @@ impl Worker {
         let Some(maps) = self.wards[ward].store.maps.clone() else {
             return refuse(FallbackReason::BpfUnavailable);
         };
-        let Some(upstream) = session
-            .upstream
-            .as_ref()
-            .filter(|upstream| upstream.tcp && !session.is_unix())
-        else {
+        if session.is_unix() || !session.upstream.as_ref().is_some_and(|upstream| upstream.tcp) {
+            return refuse(FallbackReason::NotTcp);
+        }
+        match Direction::BOTH.map(|way| session.streams[way.index()].pace.is_none()) {
+            [false, false] => refuse(FallbackReason::RateLimited),
+            wanted => Ok((maps, wanted)),
+        }
+    }
+
+    fn offload(&mut self, token: Token, session: &mut Session) -> Result<Joined, Datapath> {
+        let refuse = |reason| Err(Datapath::Fallback(reason));
+        let (maps, wanted) = self.may_enter(session)?;
+        let ward = session.seat.map_or(OWN, |seat| seat.ward);
+        let Some(upstream) = &session.upstream else {
             return refuse(FallbackReason::NotTcp);
         };
-        let wanted = Direction::BOTH.map(|way| session.streams[way.index()].pace.is_none());
-        if wanted == [false; 2] {
-            return refuse(FallbackReason::RateLimited);
-        }
         let Some(seat) = session.seat.or_else(|| self.wards[OWN].take_seat()) else {
             return refuse(FallbackReason::SlotsUsedUp);
         };
@@ -109,7 +128,8 @@ impl Worker {
             backlog_bytes: session.settings.ebpf_backlog_size,
             lane: self.wards[ward].reader.lane(),
         };
-        match maps.join(place, ends, &terms, wanted) {
+        let sent_bytes = Direction::BOTH.map(|way| sent_by_us(session, way));
+        match maps.join(place, ends, &terms, sent_bytes, wanted) {
             Ok(joined) => {
                 self.wards[ward].tokens[place.0 as usize] = Some(token);
                 session.seat = Some(Seat { joined: true, ..seat });
@@ -134,18 +154,6 @@ impl Worker {
                 );
                 refuse(FallbackReason::KernelRefused)
             }
-        }
-    }
-
-    /// From now on user space reads and writes the session's sockets.
-    pub(crate) fn watch_data(&mut self, token: Token, session: &mut Session) {
-        for side in [Side::Downstream, Side::Upstream] {
-            if let Some(fd) = session.socket(side) {
-                // It can only fail for want of memory; then the session ends by its idle timeout.
-                let _ = self.sockets.change(fd, token, side, session.interest(side));
-            }
-            session.ready[side.index()].readable = true;
-            session.ready[side.index()].writable = true;
         }
     }
 
@@ -220,10 +228,7 @@ impl Worker {
             return Ok(true);
         };
         let forwarded = self.flow(session, direction).forwarded_bytes;
-        // The SYN that opens a connection is acknowledged like a byte; that of an accepted one is not
-        // counted (tcp_create_openreq_child starts behind it).
-        let syn = u64::from(side == Side::Upstream);
-        let sent = syn + session.streams[direction.index()].written_bytes + forwarded;
+        let sent = sent_by_us(session, direction) + forwarded;
         let taken = socket::written_bytes(fd, sent).map_err(|error| {
             Trouble::Socket(Failed {
                 side,
@@ -272,6 +277,24 @@ impl Worker {
             maps.part(place);
         }
     }
+}
+
+/// What a direction's target was sent by user space, as its TCP counts what is acknowledged.
+///
+/// The SYN that opens a connection is acknowledged like a byte; that of an accepted one is not counted
+/// (tcp_create_openreq_child starts behind it).
+fn sent_by_us(session: &Session, direction: Direction) -> u64 {
+    let syn = u64::from(target(direction) == Side::Upstream);
+    syn + session.streams[direction.index()].written_bytes
+}
+
+/// From now on user space reads and writes the session's sockets. What the server has sent, if anything, is reported
+/// when its socket is watched for that; what the client has, most often something, is found by trying.
+fn begin_copying(session: &mut Session) {
+    let [downstream, upstream] = &mut session.ready;
+    downstream.readable = true;
+    downstream.writable = true;
+    upstream.writable = true;
 }
 
 /// The store of the worker's own slot, where its new sessions go.

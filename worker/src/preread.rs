@@ -16,7 +16,7 @@ use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::proxy_protocol::{self, Header, Read};
 use crate::session::{Awaited, Phase, Session};
-use crate::sockets::{self, Interest};
+use crate::sockets;
 use crate::table::{Side, Token};
 
 /// Where the beginning of a stream is looked at; all sessions of the worker share it.
@@ -87,13 +87,10 @@ impl Worker {
             Ok(Look::Incomplete) if session.ready[Side::Downstream.index()].ended => {
                 Next::Close(CloseReason::DownstreamLeftReading)
             }
-            Ok(Look::Incomplete) => match self.attend(token, session, Interest::Read) {
-                Ok(()) => {
-                    self.note_young(token, session);
-                    Next::Wait(deadline_ms)
-                }
-                Err(_) => Next::Close(CloseReason::Resource),
-            },
+            Ok(Look::Incomplete) => {
+                self.note_young(token, session);
+                Next::Wait(deadline_ms)
+            }
             Ok(Look::Bad(why)) => {
                 log::info!(
                     "session {}: closing client {} of {}: {why}",
@@ -161,21 +158,6 @@ impl Worker {
         let limit = session.settings.preread_buffer_size.min(glance.len());
         if let Ok(seen) = sockets::peek(session.downstream.as_fd(), &mut glance[..limit]) {
             look_for_hello(session, &glance[..seen], limit);
-        }
-    }
-
-    /// Waits for this, and for nothing else, on the client's socket.
-    pub(crate) fn attend(
-        &mut self,
-        token: Token,
-        session: &mut Session,
-        interest: Interest,
-    ) -> Result<(), Errno> {
-        let side = Side::Downstream;
-        match session.attention.replace(interest) {
-            None => self.sockets.watch(&session.downstream, token, side, interest),
-            Some(before) if before == interest => Ok(()),
-            Some(_) => self.sockets.change(&session.downstream, token, side, interest),
         }
     }
 }

@@ -56,6 +56,9 @@ impl Worker {
             if session.stream(direction).source_ended {
                 return Ok(Pumped::SourceEnded);
             }
+            if session.is_long() {
+                return Ok(Pumped::TurnOver);
+            }
             if !session.ready[from.index()].readable {
                 return Ok(Pumped::Blocked);
             }
@@ -77,6 +80,7 @@ impl Worker {
             };
             self.begin_copying(session);
             let buffer = &mut self.scratch.0[..limit];
+            let asked = buffer.len();
             let seen = match sockets::peek(socket.as_fd(), buffer) {
                 Ok(0) => {
                     session.stream(direction).source_ended = true;
@@ -99,7 +103,9 @@ impl Worker {
                 return Err(Failed { side: from, errno });
             }
             if written < seen {
-                session.ready[to.index()].writable = false;
+                session.fill(to);
+            } else if seen < asked && session.reads_all(from) {
+                session.ready[from.index()].readable = false;
             }
             if written == 0 {
                 continue;
@@ -135,7 +141,7 @@ impl Worker {
             ) {
                 Ok(written) => written,
                 Err(Errno::EAGAIN) => {
-                    session.ready[to.index()].writable = false;
+                    session.fill(to);
                     return Ok(false);
                 }
                 Err(errno) => return Err(Failed { side: to, errno }),

@@ -146,6 +146,10 @@ pub struct Readiness {
     pub readable: bool,
     /// There may be space.
     pub writable: bool,
+    /// There was none once: since then it is watched for that. Most sessions never fill a buffer.
+    pub filled: bool,
+    /// Urgent data has arrived: a read may end before it although more is there.
+    pub urgent: bool,
     /// The end of the stream has arrived.
     pub ended: bool,
     /// There is an error.
@@ -157,6 +161,8 @@ pub struct Readiness {
 pub enum Datapath {
     /// It is still to be handed over.
     Pending,
+    /// User space copies until it has seen that the session is no short one.
+    Late,
     /// The kernel has both sockets.
     Sockmap,
     /// User space copies because the operator says so.
@@ -171,7 +177,7 @@ impl Datapath {
         match self {
             Datapath::Pending => "none",
             Datapath::Sockmap => "sockmap",
-            Datapath::Relay | Datapath::Fallback(_) => "relay",
+            Datapath::Late | Datapath::Relay | Datapath::Fallback(_) => "relay",
         }
     }
 }
@@ -182,8 +188,6 @@ pub struct Upstream {
     pub socket: OwnedFd,
     /// Whether it is TCP; a unix socket is not.
     pub tcp: bool,
-    /// Whether the end of the connection attempt had to be waited for.
-    pub was_connecting: bool,
     /// What it is connected to, for people.
     pub name: String,
     /// The peer's row on the board, if the configuration names the peer.
@@ -244,8 +248,8 @@ pub struct Session {
     pub server: Option<usize>,
     /// The settings in force.
     pub settings: Rc<Settings>,
-    /// What is waited for on the client's socket until bytes move; `None`: it is not watched yet.
-    pub attention: Option<Interest>,
+    /// What each socket is watched for, by [`Side`]; `None`: it is not watched yet.
+    pub watched: [Option<Interest>; 2],
     /// It is served a status document or HTTP, and is no proxied session.
     pub is_status: bool,
     /// The server's socket; `None` before there is one, and for a status document.
@@ -309,7 +313,7 @@ impl Session {
             listener,
             server: None,
             settings,
-            attention: None,
+            watched: [None; 2],
             is_status: false,
             upstream: None,
             owes: None,
@@ -361,24 +365,67 @@ impl Session {
     /// What one of its sockets is to be watched for.
     pub fn interest(&self, side: Side) -> Interest {
         match self.phase {
-            Phase::Reading { .. } => self.attention.unwrap_or(Interest::Read),
+            Phase::Reading { .. } => Interest::Read,
             Phase::Connecting { .. } if side == Side::Upstream => Interest::Connected,
             Phase::Connecting { .. } | Phase::Waiting { .. } => Interest::End,
             Phase::Http { .. } => Interest::Data,
             Phase::Streaming => {
+                // What the kernel forwards must not wake the worker.
                 let is_copied = |direction: Direction| self.streams[direction.index()].way == Way::Relay;
-                let mut copied = Direction::BOTH
-                    .into_iter()
-                    .filter(|direction| is_copied(*direction));
-                match (copied.next(), copied.next()) {
-                    (None, _) => Interest::End,
-                    // What the kernel forwards of the other one must not wake the worker.
-                    (Some(direction), None) if side == source(direction) => Interest::Read,
-                    (Some(_), None) => Interest::Write,
-                    (Some(_), Some(_)) => Interest::Data,
+                let outward = match side {
+                    Side::Downstream => Direction::ToUpstream,
+                    Side::Upstream => Direction::ToDownstream,
+                };
+                let is_filled = self.ready[side.index()].filled;
+                match (is_copied(outward), is_filled && is_copied(outward.opposite())) {
+                    (false, false) => Interest::End,
+                    (true, false) => Interest::Read,
+                    (false, true) => Interest::Write,
+                    (true, true) => Interest::Data,
                 }
             }
         }
+    }
+
+    /// Whether it is copied because it may be short, and has moved enough by now to be none.
+    pub fn is_long(&self) -> bool {
+        self.datapath == Datapath::Late && self.copied_bytes() >= self.settings.ebpf_offload_after
+    }
+
+    fn copied_bytes(&self) -> u64 {
+        self.streams.iter().map(|stream| stream.written_bytes).sum()
+    }
+
+    /// Whether no stream has ended, as far as is known. The kernel takes no other session.
+    pub fn is_open(&self) -> bool {
+        let is_open = |stream: &Stream| stream.way == Way::Relay && !stream.source_ended;
+        self.streams.iter().all(is_open) && !self.ready.iter().any(|ready| ready.ended || ready.failed)
+    }
+
+    /// Its sockets are tried, whatever was reported.
+    pub fn try_both(&mut self) {
+        for ready in &mut self.ready {
+            ready.readable = true;
+            ready.writable = true;
+        }
+    }
+
+    /// A socket has no space.
+    pub fn fill(&mut self, side: Side) {
+        let ready = &mut self.ready[side.index()];
+        ready.writable = false;
+        ready.filled = true;
+    }
+
+    /// Whether a read of one of its sockets that brings less than was asked for has brought all that was there. Then
+    /// what comes next is reported. A read of a unix socket may also end where the writer changes.
+    pub fn reads_all(&self, side: Side) -> bool {
+        let ready = self.ready[side.index()];
+        let tcp = match side {
+            Side::Downstream => !self.is_unix(),
+            Side::Upstream => self.upstream.as_ref().is_some_and(|upstream| upstream.tcp),
+        };
+        tcp && !ready.urgent && !ready.ended
     }
 
     /// Whether a limit on its rate keeps a direction out of the kernel.

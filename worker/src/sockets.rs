@@ -1,11 +1,15 @@
-//! The epoll instance of the sessions' sockets, and the plain calls on them.
+//! The epoll instance that the worker waits on, and the plain calls on sockets.
 //!
 //! mio always adds EPOLLIN to what it watches; an offloaded socket must not have it, or every segment
-//! that the kernel forwards wakes the worker. So sessions have an epoll of their own, which is watched
-//! by mio like any other descriptor. All of it is edge-triggered.
+//! that the kernel forwards wakes the worker. So sessions and listeners stand in an epoll of their own, and mio's,
+//! for all that is rare, is watched in it like any other descriptor: what comes often costs one wait and no more.
+//!
+//! Sessions are edge-triggered. What is watched anew, or for something else, is reported if it is there already.
+//! Listeners are not: a connection that was left is reported again.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use culvert_shared::sys::socket::tcp_info;
@@ -36,46 +40,124 @@ impl Interest {
     fn flags(self) -> EpollFlags {
         let wanted = match self {
             Interest::End => EpollFlags::EPOLLRDHUP,
-            Interest::Read => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLIN,
+            Interest::Read => EpollFlags::EPOLLRDHUP | READ,
             Interest::Connected | Interest::Write => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLOUT,
-            Interest::Data => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLOUT | EpollFlags::EPOLLIN,
+            Interest::Data => EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLOUT | READ,
         };
         wanted | EpollFlags::EPOLLET
     }
 }
 
+/// Data, and whether some of it is urgent.
+const READ: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLPRI);
+
+/// What an event is about.
+pub enum Source {
+    /// A socket of a session.
+    Session(Token, Side),
+    /// A listener.
+    Listener(usize),
+    /// mio's poll, with all the rest.
+    Poll,
+}
+
+/// A slot that no session has: the upper half of the data says what it is then.
+const NO_SESSION: u64 = u32::MAX as u64;
+/// mio's poll; a smaller number is a listener's.
+const POLL: u64 = u32::MAX as u64;
+
+impl Source {
+    fn decode(data: u64) -> Source {
+        match (data & NO_SESSION, data >> 32) {
+            (NO_SESSION, POLL) => Source::Poll,
+            (NO_SESSION, listener) => Source::Listener(listener as usize),
+            _ => {
+                let (token, side) = Token::decode(data);
+                Source::Session(token, side)
+            }
+        }
+    }
+}
+
 /// The epoll instance.
-pub struct Sockets(Epoll);
+pub struct Sockets {
+    epoll: Epoll,
+    events: Vec<EpollEvent>,
+}
+
+/// Events that one turn takes.
+const TURN_EVENTS: usize = 256;
 
 impl Sockets {
     /// A new instance.
     pub fn new() -> Result<Sockets> {
         Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
-            .map(Sockets)
+            .map(|epoll| Sockets {
+                epoll,
+                events: vec![EpollEvent::empty(); TURN_EVENTS],
+            })
             .context("failed to create an epoll instance")
     }
 
-    /// Its descriptor, to be watched.
-    pub fn raw_fd(&self) -> i32 {
-        self.0.0.as_raw_fd()
+    /// Watches mio's poll, until all that it has was asked for.
+    pub fn watch_poll(&self, poll: BorrowedFd<'_>) -> Result<(), Errno> {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, POLL << 32 | NO_SESSION);
+        self.epoll.add(poll, event)
+    }
+
+    /// Watches a listener for connections.
+    pub fn watch_listener(&self, fd: BorrowedFd<'_>, listener: usize) -> Result<(), Errno> {
+        self.epoll.add(fd, listener_event(listener, true))
+    }
+
+    /// Says whether connections of a listener are wanted now.
+    pub fn heed_listener(&self, fd: BorrowedFd<'_>, listener: usize, wanted: bool) -> Result<(), Errno> {
+        self.epoll.modify(fd, &mut listener_event(listener, wanted))
+    }
+
+    /// Watches a listener no more; closing it is not enough while another process has it too.
+    pub fn unwatch_listener(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        self.epoll.delete(fd)
     }
 
     /// Starts to watch a socket.
     pub fn watch(&self, fd: &OwnedFd, token: Token, side: Side, interest: Interest) -> Result<(), Errno> {
-        self.0
+        self.epoll
             .add(fd, EpollEvent::new(interest.flags(), token.encode(side)))
     }
 
     /// Changes what is waited for; what is already there is reported again.
     pub fn change(&self, fd: &OwnedFd, token: Token, side: Side, interest: Interest) -> Result<(), Errno> {
-        self.0
+        self.epoll
             .modify(fd, &mut EpollEvent::new(interest.flags(), token.encode(side)))
     }
 
-    /// What has happened, without waiting; fills `events` and returns how many.
-    pub fn take(&self, events: &mut [EpollEvent]) -> Result<usize, Errno> {
-        self.0.wait(events, EpollTimeout::ZERO)
+    /// Waits until something has happened, for so long at most (`None`: without end), and says how much: see
+    /// [`Sockets::event`]. If it is more than one turn takes, the rest comes first the next time.
+    pub fn wait(&mut self, patience: Option<Duration>) -> Result<usize, Errno> {
+        let longest = EpollTimeout::MAX;
+        let timeout = patience.map_or(EpollTimeout::NONE, |patience| {
+            EpollTimeout::try_from(patience).unwrap_or(longest)
+        });
+        match self.epoll.wait(&mut self.events, timeout) {
+            Err(Errno::EINTR) => Ok(0),
+            result => result,
+        }
     }
+
+    /// One of the events that the last wait brought.
+    pub fn event(&self, index: usize) -> (Source, EpollFlags) {
+        let event = &self.events[index];
+        (Source::decode(event.data()), event.events())
+    }
+}
+
+fn listener_event(listener: usize, wanted: bool) -> EpollEvent {
+    let flags = match wanted {
+        true => EpollFlags::EPOLLIN,
+        false => EpollFlags::empty(),
+    };
+    EpollEvent::new(flags, (listener as u64) << 32 | NO_SESSION)
 }
 
 /// Reads what is there.

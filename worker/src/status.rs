@@ -16,7 +16,6 @@ use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::session::{Datapath, Session};
-use crate::sockets::Interest;
 use crate::table::{Side, Token};
 
 /// Places in the sockmap that one session takes: one for each socket.
@@ -26,9 +25,6 @@ impl Worker {
     /// Makes the session write the document and end. What its client sends is read and dropped: closing
     /// with unread data would reset the connection under the document.
     pub(crate) fn answer_status(&mut self, token: Token, session: &mut Session) -> Next {
-        if self.attend(token, session, Interest::Data).is_err() {
-            return Next::Close(CloseReason::Resource);
-        }
         session.datapath = Datapath::Relay;
         session.ready[Side::Downstream.index()].readable = true;
         session.ready[Side::Downstream.index()].writable = true;

@@ -14,6 +14,9 @@ use crate::flow_flag;
 use crate::pair::{FlowState, Joined, LaneNumber, SlotMaps, Terms};
 use culvert_shared::sessions::Place;
 
+/// Before a byte: only the SYN that opened `upstream`.
+const SENT_BYTES: [u64; 2] = [1, 0];
+
 /// `client` - `downstream` = pair = `upstream` - `server`.
 pub struct Session<'a> {
     /// The maps that the pair is in.
@@ -73,7 +76,7 @@ impl<'a> Session<'a> {
             lane,
         };
         let sockets = [self.downstream.stream.as_fd(), self.upstream.stream.as_fd()];
-        match self.maps.join(self.place, sockets, &terms, [true; 2]) {
+        match self.maps.join(self.place, sockets, &terms, SENT_BYTES, [true; 2]) {
             Ok(Joined::Wanted) => Ok(()),
             Ok(Joined::ToUpstreamOnly) => bail!("upstream: the kernel refused it as a source"),
             Err(error) => Err(error).context("the kernel refused the sockets"),

@@ -244,6 +244,11 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
         "ebpf_backlog_size = {}",
         quoted(&write_size(stream.ebpf_backlog_size as usize))
     )?;
+    writeln!(
+        out,
+        "ebpf_offload_after = {}",
+        quoted(&write_size(stream.ebpf_offload_after as usize))
+    )?;
     let on_reload = OnReload::ALL.iter().find(|(_, what)| *what == stream.on_reload);
     writeln!(
         out,

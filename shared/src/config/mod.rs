@@ -474,6 +474,8 @@ pub struct Stream {
     pub ebpf_timer_period: Duration,
     /// Bytes that may be outstanding towards one side of an offloaded session before the other is held back.
     pub ebpf_backlog_size: u32,
+    /// Bytes that a session moves, both ways together, before the kernel takes it; 0: it is taken at once.
+    pub ebpf_offload_after: u64,
     /// What becomes of a session whose listener or peer is gone after a reload.
     pub on_reload: OnReload,
     /// Send the upstream a PROXY header of this version.

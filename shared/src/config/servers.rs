@@ -26,6 +26,8 @@ const PREREAD_MAX_BYTES: usize = 64 << 10;
 const BACKLOG_SIZE_MIN_BYTES: usize = 64 << 10;
 /// Sequence numbers are compared in 32 bits, signed.
 const BACKLOG_SIZE_MAX_BYTES: usize = 1 << 30;
+/// A session that has moved a gibibyte is not short by anybody's measure.
+const OFFLOAD_AFTER_MAX_BYTES: usize = 1 << 30;
 
 /// More peers than a program can have counters for.
 const TRIES_MAX: u32 = 65_535;
@@ -89,6 +91,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_bind: ProxyBind::Off,
             ebpf_timer_period: hour,
             ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
+            ebpf_offload_after: 0,
             on_reload: OnReload::Keep,
             proxy_protocol: None,
             proxy_protocol_timeout: hour,
@@ -145,6 +148,7 @@ impl<'c, 'a> Servers<'c, 'a> {
         let tries = |given: Given| valid::number(given, 0..=TRIES_MAX);
         let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
         let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
+        let offload_after = |given: Given| units::size(given, 0..=OFFLOAD_AFTER_MAX_BYTES);
         let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
         let preread = |given: Given| units::size(given, 1..=PREREAD_MAX_BYTES);
         let (zones, maps) = (self.zones, self.maps);
@@ -165,6 +169,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_bind,
             ebpf_timer_period,
             ebpf_backlog_size,
+            ebpf_offload_after,
             on_reload,
             proxy_protocol,
             proxy_protocol_timeout,
@@ -223,6 +228,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             ebpf_backlog_size: check
                 .at(table, key, "ebpf_backlog_size", backlog)
                 .map_or(ebpf_backlog_size, |bytes| bytes as u32),
+            ebpf_offload_after: check
+                .at(table, key, "ebpf_offload_after", offload_after)
+                .map_or(ebpf_offload_after, |bytes| bytes as u64),
             on_reload: check
                 .at(table, key, "on_reload", valid::on_reload)
                 .unwrap_or(on_reload),

@@ -8,7 +8,7 @@ fn stream() -> impl Strategy<Value = Stream> {
     let millis = |range: std::ops::RangeInclusive<u64>| range.prop_map(Duration::from_millis);
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
-    let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30);
+    let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30, 0u64..=1 << 30);
     let next = (0u32..=65_535, millis(0..=year));
     let versions = prop::option::of(prop::sample::select(vec![ProxyProtocol::V1, ProxyProtocol::V2]));
     let networks = prop::collection::vec(network(), 0..3);
@@ -62,6 +62,7 @@ fn stream() -> impl Strategy<Value = Stream> {
                 proxy_bind: hello.2,
                 ebpf_timer_period: times.2,
                 ebpf_backlog_size: sizes.1,
+                ebpf_offload_after: sizes.2,
                 on_reload: if flags[3] { OnReload::Keep } else { OnReload::Close },
                 proxy_protocol: header.0,
                 proxy_protocol_timeout: header.1,
