@@ -362,6 +362,7 @@ fn what_follows_urgent_data_in_the_same_burst_is_copied() {
     // All of it is there when the worker looks next. A read of TCP ends where urgent data stands.
     let worker = Pid::from_raw(proxy.worker());
     kill(worker, Signal::SIGSTOP).expect("stopping the worker");
+    pause(200);
     client.write_all(b"before").expect("sending");
     nix::sys::socket::send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).expect("sending urgent data");
     client.write_all(b"behind").expect("sending");
