@@ -45,6 +45,17 @@ fn group(address: SocketAddr, max_conns: u32, queue: &str) -> String {
     )
 }
 
+/// A peer that takes so many sessions at once, and a proxy with a queue before it.
+fn behind_a_queue(workers: usize, places: u32, queue: &str) -> (Arc<Seen>, Upstream<()>, Proxy, SocketAddr) {
+    let seen = Arc::new(Seen::default());
+    let upstream = peer(&seen);
+    let table = group(upstream.address, places, queue);
+    let mut plan = Plan::new().workers(workers).tables(&table);
+    let front = plan.server("group");
+    let proxy = plan.start();
+    (seen, upstream, proxy, front)
+}
+
 /// Connects and says its name at once.
 fn come(front: SocketAddr, name: u8) -> TcpStream {
     let mut stream = connect(front);
@@ -59,6 +70,20 @@ fn come(front: SocketAddr, name: u8) -> TcpStream {
 fn is_served(stream: &mut TcpStream, name: u8) -> bool {
     let mut answer = [0u8];
     stream.read_exact(&mut answer).is_ok() && answer[0] == name
+}
+
+/// The place of `first`, whose name is 0, goes to all who wait, one after the other as they came.
+#[track_caller]
+fn must_be_served_in_order(first: TcpStream, clients: Vec<(TcpStream, u8)>, seen: &Seen) {
+    let names: Vec<u8> = std::iter::once(0)
+        .chain(clients.iter().map(|(_, name)| *name))
+        .collect();
+    drop(first);
+    for (mut client, name) in clients {
+        assert!(is_served(&mut client, name), "{name}");
+    }
+    assert_eq!(*seen.order.lock().expect("the order"), names);
+    assert_eq!(seen.most.load(Ordering::SeqCst), 1);
 }
 
 fn queue(status: &Status, key: &str) -> u64 {
@@ -76,12 +101,7 @@ fn wait_for_waiting(proxy: &Proxy, count: u64) -> Status {
 
 #[test]
 fn places_go_to_those_who_have_waited_longest_over_all_workers() {
-    let seen = Arc::new(Seen::default());
-    let upstream = peer(&seen);
-    let table = group(upstream.address, 2, "queue = { size = 100 }");
-    let mut plan = Plan::new().workers(4).tables(&table);
-    let front = plan.server("group");
-    let proxy = plan.start();
+    let (seen, _upstream, proxy, front) = behind_a_queue(4, 2, "queue = { size = 100 }");
     let mut clients: Vec<(TcpStream, u8)> = Vec::new();
     for name in 0..20 {
         let mut client = come(front, name);
@@ -123,12 +143,7 @@ fn places_go_to_those_who_have_waited_longest_over_all_workers() {
 
 #[test]
 fn no_more_wait_than_size_and_none_longer_than_timeout() {
-    let seen = Arc::new(Seen::default());
-    let upstream = peer(&seen);
-    let table = group(upstream.address, 1, "queue = { size = 2, timeout = \"1s\" }");
-    let mut plan = Plan::new().workers(3).tables(&table);
-    let front = plan.server("group");
-    let proxy = plan.start();
+    let (seen, _upstream, proxy, front) = behind_a_queue(3, 1, "queue = { size = 2, timeout = \"1s\" }");
     let mut first = come(front, 1);
     assert!(is_served(&mut first, 1));
     let begun = Instant::now();
@@ -162,12 +177,7 @@ fn no_more_wait_than_size_and_none_longer_than_timeout() {
 
 #[test]
 fn a_client_that_hangs_up_waits_no_more_but_one_that_has_only_ended_its_stream_does() {
-    let seen = Arc::new(Seen::default());
-    let upstream = peer(&seen);
-    let table = group(upstream.address, 1, "queue = { size = 9 }");
-    let mut plan = Plan::new().workers(2).tables(&table);
-    let front = plan.server("group");
-    let proxy = plan.start();
+    let (_seen, _upstream, proxy, front) = behind_a_queue(2, 1, "queue = { size = 9 }");
     let mut first = come(front, 1);
     assert!(is_served(&mut first, 1));
     let hasty = connect(front);
@@ -189,12 +199,7 @@ fn a_client_that_hangs_up_waits_no_more_but_one_that_has_only_ended_its_stream_d
 
 #[test]
 fn a_workers_death_takes_its_tickets_along_and_nobody_elses() {
-    let seen = Arc::new(Seen::default());
-    let upstream = peer(&seen);
-    let table = group(upstream.address, 1, "queue = { size = 99 }");
-    let mut plan = Plan::new().workers(2).tables(&table);
-    let front = plan.server("group");
-    let proxy = plan.start();
+    let (seen, _upstream, proxy, front) = behind_a_queue(2, 1, "queue = { size = 99 }");
     let mut first = come(front, 200);
     assert!(is_served(&mut first, 200));
     let begun = Instant::now();
@@ -246,12 +251,7 @@ fn a_workers_death_takes_its_tickets_along_and_nobody_elses() {
 
 #[test]
 fn sessions_that_have_waited_for_a_second_outlive_their_workers_deaths_and_keep_their_order() {
-    let seen = Arc::new(Seen::default());
-    let upstream = peer(&seen);
-    let table = group(upstream.address, 1, "queue = { size = 99 }");
-    let mut plan = Plan::new().workers(2).tables(&table);
-    let front = plan.server("group");
-    let proxy = plan.start();
+    let (seen, _upstream, proxy, front) = behind_a_queue(2, 1, "queue = { size = 99 }");
     let mut first = come(front, 0);
     assert!(is_served(&mut first, 0));
     let mut clients = Vec::new();
@@ -270,23 +270,12 @@ fn sessions_that_have_waited_for_a_second_outlive_their_workers_deaths_and_keep_
         }
         wait_for_waiting(&proxy, 12);
     }
-    drop(first);
-    for (mut client, name) in clients {
-        assert!(is_served(&mut client, name), "{name}");
-    }
-    let order = seen.order.lock().expect("the order").clone();
-    assert_eq!(order, (0..=12).collect::<Vec<u8>>());
-    assert_eq!(seen.most.load(Ordering::SeqCst), 1);
+    must_be_served_in_order(first, clients, &seen);
 }
 
 #[test]
 fn sessions_that_wait_outlive_a_reload_and_keep_their_order() {
-    let seen = Arc::new(Seen::default());
-    let upstream = peer(&seen);
-    let table = group(upstream.address, 1, "queue = { size = 99 }");
-    let mut plan = Plan::new().workers(2).tables(&table);
-    let front = plan.server("group");
-    let proxy = plan.start();
+    let (seen, _upstream, proxy, front) = behind_a_queue(2, 1, "queue = { size = 99 }");
     let mut first = come(front, 0);
     assert!(is_served(&mut first, 0));
     let mut clients = Vec::new();
@@ -301,13 +290,7 @@ fn sessions_that_wait_outlive_a_reload_and_keep_their_order() {
             wait_for_waiting(&proxy, 4);
         }
     }
-    drop(first);
-    for (mut client, name) in clients {
-        assert!(is_served(&mut client, name), "{name}");
-    }
-    let order = seen.order.lock().expect("the order").clone();
-    assert_eq!(order, (0..=8).collect::<Vec<u8>>());
-    assert_eq!(seen.most.load(Ordering::SeqCst), 1);
+    must_be_served_in_order(first, clients, &seen);
     assert!(within(Duration::from_secs(5), || {
         proxy.status().workers().iter().all(|worker| !worker.draining)
     }));
@@ -315,12 +298,7 @@ fn sessions_that_wait_outlive_a_reload_and_keep_their_order() {
 
 #[test]
 fn many_short_sessions_never_exceed_the_limit_and_all_are_served() {
-    let seen = Arc::new(Seen::default());
-    let upstream = peer(&seen);
-    let table = group(upstream.address, 3, "queue = { size = 1000 }");
-    let mut plan = Plan::new().workers(3).tables(&table);
-    let front = plan.server("group");
-    let proxy = plan.start();
+    let (seen, _upstream, proxy, front) = behind_a_queue(3, 3, "queue = { size = 1000 }");
     let begun = Instant::now();
     std::thread::scope(|scope| {
         for thread in 0..30u8 {
