@@ -6,8 +6,8 @@
 use std::cell::RefCell;
 use std::os::fd::RawFd;
 use std::rc::Rc;
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
+use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicU32, fence};
 
 use anyhow::{Context, Result};
 use culvert_shared::ids::{Direction, Owner};
@@ -88,10 +88,18 @@ impl Events {
         self.ring.epoll_fd()
     }
 
-    /// Takes all events that there are.
+    /// Takes all events that there are. Of one that comes later the descriptor tells, to an edge-triggered reader too.
+    ///
+    /// bpf_ringbuf_commit wakes the reader only for an event that it finds to be the next one that the reader wants.
+    /// libbpf stores how far it has read, and looks for more without a barrier in between (ringbuf_process_ring,
+    /// libbpf 1.7): an event that is committed just then is neither seen nor told of, and none after it is. libbpf's
+    /// own loop does not mind, because epoll asks a level-triggered descriptor again. So here: a barrier, and another
+    /// look, until there is nothing.
     pub fn take(&mut self) -> Vec<Event> {
         // It can only fail through the callback, which does not.
-        let _ = self.ring.consume();
+        while self.ring.consume_raw() > 0 {
+            fence(SeqCst);
+        }
         std::mem::take(&mut self.taken.borrow_mut())
     }
 }
@@ -120,3 +128,6 @@ fn decode(bytes: &[u8]) -> Option<Event> {
 }
 
 const _: () = assert!(size_of::<types::event>() == 8);
+
+#[cfg(test)]
+mod tests;
