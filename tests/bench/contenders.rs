@@ -64,9 +64,9 @@ pub const ALL: &[Contender] = &[
     },
     Contender {
         name: "culvert_late",
-        title: "Culvert, offloaded after 64k",
+        title: "Culvert, offloaded after 8k",
         kind: Kind::Culvert {
-            stream: "ebpf_offload_after = \"64k\"",
+            stream: "ebpf_offload_after = \"8k\"",
             equipped: false,
         },
     },

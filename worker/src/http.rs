@@ -54,18 +54,18 @@ pub struct Connection {
 }
 
 /// A request that makes sense.
-#[derive(Debug, PartialEq, Eq)]
-struct Request {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Request {
     path: String,
     head_only: bool,
     prefers_html: bool,
     keep_alive: bool,
     /// Its length in bytes.
-    length: usize,
+    pub(crate) length: usize,
 }
 
 /// What is wrong with one.
-type Refusal = (u16, &'static str);
+pub(crate) type Refusal = (u16, &'static str);
 
 struct Answer {
     status: u16,
@@ -280,7 +280,7 @@ fn end_stream(session: &mut Session) {
 }
 
 /// Reads a request; `None`: it is not there whole.
-fn parse(bytes: &[u8]) -> Result<Option<Request>, Refusal> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<Option<Request>, Refusal> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS];
     let mut request = httparse::Request::new(&mut headers);
     let length = match request.parse(bytes) {

@@ -1,8 +1,4 @@
-//! What servers answer, right and wrong; and what becomes of it when bytes are changed at random. A longer run by hand:
-//! `FUZZ_ROUNDS=2000000 cargo test --release -p master --bin master fuzz -- --nocapture`. What is found goes into
-//! `tests/data/fuzz/dns`.
-
-use std::path::Path;
+//! What servers answer, right and wrong; and what becomes of it when bytes are changed at random.
 
 use super::*;
 
@@ -224,54 +220,6 @@ fn an_answer_of_the_greatest_size_is_bounded() {
     }
 }
 
-/// Numbers from a seed, the same each time (xorshift64).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % limit.max(1) as u64) as usize
-    }
-}
-
-fn corpus() -> Vec<Vec<u8>> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/fuzz/dns");
-    let entries = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    assert!(
-        files.len() >= 8,
-        "only {} inputs in {}",
-        files.len(),
-        folder.display()
-    );
-    files.iter().map(|file| std::fs::read(file).unwrap()).collect()
-}
-
-fn mutate(dice: &mut Dice, corpus: &[Vec<u8>]) -> Vec<u8> {
-    let mut bytes = corpus[dice.below(corpus.len())].clone();
-    for _ in 0..dice.below(6) {
-        let at = dice.below(bytes.len() + 1);
-        match dice.below(6) {
-            0 => bytes.truncate(at),
-            1 => bytes.insert(at, dice.below(256) as u8),
-            2 if at < bytes.len() => drop(bytes.remove(at)),
-            3 => {
-                let other = &corpus[dice.below(corpus.len())];
-                let from = dice.below(other.len());
-                let to = from + dice.below(other.len() - from);
-                bytes.splice(at..at, other[from..to].iter().copied());
-            }
-            4 if at < bytes.len() => bytes[at] = [0, 1, 0x7f, 0xc0, 0xff][dice.below(5)],
-            _ if at < bytes.len() => bytes[at] ^= 1 << dice.below(8),
-            _ => {}
-        }
-    }
-    bytes
-}
-
 /// The question that an input answers, as far as it names one.
 fn asked_in(bytes: &[u8]) -> Question {
     let asked = Message::from_octets(bytes).ok().and_then(|message| {
@@ -288,10 +236,6 @@ fn asked_in(bytes: &[u8]) -> Question {
 
 #[test]
 fn fuzz_whatever_is_answered_makes_a_bounded_value() {
-    let rounds =
-        std::env::var("FUZZ_ROUNDS").map_or(30_000, |text| text.parse().expect("a number of rounds"));
-    let corpus = corpus();
-    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
     let mut counts = [0u64; 7];
     let mut check = |bytes: &[u8]| {
         let asked = asked_in(bytes);
@@ -322,12 +266,10 @@ fn fuzz_whatever_is_answered_makes_a_bounded_value() {
             Answer::Garbled => 6,
         }] += 1;
     };
-    for bytes in &corpus {
-        (0..=bytes.len()).for_each(|cut| check(&bytes[..cut]));
-    }
-    for _ in 0..rounds {
-        check(&mutate(&mut dice, &corpus));
-    }
+    culvert_fuzz::run("dns", 30_000, |bytes, cut| {
+        check(bytes);
+        check(&bytes[..cut]);
+    });
     // The corpus reaches each of them, so the mutations begin near each of them.
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 }

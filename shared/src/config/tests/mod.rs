@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 mod errors;
+mod fuzz;
 mod manual;
 mod property;
 mod shipped;
