@@ -30,8 +30,9 @@ const STEPS: [(&str, Step); 5] = [
 
 /// How long a step may take, and how long one that waits for a reader may stand still. A sound kernel needs a tenth of a
 /// second for all of them together; a virtual machine without hardware support may need ten times that, and so
-/// may a host whose CPUs are busy: to be slow is no fault.
-const STEP_TIME: Duration = Duration::from_secs(3);
+/// may a host whose CPUs are busy: to be slow is no fault, and who fails is copied for until the next start. With buffers as
+/// small as some steps have, one missed moment costs a sender's timeout, and the next one twice that (0.2 s, 0.4 s, …).
+const STEP_TIME: Duration = Duration::from_secs(10);
 
 /// Pairs of the slot that it is done in. A step has one at a time.
 const PAIRS: u32 = 4;
