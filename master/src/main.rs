@@ -13,6 +13,7 @@ mod access_log;
 mod args;
 mod backoff;
 mod boot;
+mod building;
 mod check;
 mod error_log;
 mod from_nginx;

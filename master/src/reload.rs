@@ -12,6 +12,7 @@ use culvert_shared::counters::Board;
 use culvert_shared::logging;
 use culvert_worker::Store;
 
+use crate::building::{Building, Built, Step};
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::names::FIRST_ANSWERS;
@@ -44,9 +45,14 @@ impl Pending {
 }
 
 impl Master {
-    /// Loads the configuration again and starts the new generation's workers.
+    /// Whether another generation is being built, or starts.
+    pub fn is_reloading(&self) -> bool {
+        self.building.is_some() || self.pending.is_some()
+    }
+
+    /// Loads the configuration again, and begins to build a generation of it.
     pub fn begin_reload(&mut self, now: Instant) {
-        if self.pending.is_some() {
+        if self.is_reloading() {
             self.reload_again = true;
             return;
         }
@@ -63,9 +69,29 @@ impl Master {
                 ));
             }
         };
-        match self.prepare(config) {
+        match Building::begin(config, now) {
+            Ok(building) => self.building = Some(building),
+            Err(error) => self.count_refused(&format!("{error:#}")),
+        }
+    }
+
+    /// Makes the next piece of a generation that is being built, if it is due. When all are there, its workers start.
+    pub fn build(&mut self, now: Instant) {
+        let Some(building) = self.building.take_if(|building| building.due() <= now) else {
+            return;
+        };
+        let done = building.step(&self.current, &mut self.kernel, now);
+        let pending = done.and_then(|step| match step {
+            Step::More(building) => {
+                self.building = Some(building);
+                Ok(None)
+            }
+            Step::Done(built) => self.prepare(built).map(Some),
+        });
+        match pending {
+            Ok(None) => {}
             Ok(pending) => {
-                self.pending = Some(pending);
+                self.pending = pending;
                 self.want_names(now);
                 self.publish_names(now);
                 self.start_pending_workers(now);
@@ -74,7 +100,8 @@ impl Master {
         }
     }
 
-    fn prepare(&mut self, config: config::Config) -> Result<Pending> {
+    fn prepare(&mut self, built: Built) -> Result<Pending> {
+        let config = &built.config;
         let log = ErrorLog::open(&config.error_log)?;
         let pid_file = match self.pid_file.path() == config.pid {
             true => None,
@@ -97,10 +124,15 @@ impl Master {
             .iter()
             .filter_map(|worker| worker.stores.first().cloned())
             .collect();
-        let generation = self.current.next(config, &filling, &mut self.kernel)?;
+        let begun = built.begun;
+        let generation = self.current.next(built, &filling, &self.kernel)?;
+        log::info!(
+            "generation {} was built in {} ms, its workers start",
+            generation.number,
+            begun.elapsed().as_millis()
+        );
         Ok(Pending {
             generation,
-            // Building it takes its time where there are many listeners.
             deadline: Instant::now() + READY_PATIENCE,
             names_until: Instant::now() + FIRST_ANSWERS,
             log,
@@ -135,6 +167,13 @@ impl Master {
         }
     }
 
+    /// Begins the reload that was asked for during another one.
+    pub fn reload_again(&mut self, now: Instant) {
+        if !self.is_reloading() && std::mem::take(&mut self.reload_again) && !self.is_ending() {
+            self.begin_reload(now);
+        }
+    }
+
     /// Switches over when all new workers are ready, gives up when they take too long.
     pub fn advance_reload(&mut self, now: Instant) {
         let Some(pending) = &self.pending else { return };
@@ -148,9 +187,6 @@ impl Master {
                 &format!("its workers were not ready within {READY_PATIENCE:?}"),
                 now,
             );
-        }
-        if self.pending.is_none() && std::mem::take(&mut self.reload_again) && !self.is_ending() {
-            self.begin_reload(now);
         }
     }
 
@@ -281,7 +317,8 @@ impl Master {
     /// Forgets a reload because the program does something else now; its workers are told by the caller.
     pub fn abandon_reload(&mut self) {
         self.reload_again = false;
-        if self.pending.take().is_some() {
+        let built = self.building.take().is_some();
+        if self.pending.take().is_some() || built {
             self.count_refused("the program was told to stop or to pause meanwhile");
             if !self.is_ending() {
                 self.go_back_to_names(Instant::now());

@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 use crate::access_log::Files;
 use crate::args::Args;
 use crate::backoff::Backoff;
+use crate::building::Building;
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::keeper::Keeper;
@@ -88,6 +89,8 @@ pub struct Master {
     pub args: Args,
     /// The generation that serves.
     pub current: Generation,
+    /// A generation that is being built.
+    pub building: Option<Building>,
     /// The generation that is about to take over.
     pub pending: Option<Pending>,
     /// Another reload was asked for meanwhile.
@@ -144,6 +147,7 @@ impl Master {
         Master {
             args,
             current,
+            building: None,
             pending: None,
             reload_again: false,
             kernel,
@@ -232,9 +236,11 @@ impl Master {
         sources.extend(self.names.sources());
         let deadlines = self.workers.iter().filter_map(|worker| worker.state().deadline());
         let replacements = self.slots.iter().filter_map(|slot| slot.replace_at);
+        let building = self.building.iter().map(Building::due);
         let pending = self.pending.iter().map(|pending| pending.deadline);
         let sleep = deadlines
             .chain(replacements)
+            .chain(building)
             .chain(pending)
             .chain(
                 self.pending
@@ -288,13 +294,16 @@ impl Master {
             self.has_served = true;
         }
         self.advance_reload(now);
-        self.advance_upgrade(now);
         for slot in 0..self.slots.len() {
             if self.slots[slot].replace_at.is_some_and(|at| at <= now) {
                 self.slots[slot].replace_at = None;
                 self.fill_slot(slot, now);
             }
         }
+        // What takes its time comes after the worker that somebody may wait for.
+        self.build(now);
+        self.reload_again(now);
+        self.advance_upgrade(now);
         self.steer();
     }
 
