@@ -217,7 +217,7 @@ fn tell(pid: i32, signal: Signal) {
 
 /// Reloads while the old workers stand still, and stops the last new one before it is ready: the first new one alone takes
 /// connections. Returns the old ones and that last one; None if it was ready too soon.
-fn half_a_reload(proxy: &Proxy) -> Option<(Vec<i32>, i32)> {
+pub fn half_a_reload(proxy: &Proxy) -> Option<(Vec<i32>, i32)> {
     let old = process::children(proxy.pid());
     old.iter().for_each(|&pid| tell(pid, Signal::SIGSTOP));
     proxy.signal(Signal::SIGHUP);

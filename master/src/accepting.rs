@@ -194,7 +194,7 @@ impl Master {
     }
 
     fn serves(&self, worker: &Worker) -> bool {
-        worker.generation == self.current.number && worker.state() == State::Serving
+        worker.generation == self.current.number && worker.state() == State::Serving && !worker.is_leaving()
     }
 
     /// Shows the accept programs which slots there are and which of them have a worker that serves. To be

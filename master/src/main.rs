@@ -14,6 +14,7 @@ mod args;
 mod backoff;
 mod boot;
 mod building;
+mod care;
 mod check;
 mod error_log;
 mod from_nginx;

@@ -17,7 +17,7 @@ use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::names::FIRST_ANSWERS;
 use crate::pidfile::PidFile;
-use crate::spawn::{Blueprint, spawn};
+use crate::spawn::{Blueprint, Post, spawn};
 use crate::supervise::{Master, Phase, SlotCare};
 use crate::tune;
 use crate::worker::{State, Worker};
@@ -123,6 +123,7 @@ impl Master {
             .workers
             .iter()
             .filter_map(|worker| worker.stores.first().cloned())
+            .chain(self.keeper.stores().into_iter().cloned())
             .collect();
         let begun = built.begun;
         let generation = self.current.next(built, &filling, &self.kernel)?;
@@ -153,6 +154,7 @@ impl Master {
             let blueprint = Blueprint {
                 generation,
                 slot,
+                post: Post::Slot,
                 owner,
                 board: &self.board,
                 totals,
@@ -241,6 +243,7 @@ impl Master {
         {
             worker.hand_over(limit, now);
         }
+        self.check_care();
         self.forget_checks();
         self.board[0].generation.store(number, Relaxed);
         Board::add(&self.board[0].reloads_succeeded, 1);
