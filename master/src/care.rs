@@ -82,10 +82,13 @@ impl Master {
     pub fn check_care(&self) {
         if cfg!(debug_assertions) {
             let unheld: HashSet<&SessionId> = self.keeper.unheld().iter().collect();
+            let cared = self.workers.iter().flat_map(|worker| {
+                let stores = worker.stores.iter();
+                stores.map(|store| (worker.owner.0, store.id))
+            });
+            let cared: HashSet<(u32, u32)> = cared.collect();
             for (id, holder, _) in self.keeper.sessions() {
-                let holds = |worker: &&Worker| Some(worker.owner) == holder;
-                let worker = self.workers.iter().find(holds);
-                let has = worker.is_some_and(|worker| worker.stores.iter().any(|own| own.id == id.store));
+                let has = holder.is_some_and(|owner| cared.contains(&(owner.0, id.store)));
                 let waits = holder.is_none() && unheld.contains(&id);
                 assert!(has || waits, "nobody cares for {id:?}, its holder is {holder:?}");
             }

@@ -78,10 +78,9 @@ impl Keeper {
 
     /// The stores of all of them.
     pub fn stores(&self) -> Vec<&Arc<Store>> {
-        let mut stores: Vec<&Arc<Store>> = self.sessions.values().map(|kept| &kept.store).collect();
-        stores.sort_by_key(|store| store.id);
-        stores.dedup_by_key(|store| store.id);
-        stores
+        let stores = self.sessions.values().map(|kept| (kept.store.id, &kept.store));
+        let stores: HashMap<u32, &Arc<Store>> = stores.collect();
+        stores.into_values().collect()
     }
 
     fn keep(&mut self, owner: Owner, stores: &[Arc<Store>], sessions: Vec<SessionId>, sockets: Vec<OwnedFd>) {
