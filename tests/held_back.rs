@@ -262,6 +262,47 @@ fn sessions_that_are_held_back_go_on_after_more_reloads_than_a_slot_has_ring_buf
 }
 
 #[test]
+fn sessions_of_a_worker_that_found_no_ring_buffer_end_as_they_should() {
+    // As many as a slot has.
+    const RING_BUFFERS: usize = 4;
+    let _beside = beside_others();
+    let (proxy, front) = proxy_with("127.0.0.1", "ebpf_backlog_size = \"64m\"");
+    let mut frozen = Vec::new();
+    let tell = |pid: i32, signal| kill(Pid::from_raw(pid), signal).expect("signalling a worker");
+    for _ in 0..RING_BUFFERS {
+        let status = proxy.status();
+        let mut workers = status.workers().into_iter().map(|worker| worker.pid);
+        let serves = workers.find(|pid| !frozen.contains(pid)).expect("a worker");
+        // It keeps its ring buffer.
+        tell(serves, Signal::SIGSTOP);
+        frozen.push(serves);
+        proxy.signal(Signal::SIGHUP);
+        proxy.wait("the next generation serves", |s| {
+            s.generation() > status.generation()
+        });
+    }
+    // More than a send buffer takes and less than sources are held back for: when a writer ends, its reader's TCP has not
+    // taken all, nothing tells the worker when it has, and it has to look again.
+    for towards in Towards::BOTH {
+        let sessions = (1..=5).map(|number| {
+            let bytes = number * 3 * MIB + 6;
+            let (writing, reading) = front.offloaded(&proxy, towards);
+            let writer = Writer::start_to_end(&writing, UP, bytes, PIECE);
+            (writing, reading, writer, bytes)
+        });
+        let sessions: Vec<_> = sessions.collect();
+        pause(700);
+        for (writing, mut reading, writer, bytes) in sessions {
+            receive(&mut reading, UP).must_be_whole(bytes);
+            writer.join().expect("writing everything");
+            drop(writing);
+        }
+    }
+    frozen.iter().for_each(|&pid| tell(pid, Signal::SIGCONT));
+    must_be_sound(&proxy.settle());
+}
+
+#[test]
 fn a_reader_that_stands_still_for_longer_than_proxy_timeout_ends_the_session_as_idle() {
     let _beside = beside_others();
     let (proxy, front) = proxy_with(

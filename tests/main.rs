@@ -7,6 +7,7 @@ mod accept;
 mod access;
 mod access_log;
 mod balance;
+mod care;
 mod checks;
 mod combinations;
 mod config_errors;

@@ -217,7 +217,7 @@ fn tell(pid: i32, signal: Signal) {
 
 /// Reloads while the old workers stand still, and stops the last new one before it is ready: the first new one alone takes
 /// connections. Returns the old ones and that last one; None if it was ready too soon.
-fn half_a_reload(proxy: &Proxy) -> Option<(Vec<i32>, i32)> {
+pub fn half_a_reload(proxy: &Proxy) -> Option<(Vec<i32>, i32)> {
     let old = process::children(proxy.pid());
     old.iter().for_each(|&pid| tell(pid, Signal::SIGSTOP));
     proxy.signal(Signal::SIGHUP);
@@ -287,5 +287,39 @@ fn sessions_that_workers_of_a_refused_generation_have_taken_go_on() {
         }
         drop((taken, waiting));
         assert_eq!(proxy.settle().number("/closes/shutdown"), 0);
+    }
+}
+
+#[test]
+fn a_worker_that_dies_while_a_generation_is_built_is_replaced_before_that_is_done() {
+    // So many that their maps take much longer to make than a worker to be killed.
+    const WORKERS: usize = 24;
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().workers(WORKERS).global("worker_connections = 1000");
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    proxy.edit("worker_connections = 1000", "worker_connections = 1001");
+    // At a reload it is the size that asks for new maps, at an upgrade the new binary.
+    for (generation, signal, begins) in [
+        (2, Signal::SIGHUP, "reloading"),
+        (3, Signal::SIGUSR2, "has taken over"),
+    ] {
+        let mut workers = proxy.status().workers();
+        workers.retain(|worker| !worker.draining);
+        let victim = workers[WORKERS / 2].pid;
+        proxy.signal(signal);
+        let begun = || proxy.log().contains(begins);
+        assert!(within(PATIENCE, begun), "{}", proxy.log());
+        tell(victim, Signal::SIGKILL);
+        proxy.wait("the next generation serves", |s| s.generation() == generation);
+        let log = proxy.log();
+        let line = |text: &str| log.lines().position(|line| line.contains(text));
+        let replaced = line(&format!(
+            "(process {victim}) was killed by SIGKILL: it is replaced"
+        ));
+        let built = line(&format!("generation {generation} was built"));
+        assert!(built.is_some(), "{log}");
+        assert!(replaced.is_some() && replaced < built, "{signal}: {log}");
+        ping(&mut connect(front), generation, 2).expect("a session afterwards");
     }
 }

@@ -45,25 +45,15 @@ struct {
 
 /*
  * To the workers of the slot: struct event. A ring buffer has one reader, and while a configuration is
- * reloaded a slot has several workers: each takes a lane.
+ * reloaded a slot has several workers: each takes a lane. They are no array of maps: for each entry of one the
+ * kernel waits until every program that runs has ended (maybe_wait_bpf_programs, 6.12), and the master with it.
  */
-#define LANES 4
-
 struct ring {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 14);
 };
 
 struct ring lane_0 SEC(".maps"), lane_1 SEC(".maps"), lane_2 SEC(".maps"), lane_3 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, LANES);
-	__type(key, __u32);
-	__array(values, struct ring);
-} lanes SEC(".maps") = {
-	.values = { &lane_0, &lane_1, &lane_2, &lane_3 },
-};
 
 /* By CPU; shared by the programs of all worker slots. */
 struct {

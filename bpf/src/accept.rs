@@ -9,10 +9,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, Release};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use culvert_shared::sys::shm::Shared;
 use culvert_shared::sys::socket;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -20,10 +18,6 @@ use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, OpenObject};
 
 use crate::abi::{AcceptSlot, accept_state};
 use crate::skel::accept::AcceptSkelBuilder;
-
-/// How long the kernel may take to free the map of a program that was replaced. A socket can be in one such map
-/// only, and that of a process that is gone, or was replaced by another binary, still has it until then.
-const FREEING_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Addresses that one program has room for at least. Each takes 2 KiB, and 8 KiB of buckets.
 const ADDRESSES: usize = 64;
@@ -56,6 +50,16 @@ pub struct Group {
     slots: u32,
     /// By slot, the cookies of its sockets, newest last.
     cookies: RefCell<BTreeMap<u32, Vec<u64>>>,
+}
+
+/// What became of a socket that a program was to learn of.
+#[must_use]
+pub enum Put {
+    /// The program knows it.
+    Done,
+    /// The socket is still in the map of a program that was replaced, or whose process is gone: the kernel frees it in a
+    /// while. What it says meanwhile.
+    Busy(Error),
 }
 
 /// What the worker of one slot tells the programs. It needs no right and no descriptor.
@@ -202,7 +206,7 @@ impl Group {
     ///
     /// # Errors
     /// The kernel does not take it.
-    pub fn put(&self, slot: usize, socket: BorrowedFd<'_>) -> Result<()> {
+    pub fn put(&self, slot: usize, socket: BorrowedFd<'_>) -> Result<Put> {
         let cookie = socket::cookie(socket).context("failed to read a socket's cookie")?;
         let slot = u32::try_from(slot).context("a slot's number")?;
         ensure!(slot < self.slots, "there is no worker slot {slot}");
@@ -211,23 +215,22 @@ impl Group {
         // The map answers with cookies, and refuses a socket that it has (reuseport_array_update_check, 6.12).
         let present = sockets.lookup(&key, MapFlags::ANY);
         if present.is_ok_and(|value| value.is_some_and(|value| value == cookie.to_ne_bytes())) {
-            return Ok(());
+            return Ok(Put::Done);
         }
         self.know(slot, cookie)?;
         let value = u64::try_from(socket.as_raw_fd()).context("a descriptor")?;
-        let give_up = Instant::now() + FREEING_PATIENCE;
-        loop {
-            match sockets.update(&key, &value.to_ne_bytes(), MapFlags::ANY) {
-                // Most likely EBUSY, which libbpf-rs has no name for.
-                Err(error) if error.kind() == ErrorKind::Other && Instant::now() < give_up => {
-                    sleep(Duration::from_millis(5));
-                }
-                other => {
-                    return other.with_context(|| {
-                        format!("failed to give the accept program the socket of worker slot {slot}")
-                    });
-                }
-            }
+        let put = sockets.update(&key, &value.to_ne_bytes(), MapFlags::ANY);
+        let Err(error) = put else {
+            return Ok(Put::Done);
+        };
+        // Most likely EBUSY, which libbpf-rs has no name for.
+        let is_busy = error.kind() == ErrorKind::Other;
+        let error = Error::from(error).context(format!(
+            "failed to give the accept program the socket of worker slot {slot}"
+        ));
+        match is_busy {
+            true => Ok(Put::Busy(error)),
+            false => Err(error),
         }
     }
 
@@ -301,6 +304,8 @@ mod tests {
     };
     use std::net::{SocketAddr, TcpListener, TcpStream};
     use std::os::fd::OwnedFd;
+    use std::thread::sleep;
+    use std::time::{Duration, Instant};
 
     fn listener(address: SocketAddr) -> OwnedFd {
         let flags = SockFlag::SOCK_CLOEXEC;
@@ -325,13 +330,25 @@ mod tests {
         std::iter::from_fn(|| listener.accept().ok()).count()
     }
 
+    fn put(group: &Group, slot: usize, socket: &OwnedFd) {
+        let busy = || match group.put(slot, socket.as_fd()).unwrap() {
+            Put::Done => None,
+            Put::Busy(error) => Some(error),
+        };
+        let give_up = Instant::now() + Duration::from_secs(2);
+        while let Some(error) = busy() {
+            assert!(Instant::now() < give_up, "{error:#}");
+            sleep(Duration::from_millis(5));
+        }
+    }
+
     fn group(steering: &Steering, sockets: &[OwnedFd; 2]) -> Group {
         let group = steering
             .attach(sockets[0].as_fd())
             .expect("attaching (needs CAP_BPF)");
         for (slot, socket) in sockets.iter().enumerate() {
-            group.put(slot, socket.as_fd()).unwrap();
-            group.put(slot, socket.as_fd()).unwrap();
+            put(&group, slot, socket);
+            put(&group, slot, socket);
         }
         group
     }
@@ -383,7 +400,7 @@ mod tests {
             .each_ref()
             .map(|(_, sockets)| steering.attach(sockets[0].as_fd()).unwrap());
         for (group, (_, sockets)) in new.iter().zip(&addresses) {
-            group.put(0, sockets[0].as_fd()).unwrap();
+            put(group, 0, &sockets[0]);
         }
     }
 
@@ -423,9 +440,9 @@ mod tests {
         steering.load_of(0).unwrap().publish(0, 1000);
         let (address, [first, second]) = pair();
         let group = steering.attach(first.as_fd()).unwrap();
-        group.put(0, first.as_fd()).unwrap();
+        put(&group, 0, &first);
         let _clients: Vec<TcpStream> = (0..8).map(|_| TcpStream::connect(address).unwrap()).collect();
-        group.put(0, second.as_fd()).unwrap();
+        put(&group, 0, &second);
         // A third socket of the address, to which a hash would lead some of them.
         let third = listener(address);
         drop(first);

@@ -18,7 +18,7 @@ mod skel;
 mod take_over;
 
 pub use abi::flow_flag;
-pub use accept::{Group, SlotLoad, Steering};
+pub use accept::{Group, Put, SlotLoad, Steering};
 pub use cgroup::Cgroup;
 pub use events::{Event, EventKind, Events};
 pub use load::{Bpf, ENTRY_DESCRIPTORS, Entry, SlotState, Totals, trial};

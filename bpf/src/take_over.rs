@@ -94,7 +94,6 @@ impl SlotMaps {
         maps.places.reuse_fd(entry.places().as_fd()).context(WHAT)?;
         // What only the programs use.
         maps.indices.set_autocreate(false).context(WHAT)?;
-        maps.lanes.set_autocreate(false).context(WHAT)?;
         maps.totals.set_autocreate(false).context(WHAT)?;
         maps.slot_totals.set_autocreate(false).context(WHAT)?;
         for mut program in open.open_object_mut().progs_mut() {

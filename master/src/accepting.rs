@@ -6,13 +6,22 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use culvert_bpf::{Group, SlotLoad, Steering};
+use culvert_bpf::{Group, Put, SlotLoad, Steering};
 
 use crate::listen::{Bound, Listeners};
 use crate::supervise::Master;
 use crate::worker::{State, Worker};
+
+/// How long the kernel may take to free the map of a program that was replaced. A socket can be in one such map
+/// only, and that of a process that is gone, or was replaced by another binary, still has it until then.
+const FREEING_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How soon it is asked again.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// What the programs of all addresses share; empty where BPF is not to be had or not wanted.
 #[derive(Default)]
@@ -37,15 +46,34 @@ impl Accept {
     /// # Errors
     /// A program could not be loaded, or refuses a socket.
     pub fn groups(&mut self, listeners: &Listeners, current: &Groups, served: &Listeners) -> Result<Groups> {
-        let steering = match &self.steering {
-            Some(steering) => Rc::clone(steering),
-            None => Rc::clone(self.steering.insert(Rc::new(Steering::open()?))),
-        };
-        let mut next = Groups {
-            steering: Some(Rc::clone(&steering)),
-            ..Groups::default()
-        };
-        let what = |bound: &Bound| format!("failed to choose workers for connections to {}", bound.address);
+        let mut draft = self.draft(listeners, current, served)?;
+        loop {
+            match draft.fill(listeners)? {
+                Some(groups) => return Ok(groups),
+                None => sleep(RETRY),
+            }
+        }
+    }
+
+    /// Loads the program if that was not done yet, and says whether it was not: it takes its time.
+    ///
+    /// # Errors
+    /// The program could not be loaded.
+    pub fn open(&mut self) -> Result<bool> {
+        let is_new = self.steering.is_none();
+        if is_new {
+            self.steering = Some(Rc::new(Steering::open()?));
+        }
+        Ok(is_new)
+    }
+
+    /// As [`Accept::groups`], except that the program has still to learn of the sockets.
+    ///
+    /// # Errors
+    /// A program could not be loaded, or attached to a socket.
+    pub fn draft(&mut self, listeners: &Listeners, current: &Groups, served: &Listeners) -> Result<Draft> {
+        self.open()?;
+        let steering = self.steering.clone().context("a program that was loaded")?;
         let mut groups = current.groups.clone();
         let both = || served.sockets().chain(listeners.sockets());
         let missing: HashSet<Bound> = (both().map(|(bound, ..)| bound))
@@ -62,12 +90,11 @@ impl Accept {
                 place.insert(Rc::new(group));
             }
         }
-        for (bound, slot, socket) in listeners.sockets() {
-            let group = groups.get(&bound).with_context(|| what(&bound))?;
-            group.put(slot, socket.as_fd()).with_context(|| what(&bound))?;
-            next.groups.insert(bound, Rc::clone(group));
-        }
-        Ok(next)
+        Ok(Draft {
+            groups,
+            steering,
+            give_up: None,
+        })
     }
 
     /// As [`Accept::groups`] at the start, when there is nothing yet to fall back on.
@@ -77,6 +104,47 @@ impl Accept {
                 log::warn!("new connections are dealt out by their hash: {error:#}");
                 Groups::none(Some(format!("{error:#}")))
             })
+    }
+}
+
+fn what(bound: &Bound) -> String {
+    format!("failed to choose workers for connections to {}", bound.address)
+}
+
+/// Groups whose program does not know of all sockets yet.
+pub struct Draft {
+    groups: HashMap<Bound, Rc<Group>>,
+    steering: Rc<Steering>,
+    give_up: Option<Instant>,
+}
+
+impl Draft {
+    /// Lets the program learn of `listeners`, those that it was drawn up for. `None`: the kernel has still to free a map
+    /// of a program that was replaced; to be asked again.
+    ///
+    /// # Errors
+    /// The program refuses a socket, or the kernel takes too long.
+    pub fn fill(&mut self, listeners: &Listeners) -> Result<Option<Groups>> {
+        let mut next = Groups {
+            steering: Some(Rc::clone(&self.steering)),
+            ..Groups::default()
+        };
+        for (bound, slot, socket) in listeners.sockets() {
+            let group = self.groups.get(&bound).with_context(|| what(&bound))?;
+            match group.put(slot, socket.as_fd()).with_context(|| what(&bound))? {
+                Put::Done => {}
+                Put::Busy(error) => {
+                    let now = Instant::now();
+                    let give_up = *self.give_up.get_or_insert(now + FREEING_PATIENCE);
+                    return match now < give_up {
+                        true => Ok(None),
+                        false => Err(error).with_context(|| what(&bound)),
+                    };
+                }
+            }
+            next.groups.insert(bound, Rc::clone(group));
+        }
+        Ok(Some(next))
     }
 }
 
@@ -106,7 +174,7 @@ impl Master {
     pub fn rescue(&mut self, slot: usize) {
         let others_serve = self.workers.iter().any(|worker| self.serves(worker));
         // While a reload is under way the next generation has these sockets too, so they would not be closed.
-        if self.current.groups.steering.is_none() || self.pending.is_some() || !others_serve {
+        if self.current.groups.steering.is_none() || self.is_reloading() || !others_serve {
             return;
         }
         self.steer();
@@ -126,7 +194,7 @@ impl Master {
     }
 
     fn serves(&self, worker: &Worker) -> bool {
-        worker.generation == self.current.number && worker.state() == State::Serving
+        worker.generation == self.current.number && worker.state() == State::Serving && !worker.is_leaving()
     }
 
     /// Shows the accept programs which slots there are and which of them have a worker that serves. To be

@@ -15,6 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::accepting::Groups;
 use crate::access_log::AccessLogs;
+use crate::building::Built;
 use crate::kernel::{Kernel, StoreTable};
 use crate::limits;
 use crate::listen::Listeners;
@@ -92,23 +93,25 @@ impl Generation {
         })
     }
 
-    /// Builds the one that follows `self`, sharing what both need. `self` is left as it is.
+    /// Puts the one together that follows `self`, from pieces that share with it what both need. `self` is left as it
+    /// is. `filling`: see [`Kernel::stores_for`].
     ///
     /// # Errors
-    /// As for the first one, and when maps cannot be made although BPF works.
-    pub fn next(&self, config: Config, filling: &[Arc<Store>], kernel: &mut Kernel) -> Result<Generation> {
-        check_workers(&config)?;
+    /// A limit is too low, or a file cannot be opened.
+    pub fn next(&self, built: Built, filling: &[Arc<Store>], kernel: &Kernel) -> Result<Generation> {
+        let Built {
+            config,
+            own,
+            listeners,
+            groups,
+            ..
+        } = built;
         let keeper_room = limits::raise_descriptors(&config)?;
         let mut rows = self.rows.clone();
         let assigned = rows.assign(&config)?;
         let access_logs = AccessLogs::open(&config)?;
-        kernel.open_for(&config);
-        let stores = kernel.stores_for(&config, &self.stores, filling)?;
-        let listeners = self.listeners.next(&config)?;
-        let groups = match kernel.is_open() {
-            true => kernel.accept.groups(&listeners, &self.groups, &self.listeners)?,
-            false => Groups::none(stores.reason().map(str::to_owned)),
-        };
+        let stores = kernel.table(&config, own, &self.stores, filling);
+        let groups = groups.unwrap_or_else(|| Groups::none(stores.reason().map(str::to_owned)));
         Ok(Generation {
             number: self.number + 1,
             user: rights::target_user(&config),
@@ -219,7 +222,11 @@ fn member_sets(config: &Config) -> Result<Arc<Shared<MemberSet>>> {
     Ok(Arc::new(Shared::anonymous(config.upstreams.len().max(1))?))
 }
 
-fn check_workers(config: &Config) -> Result<()> {
+/// Whether its workers can be had.
+///
+/// # Errors
+/// They cannot: there are too many of them, or this process may not make what they are to be.
+pub fn check_workers(config: &Config) -> Result<()> {
     rights::check(config)?;
     let workers = config.worker_cpus.len();
     // During a reload the old and the new worker of a slot exist at the same time.

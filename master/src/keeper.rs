@@ -25,18 +25,29 @@ pub struct Keeper {
     unheld: Vec<SessionId>,
 }
 
+/// Where a kept session is to be entered by a binary that goes on with it: as in [`Keeper`].
+pub type Handed = (SessionId, Option<Owner>, Arc<Store>, [OwnedFd; 2]);
+
 struct Kept {
     /// The worker that cares for it.
     holder: Option<Owner>,
+    /// Where its record is. What nobody else has any more is still to be cared for.
+    store: Arc<Store>,
     /// Downstream and upstream.
     sockets: [OwnedFd; 2],
 }
 
 impl Keeper {
-    /// What another binary kept: sessions, the worker that cares for each, its sockets; and those that no
-    /// worker cares for.
-    pub fn of(sessions: Vec<(SessionId, Option<Owner>, [OwnedFd; 2])>, unheld: Vec<SessionId>) -> Keeper {
-        let kept = |(id, holder, sockets)| (id, Kept { holder, sockets });
+    /// What another binary kept, and those of the sessions that no worker cares for.
+    pub fn of(sessions: Vec<Handed>, unheld: Vec<SessionId>) -> Keeper {
+        let kept = |(id, holder, store, sockets)| {
+            let kept = Kept {
+                holder,
+                store,
+                sockets,
+            };
+            (id, kept)
+        };
         Keeper {
             sessions: sessions.into_iter().map(kept).collect(),
             unheld,
@@ -54,13 +65,33 @@ impl Keeper {
         &self.unheld
     }
 
-    fn keep(&mut self, owner: Owner, sessions: Vec<SessionId>, sockets: Vec<OwnedFd>) {
+    /// The stores of those that no worker cares for, as far as `wanted`.
+    pub fn unheld_stores(&self, wanted: impl Fn(u32) -> bool) -> Vec<Arc<Store>> {
+        let mut stores: Vec<Arc<Store>> = Vec::new();
+        for kept in self.unheld.iter().filter_map(|id| self.sessions.get(id)) {
+            if stores.iter().all(|store| store.id != kept.store.id) && wanted(kept.store.id) {
+                stores.push(Arc::clone(&kept.store));
+            }
+        }
+        stores
+    }
+
+    /// The stores of all of them.
+    pub fn stores(&self) -> Vec<&Arc<Store>> {
+        let stores = self.sessions.values().map(|kept| (kept.store.id, &kept.store));
+        let stores: HashMap<u32, &Arc<Store>> = stores.collect();
+        stores.into_values().collect()
+    }
+
+    fn keep(&mut self, owner: Owner, stores: &[Arc<Store>], sessions: Vec<SessionId>, sockets: Vec<OwnedFd>) {
         let mut sockets = sockets.into_iter();
         for id in sessions {
+            let store = stores.iter().find(|store| store.id == id.store);
             // Where descriptors are missing, the worker's death ends the session, as if it was not kept.
-            if let (Some(downstream), Some(upstream)) = (sockets.next(), sockets.next()) {
+            if let (Some(downstream), Some(upstream), Some(store)) = (sockets.next(), sockets.next(), store) {
                 let kept = Kept {
                     holder: Some(owner),
+                    store: Arc::clone(store),
                     sockets: [downstream, upstream],
                 };
                 self.sessions.insert(id, kept);
@@ -140,7 +171,7 @@ impl Master {
             for (message, sockets) in std::mem::take(&mut self.workers[at].mail) {
                 let (owner, stores) = (self.workers[at].owner, &self.workers[at].stores);
                 match message {
-                    ToMaster::Keep(sessions) => self.keeper.keep(owner, sessions, sockets),
+                    ToMaster::Keep(sessions) => self.keeper.keep(owner, stores, sessions, sockets),
                     ToMaster::Over(sessions) => self.keeper.let_go(sessions),
                     ToMaster::Forget(sessions) => {
                         for id in sessions {
@@ -178,16 +209,8 @@ impl Master {
                         kept.holder = Some(worker.owner);
                         worker.to_adopt.push_back(id);
                     }
-                    None if self.current.stores.has(id.store) => self.keeper.unheld.push(id),
-                    // Without a worker its end would never be seen.
-                    None => {
-                        log::error!(
-                            "a session of an earlier worker is reset: nobody cares for its store {}",
-                            id.store
-                        );
-                        self.keeper.sessions.remove(&id);
-                        self.board[0].count_close(CloseReason::WorkerDied);
-                    }
+                    // Somebody is on the way: see `care`.
+                    None => self.keeper.unheld.push(id),
                 }
             }
         }

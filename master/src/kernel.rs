@@ -153,31 +153,57 @@ impl Kernel {
         current: &StoreTable,
         filling: &[Arc<Store>],
     ) -> Result<StoreTable> {
-        let with_maps = self.bpf.is_some() && wanted(config);
-        let unwanted = || Some("ebpf_enable = false everywhere".to_owned()).filter(|_| !wanted(config));
-        let mut next = StoreTable {
-            slots: Vec::new(),
-            reason: unwanted().or_else(|| self.reason.clone()).filter(|_| !with_maps),
+        let slots = 0..config.worker_cpus.len();
+        let own = slots.map(|slot| Ok(self.own_store(config, current, slot)?.0));
+        let own = own.collect::<Result<Vec<_>>>()?;
+        Ok(self.table(config, own, current, filling))
+    }
+
+    /// The own store of one slot: that of `current` if it fits, else a new one. Says too whether it is new: making one
+    /// takes its time.
+    ///
+    /// # Errors
+    /// As [`Kernel::stores_for`].
+    pub fn own_store(
+        &mut self,
+        config: &Config,
+        current: &StoreTable,
+        slot: usize,
+    ) -> Result<(Arc<Store>, bool)> {
+        let with_maps = self.has_maps(config);
+        let fits = |store: &&Arc<Store>| {
+            store.id > self.last_foreign
+                && store.records.len() == config.worker_connections as usize
+                && store.maps.is_some() == with_maps
         };
-        for slot in 0..config.worker_cpus.len() {
-            let fits = |store: &&Arc<Store>| {
-                store.id > self.last_foreign
-                    && store.records.len() == config.worker_connections as usize
-                    && store.maps.is_some() == with_maps
-            };
-            let kept = current.slots.get(slot).map(|stores| &stores.own).filter(fits);
-            let own = match kept {
-                Some(store) => Arc::clone(store),
-                None => Arc::new(
-                    self.make_store(config.worker_connections, with_maps)
-                        .with_context(|| format!("failed to make the maps of worker slot {slot}"))?,
-                ),
-            };
-            next.slots.push(SlotStores {
-                own,
-                inherited: Vec::new(),
-            });
+        let kept = current.slots.get(slot).map(|stores| &stores.own).filter(fits);
+        if let Some(store) = kept {
+            return Ok((Arc::clone(store), false));
         }
+        let made = self.make_store(config.worker_connections, with_maps);
+        let made = made.with_context(|| format!("failed to make the maps of worker slot {slot}"))?;
+        Ok((Arc::new(made), true))
+    }
+
+    /// The stores of a generation whose slots have `own`, and what it has to care for besides; see
+    /// [`Kernel::stores_for`].
+    pub fn table(
+        &self,
+        config: &Config,
+        own: Vec<Arc<Store>>,
+        current: &StoreTable,
+        filling: &[Arc<Store>],
+    ) -> StoreTable {
+        let unwanted = || Some("ebpf_enable = false everywhere".to_owned()).filter(|_| !wanted(config));
+        let reason = unwanted().or_else(|| self.reason.clone());
+        let slots = own.into_iter().map(|own| SlotStores {
+            own,
+            inherited: Vec::new(),
+        });
+        let mut next = StoreTable {
+            slots: slots.collect(),
+            reason: reason.filter(|_| !self.has_maps(config)),
+        };
         let slots = next.slots.len();
         let own = current.slots.iter().map(|slot| &slot.own);
         let used = current.all().filter(|store| store.is_used());
@@ -188,7 +214,11 @@ impl Kernel {
                 at += 1;
             }
         }
-        Ok(next)
+        next
+    }
+
+    fn has_maps(&self, config: &Config) -> bool {
+        self.bpf.is_some() && wanted(config)
     }
 
     fn make_store(&mut self, worker_connections: u32, with_maps: bool) -> Result<Store> {

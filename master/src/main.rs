@@ -13,6 +13,8 @@ mod access_log;
 mod args;
 mod backoff;
 mod boot;
+mod building;
+mod care;
 mod check;
 mod error_log;
 mod from_nginx;

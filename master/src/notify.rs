@@ -210,7 +210,7 @@ impl Master {
         let view = View {
             phase: self.phase,
             generation: number,
-            reloading: self.pending.is_some(),
+            reloading: self.is_reloading(),
             reloads: board.reloads_succeeded.load(Relaxed) + board.reloads_failed.load(Relaxed),
             slots: self.current.slots(),
             serving: self

@@ -12,11 +12,12 @@ use culvert_shared::counters::Board;
 use culvert_shared::logging;
 use culvert_worker::Store;
 
+use crate::building::{Building, Built, Step};
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::names::FIRST_ANSWERS;
 use crate::pidfile::PidFile;
-use crate::spawn::{Blueprint, spawn};
+use crate::spawn::{Blueprint, Post, spawn};
 use crate::supervise::{Master, Phase, SlotCare};
 use crate::tune;
 use crate::worker::{State, Worker};
@@ -44,9 +45,14 @@ impl Pending {
 }
 
 impl Master {
-    /// Loads the configuration again and starts the new generation's workers.
+    /// Whether another generation is being built, or starts.
+    pub fn is_reloading(&self) -> bool {
+        self.building.is_some() || self.pending.is_some()
+    }
+
+    /// Loads the configuration again, and begins to build a generation of it.
     pub fn begin_reload(&mut self, now: Instant) {
-        if self.pending.is_some() {
+        if self.is_reloading() {
             self.reload_again = true;
             return;
         }
@@ -63,9 +69,29 @@ impl Master {
                 ));
             }
         };
-        match self.prepare(config) {
+        match Building::begin(config, now) {
+            Ok(building) => self.building = Some(building),
+            Err(error) => self.count_refused(&format!("{error:#}")),
+        }
+    }
+
+    /// Makes the next piece of a generation that is being built, if it is due. When all are there, its workers start.
+    pub fn build(&mut self, now: Instant) {
+        let Some(building) = self.building.take_if(|building| building.due() <= now) else {
+            return;
+        };
+        let done = building.step(&self.current, &mut self.kernel, now);
+        let pending = done.and_then(|step| match step {
+            Step::More(building) => {
+                self.building = Some(building);
+                Ok(None)
+            }
+            Step::Done(built) => self.prepare(built).map(Some),
+        });
+        match pending {
+            Ok(None) => {}
             Ok(pending) => {
-                self.pending = Some(pending);
+                self.pending = pending;
                 self.want_names(now);
                 self.publish_names(now);
                 self.start_pending_workers(now);
@@ -74,7 +100,8 @@ impl Master {
         }
     }
 
-    fn prepare(&mut self, config: config::Config) -> Result<Pending> {
+    fn prepare(&mut self, built: Built) -> Result<Pending> {
+        let config = &built.config;
         let log = ErrorLog::open(&config.error_log)?;
         let pid_file = match self.pid_file.path() == config.pid {
             true => None,
@@ -96,11 +123,17 @@ impl Master {
             .workers
             .iter()
             .filter_map(|worker| worker.stores.first().cloned())
+            .chain(self.keeper.stores().into_iter().cloned())
             .collect();
-        let generation = self.current.next(config, &filling, &mut self.kernel)?;
+        let begun = built.begun;
+        let generation = self.current.next(built, &filling, &self.kernel)?;
+        log::info!(
+            "generation {} was built in {} ms, its workers start",
+            generation.number,
+            begun.elapsed().as_millis()
+        );
         Ok(Pending {
             generation,
-            // Building it takes its time where there are many listeners.
             deadline: Instant::now() + READY_PATIENCE,
             names_until: Instant::now() + FIRST_ANSWERS,
             log,
@@ -121,6 +154,7 @@ impl Master {
             let blueprint = Blueprint {
                 generation,
                 slot,
+                post: Post::Slot,
                 owner,
                 board: &self.board,
                 totals,
@@ -132,6 +166,13 @@ impl Master {
                     return self.refuse_reload(&format!("failed to start worker {slot}: {error:#}"), now);
                 }
             }
+        }
+    }
+
+    /// Begins the reload that was asked for during another one.
+    pub fn reload_again(&mut self, now: Instant) {
+        if !self.is_reloading() && std::mem::take(&mut self.reload_again) && !self.is_ending() {
+            self.begin_reload(now);
         }
     }
 
@@ -148,9 +189,6 @@ impl Master {
                 &format!("its workers were not ready within {READY_PATIENCE:?}"),
                 now,
             );
-        }
-        if self.pending.is_none() && std::mem::take(&mut self.reload_again) && !self.is_ending() {
-            self.begin_reload(now);
         }
     }
 
@@ -205,6 +243,7 @@ impl Master {
         {
             worker.hand_over(limit, now);
         }
+        self.check_care();
         self.forget_checks();
         self.board[0].generation.store(number, Relaxed);
         Board::add(&self.board[0].reloads_succeeded, 1);
@@ -281,7 +320,8 @@ impl Master {
     /// Forgets a reload because the program does something else now; its workers are told by the caller.
     pub fn abandon_reload(&mut self) {
         self.reload_again = false;
-        if self.pending.take().is_some() {
+        let built = self.building.take().is_some();
+        if self.pending.take().is_some() || built {
             self.count_refused("the program was told to stop or to pause meanwhile");
             if !self.is_ending() {
                 self.go_back_to_names(Instant::now());

@@ -12,7 +12,7 @@ use culvert_shared::counters::{Board, MAX_WORKERS};
 use culvert_shared::ids::Owner;
 use culvert_shared::sys::shm::Shared;
 use culvert_shared::sys::{fdpass, process, signals};
-use culvert_worker::WorkerStart;
+use culvert_worker::{Listener, Store, WorkerStart};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
@@ -36,12 +36,23 @@ const IGNORED: [Signal; 8] = [
     Signal::SIGPIPE,
 ];
 
+/// What a worker is for.
+#[derive(Clone)]
+pub enum Post {
+    /// It serves in its slot.
+    Slot,
+    /// It takes over the sessions of this store and no connections.
+    Carer(Arc<Store>),
+}
+
 /// What a worker is made from.
 pub struct Blueprint<'a> {
     /// Its generation.
     pub generation: &'a Generation,
     /// Its slot.
     pub slot: usize,
+    /// What it is for.
+    pub post: Post,
     /// Its mark.
     pub owner: Owner,
     /// The board.
@@ -50,6 +61,22 @@ pub struct Blueprint<'a> {
     pub totals: Option<Arc<Totals>>,
     /// Where it writes its log.
     pub log: &'a ErrorLog,
+}
+
+impl Blueprint<'_> {
+    fn stores(&self) -> Vec<Arc<Store>> {
+        match &self.post {
+            Post::Slot => self.generation.stores.of_slot(self.slot),
+            Post::Carer(store) => vec![Arc::clone(store)],
+        }
+    }
+
+    fn listeners(&self) -> Result<Vec<Listener>> {
+        match self.post {
+            Post::Slot => self.generation.worker_listeners(self.slot),
+            Post::Carer(_) => Ok(Vec::new()),
+        }
+    }
 }
 
 /// Starts a worker.
@@ -67,7 +94,7 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
     let row = free_row(&board[0])?;
     board[0].worker_rows.fetch_max(row as u32 + 1, Relaxed);
     let (ours, theirs) = fdpass::pair()?;
-    let stores = generation.stores.of_slot(slot);
+    let stores = blueprint.stores();
     let maps = stores.first().and_then(|own| own.maps.as_ref());
     let pairs = maps.map_or(0, |maps| maps.capacity());
     board[0].workers[row].claim(
@@ -90,7 +117,10 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
                 access_logs: generation.access_logs.clone(),
                 control: Some(ours),
             };
-            Ok(Worker::new(born, Instant::now()))
+            Ok(match blueprint.post {
+                Post::Slot => Worker::new(born, Instant::now()),
+                Post::Carer(_) => Worker::carer(born, Instant::now()),
+            })
         }
         process::Side::Child => {
             // Nothing of the master's may run in the child: neither its destructors nor its loop.
@@ -128,6 +158,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         owner,
         board,
         ref totals,
+        ref post,
         log,
     } = *blueprint;
     pin(slot, &generation.config.worker_cpus[slot]);
@@ -139,8 +170,12 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
     let name = std::ffi::CString::new(format!("culvert-w{slot}")).context("failed to name the process")?;
     prctl::set_name(&name).context("failed to name the process")?;
 
-    let listeners = generation.worker_listeners(slot)?;
-    let stores = generation.stores.of_slot(slot);
+    let (listeners, stores) = (blueprint.listeners()?, blueprint.stores());
+    // It does not stand for its slot.
+    let load = match post {
+        Post::Slot => generation.groups.load_of(slot),
+        Post::Carer(_) => None,
+    };
     let access_logs = generation.access_logs.duplicate()?;
     let lookout = Arc::clone(&generation.lookout);
     let bell = generation.bell.as_fd().as_raw_fd();
@@ -171,7 +206,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         stores,
         relay_reason: generation.stores.reason().map(str::to_owned),
         totals: totals.clone(),
-        load: generation.groups.load_of(slot),
+        load,
         accept_reason: generation.groups.reason().map(str::to_owned),
         bell: Arc::clone(&generation.bell),
         control,

@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 use crate::access_log::Files;
 use crate::args::Args;
 use crate::backoff::Backoff;
+use crate::building::Building;
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::keeper::Keeper;
@@ -31,7 +32,7 @@ use crate::names::Names;
 use crate::notify::Notifier;
 use crate::pidfile::PidFile;
 use crate::reload::Pending;
-use crate::spawn::{Blueprint, spawn};
+use crate::spawn::{Blueprint, Post, spawn};
 use crate::steering::Steering;
 use crate::upgrade::Upgrade;
 use crate::worker::{State, Worker};
@@ -88,6 +89,8 @@ pub struct Master {
     pub args: Args,
     /// The generation that serves.
     pub current: Generation,
+    /// A generation that is being built.
+    pub building: Option<Building>,
     /// The generation that is about to take over.
     pub pending: Option<Pending>,
     /// Another reload was asked for meanwhile.
@@ -118,6 +121,8 @@ pub struct Master {
     pub upgrade: Upgrade,
     /// The newest mark of a worker.
     pub last_owner: u32,
+    /// From when on a worker may be started for sessions that nobody cares for.
+    pub care_from: Instant,
     /// Some worker has accepted connections.
     pub has_served: bool,
     failure: Option<anyhow::Error>,
@@ -144,6 +149,7 @@ impl Master {
         Master {
             args,
             current,
+            building: None,
             pending: None,
             reload_again: false,
             kernel,
@@ -159,6 +165,7 @@ impl Master {
             notifier: Notifier::from_environment(),
             upgrade,
             last_owner: 0,
+            care_from: Instant::now(),
             has_served: false,
             failure: None,
         }
@@ -232,9 +239,13 @@ impl Master {
         sources.extend(self.names.sources());
         let deadlines = self.workers.iter().filter_map(|worker| worker.state().deadline());
         let replacements = self.slots.iter().filter_map(|slot| slot.replace_at);
+        let carers = Some(self.care_from).filter(|_| !self.uncared().is_empty());
+        let building = self.building.iter().map(Building::due);
         let pending = self.pending.iter().map(|pending| pending.deadline);
         let sleep = deadlines
             .chain(replacements)
+            .chain(carers)
+            .chain(building)
             .chain(pending)
             .chain(
                 self.pending
@@ -288,13 +299,18 @@ impl Master {
             self.has_served = true;
         }
         self.advance_reload(now);
-        self.advance_upgrade(now);
         for slot in 0..self.slots.len() {
             if self.slots[slot].replace_at.is_some_and(|at| at <= now) {
                 self.slots[slot].replace_at = None;
                 self.fill_slot(slot, now);
             }
         }
+        self.send_carers(now);
+        self.drain_carers(now);
+        // What takes its time comes after the worker that somebody may wait for.
+        self.build(now);
+        self.reload_again(now);
+        self.advance_upgrade(now);
         self.steer();
     }
 
@@ -311,6 +327,7 @@ impl Master {
         let blueprint = Blueprint {
             generation: &self.current,
             slot,
+            post: Post::Slot,
             owner,
             board: &self.board,
             totals,
@@ -360,6 +377,7 @@ impl Master {
         let worker = self.workers.swap_remove(at);
         self.bury_sessions(&worker);
         self.board[0].clear_worker(worker.row, now_ms());
+        self.check_care();
         let (slot, how) = (worker.slot, ending(status));
         if worker.is_leaving() {
             return log::info!("worker {slot} (process {pid}) is gone: {how}");

@@ -129,6 +129,14 @@ impl Worker {
         }
     }
 
+    /// A worker that was just forked for nothing but sessions that no slot's worker cares for.
+    pub fn carer(born: Born, now: Instant) -> Worker {
+        Worker {
+            leaving: true,
+            ..Worker::new(born, now)
+        }
+    }
+
     /// A worker that another binary has forked, in this process.
     pub fn taken_over(born: Born, state: State, leaving: bool, to_adopt: Queue, now: Instant) -> Worker {
         Worker {
@@ -147,6 +155,11 @@ impl Worker {
     /// Whether it was told to leave: its end is no accident then.
     pub fn is_leaving(&self) -> bool {
         self.leaving
+    }
+
+    /// Whether it was started only to take over sessions that no slot's worker cares for, and still takes some.
+    pub fn is_carer(&self) -> bool {
+        self.leaving && matches!(self.state, State::Starting | State::Serving)
     }
 
     /// The socket to wait on for [`Worker::hear`].

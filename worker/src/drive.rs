@@ -145,11 +145,17 @@ impl Worker {
                     }
                     self.leave_kernel(session, direction)?;
                     if session.stream(direction).way == Way::Kernel {
+                        session
+                            .stream(direction)
+                            .look_later(clock::now_ms(), LONGEST_PATIENCE_MS);
                         return Ok(false);
                     }
                 }
                 Way::Settling => {
                     if !self.is_settled(session, direction)? {
+                        session
+                            .stream(direction)
+                            .look_later(clock::now_ms(), LONGEST_PATIENCE_MS);
                         return Ok(false);
                     }
                     if session.stream(direction).settled() {
@@ -190,7 +196,7 @@ impl Worker {
             // An end that was reported and not yet found comes with no further event.
             let end_is_near = session.ready[source(direction).index()].ended;
             let is_readable = session.ready[source(direction).index()].readable;
-            let stream = session.stream(direction);
+            let stream = &session.streams[direction.index()];
             if let Some(pace) = &stream.pace
                 && stream.way == Way::Relay
                 && stream.pending.is_empty()
@@ -199,9 +205,9 @@ impl Worker {
             {
                 wake_ms = wake_ms.min(pace.due_ns().div_ceil(1_000_000));
             }
+            // What looks at the session for another reason, maybe every few milliseconds, must not put this off.
             if stream.way == Way::Settling || (stream.way == Way::Kernel && end_is_near) {
-                wake_ms = wake_ms.min(now_ms + stream.patience_ms);
-                stream.patience_ms = (2 * stream.patience_ms).min(LONGEST_PATIENCE_MS);
+                wake_ms = wake_ms.min(stream.look_ms);
             }
         }
         Next::Wait(wake_ms.max(now_ms + 1))

@@ -74,6 +74,8 @@ pub struct Stream {
     pub buffers: Buffers,
     /// Milliseconds until a settling direction is looked at again; doubles each time.
     pub patience_ms: u64,
+    /// When it is looked at then; 0: as soon as may be.
+    pub look_ms: u64,
     /// Its limit in bytes per second; `None`: without. A limited direction is copied.
     pub pace: Option<Pace>,
 }
@@ -90,6 +92,7 @@ impl Stream {
             settled_bytes: 0,
             buffers: Buffers::Own,
             patience_ms: 1,
+            look_ms: 0,
             pace: None,
         }
     }
@@ -108,8 +111,15 @@ impl Stream {
         if matches!(self.way, Way::Kernel | Way::Relay) {
             self.way = Way::Settling;
             self.patience_ms = 1;
+            self.look_ms = 0;
         }
         self.check_invariants();
+    }
+
+    /// It was looked at in vain, and is looked at again a while later, up to `longest_ms`.
+    pub fn look_later(&mut self, now_ms: u64, longest_ms: u64) {
+        self.look_ms = now_ms + self.patience_ms;
+        self.patience_ms = (2 * self.patience_ms).min(longest_ms);
     }
 
     /// The target's TCP has everything that it was sent. Says whether the end of the stream is due now.

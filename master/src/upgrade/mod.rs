@@ -122,7 +122,7 @@ impl Master {
         if self.is_ending() {
             return log::warn!("upgrade ignored: the program is stopping");
         }
-        if self.pending.is_some() {
+        if self.is_reloading() {
             self.upgrade.wanted = true;
             return log::info!("SIGUSR2: upgrading when the reload is over");
         }
@@ -168,7 +168,7 @@ impl Master {
     /// Goes on when the new binary has answered, gives it up when it takes too long.
     pub fn advance_upgrade(&mut self, now: Instant) {
         // Until a reload is over, two generations are about to be one.
-        if self.pending.is_none() && std::mem::take(&mut self.upgrade.wanted) {
+        if !self.is_reloading() && std::mem::take(&mut self.upgrade.wanted) {
             self.begin_upgrade(now);
         }
         let Some(attempt) = &mut self.upgrade.attempt else {
@@ -182,7 +182,7 @@ impl Master {
             return;
         }
         attempt.deadline = None;
-        if self.pending.is_some() {
+        if self.is_reloading() {
             return;
         }
         let Some(attempt) = self.upgrade.attempt.take() else {

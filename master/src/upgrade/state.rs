@@ -101,7 +101,14 @@ impl Master {
     /// The stores of the current generation, and those that workers of earlier ones still have.
     fn all_stores(&self) -> Vec<&Arc<Store>> {
         let of_workers = self.workers.iter().flat_map(|worker| &worker.stores);
-        let mut stores: Vec<&Arc<Store>> = self.current.stores.all().chain(of_workers).collect();
+        let of_sessions = self.keeper.stores();
+        let mut stores: Vec<&Arc<Store>> = self
+            .current
+            .stores
+            .all()
+            .chain(of_workers)
+            .chain(of_sessions)
+            .collect();
         stores.sort_by_key(|store| store.id);
         stores.dedup_by_key(|store| store.id);
         stores

@@ -127,7 +127,7 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
     if state.paused {
         master.phase = Phase::Paused;
     }
-    master.keeper = take_keeper(state)?;
+    master.keeper = take_keeper(state, &stores)?;
     for worker in &state.workers {
         master.workers.push(take_worker(worker, &stores, now)?);
     }
@@ -224,10 +224,12 @@ fn find(stores: &Stores, id: u32) -> Result<Arc<Store>> {
         .with_context(|| format!("store {id} was not handed over"))
 }
 
-fn take_keeper(state: &State) -> Result<Keeper> {
+fn take_keeper(state: &State, stores: &Stores) -> Result<Keeper> {
     let mut sessions = Vec::new();
     for (id, holder, sockets) in &state.sessions {
-        sessions.push((session(*id), holder.map(Owner), take_all(*sockets)?));
+        let id = session(*id);
+        let store = find(stores, id.store)?;
+        sessions.push((id, holder.map(Owner), store, take_all(*sockets)?));
     }
     Ok(Keeper::of(
         sessions,

@@ -2,6 +2,7 @@
 //! that alone excuses a reset.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,8 @@ struct Book {
     faults: BTreeMap<Fault, u64>,
     told: Vec<String>,
     kills: Vec<Instant>,
+    /// When whatever a worker or the master carried could go with it.
+    grave_kills: Vec<Instant>,
     notes: Vec<String>,
 }
 
@@ -54,6 +57,7 @@ struct Book {
 #[derive(Debug)]
 pub struct Ledger {
     opened: Instant,
+    keeps_few: AtomicBool,
     book: Mutex<Book>,
 }
 
@@ -61,6 +65,7 @@ impl Default for Ledger {
     fn default() -> Ledger {
         Ledger {
             opened: Instant::now(),
+            keeps_few: AtomicBool::new(false),
             book: Mutex::default(),
         }
     }
@@ -74,6 +79,17 @@ impl Ledger {
     /// A moment as milliseconds since the account was opened.
     pub fn clock(&self, at: Instant) -> u128 {
         at.saturating_duration_since(self.opened).as_millis()
+    }
+
+    /// The master has no room to keep all sessions: those that it does not keep die with their worker, and cannot be
+    /// moved at a reload.
+    pub fn keeps_few(&self) {
+        self.keeps_few.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a worker may stay for its sessions when it is of an old generation.
+    pub fn lets_workers_stay(&self) -> bool {
+        self.keeps_few.load(Ordering::Relaxed)
     }
 
     /// Something went as it should.
@@ -117,7 +133,16 @@ impl Ledger {
 
     /// A worker is about to be killed.
     pub fn kill(&self) {
-        self.book().kills.push(Instant::now());
+        let mut book = self.book();
+        book.kills.push(Instant::now());
+        if self.keeps_few.load(Ordering::Relaxed) {
+            book.grave_kills.push(Instant::now());
+        }
+    }
+
+    /// The master is about to be killed: that excuses every reset.
+    pub fn grave_kill(&self) {
+        self.book().grave_kills.push(Instant::now());
     }
 
     /// How many were.
@@ -133,10 +158,11 @@ impl Ledger {
     /// Whether a kill excuses that a session has been reset: it came just before, and the session was too young to be
     /// kept, or is of a kind that need not be (`opened` is None).
     pub fn excuses_reset(&self, opened: Option<Instant>, seen: Instant) -> bool {
-        self.book().kills.iter().any(|&kill| {
-            let just_before = kill <= seen && seen - kill < patient(RESET_SEEN_WITHIN);
-            just_before && opened.is_none_or(|opened| kill < opened + patient(KEPT_AFTER))
-        })
+        let book = self.book();
+        let just_before = |kill: Instant| kill <= seen && seen - kill < patient(RESET_SEEN_WITHIN);
+        let is_young = |kill| opened.is_none_or(|opened| kill < opened + patient(KEPT_AFTER));
+        book.grave_kills.iter().any(|&kill| just_before(kill))
+            || book.kills.iter().any(|&kill| just_before(kill) && is_young(kill))
     }
 
     /// Prints the account; panics if anything went wrong.

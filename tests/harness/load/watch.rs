@@ -114,7 +114,7 @@ impl Eyes {
         for (pid, worker) in &mut self.workers {
             let Some(since) = worker.old_since else { continue };
             self.seen.outlived = self.seen.outlived.max(now - since);
-            if now - since > patient(GONE_WITHIN) && !worker.told {
+            if now - since > patient(GONE_WITHIN) && !worker.told && !self.ledger.lets_workers_stay() {
                 worker.told = true;
                 self.ledger.wrong(
                     Fault::OldWorker,

@@ -1,0 +1,103 @@
+//! Workers die where no slot's worker can go on with their sessions: there is always another who does.
+
+use std::net::TcpStream;
+
+use crate::harness::pattern::ping;
+use crate::harness::{PATIENCE, Plan, Proxy, Upstream, connect, exchange, process, within};
+use crate::reload::half_a_reload;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const STREAM: u64 = 1 << 20;
+
+fn tell(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).expect("signalling a worker");
+}
+
+/// Kills a worker, and waits until another one has been started for its sessions; says which.
+fn kill_the_last(proxy: &Proxy, worker: i32) -> i32 {
+    let before = process::children(proxy.pid());
+    tell(worker, Signal::SIGKILL);
+    let mut new = Vec::new();
+    let replaced = || {
+        new = process::children(proxy.pid());
+        new.retain(|pid| !before.contains(pid));
+        !new.is_empty()
+    };
+    assert!(within(PATIENCE, replaced), "nobody came: {}", proxy.log());
+    new[0]
+}
+
+/// Each still ends as it should, which nobody but a worker sees to.
+fn end_well(clients: Vec<TcpStream>) {
+    for client in clients {
+        exchange(client, 5, STREAM, 5).must_be_whole(STREAM);
+    }
+}
+
+#[test]
+fn sessions_of_a_refused_generation_outlive_their_worker() {
+    let echo = Upstream::echo("127.0.0.1");
+    for _ in 0..5 {
+        // A store of its own: nobody else has it, and the worker goes on alone.
+        let mut plan = Plan::new().workers(2).global("worker_connections = 1024");
+        let front = plan.server(&echo);
+        let proxy = plan.start();
+        proxy.edit("worker_connections = 1024", "worker_connections = 999");
+        let Some((old, last)) = half_a_reload(&proxy) else {
+            continue;
+        };
+        let first = process::children(proxy.pid());
+        let first = first.into_iter().find(|pid| !old.contains(pid) && *pid != last);
+        let first = first.expect("the worker that is ready");
+        // So many at once that each slot has some, on whatever CPU they come.
+        let mut clients: Vec<_> = (0..48).map(|_| connect(front)).collect();
+        let taken = || process::connections(first).len() >= 2;
+        assert!(within(PATIENCE, taken), "it takes nobody: {}", proxy.log());
+        tell(last, Signal::SIGKILL);
+        let refused = || proxy.log().contains("reload refused");
+        assert!(within(PATIENCE, refused), "{}", proxy.log());
+        old.iter().for_each(|&pid| tell(pid, Signal::SIGCONT));
+        for client in &mut clients {
+            ping(client, 1, 2).expect("a session of either generation");
+        }
+        proxy.wait("all are kept", |s| s.number("/sessions/kept") == 48);
+        let second = kill_the_last(&proxy, first);
+        for client in &mut clients {
+            ping(client, 2, 2).expect("a session after its worker's death");
+        }
+        let adopted = || proxy.log().contains(&format!("{second}: adopted "));
+        assert!(within(PATIENCE, adopted), "{}", proxy.log());
+        let third = kill_the_last(&proxy, second);
+        proxy.reload();
+        let gone = || !process::is_alive(third);
+        assert!(within(PATIENCE, gone), "it does not hand over: {}", proxy.log());
+        end_well(clients);
+        assert_eq!(proxy.settle().number("/closes/worker_died"), 0);
+        return;
+    }
+    panic!("no worker was ready before another");
+}
+
+#[test]
+fn sessions_of_a_paused_program_outlive_their_worker() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut clients: Vec<_> = (0..8).map(|_| connect(front)).collect();
+    for client in &mut clients {
+        ping(client, 1, 2).expect("a session");
+    }
+    proxy.wait("all are kept", |s| s.number("/sessions/kept") == 8);
+    let worker = proxy.worker();
+    proxy.signal(Signal::SIGWINCH);
+    let paused = || proxy.log().contains("SIGWINCH: workers drain");
+    assert!(within(PATIENCE, paused), "{}", proxy.log());
+    let second = kill_the_last(&proxy, worker);
+    end_well(clients);
+    let gone = || !process::is_alive(second);
+    assert!(within(PATIENCE, gone), "it stays for nothing: {}", proxy.log());
+    proxy.signal(Signal::SIGHUP);
+    assert_eq!(proxy.settle().number("/closes/worker_died"), 0);
+}
