@@ -88,6 +88,7 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
                 generation: generation.number,
                 stores,
                 access_logs: generation.access_logs.clone(),
+                resolvers: generation.config.resolvers(),
                 control: Some(ours),
             };
             Ok(Worker::new(born, Instant::now()))

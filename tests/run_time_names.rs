@@ -1,0 +1,685 @@
+//! Hosts that `$variables` of `proxy_pass` name when the session comes: looked up for it, with dnsmasq, and with name servers
+//! that are slow, silent or wrong.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::harness::dns::{DnsServer, OK, a_record, fake, greeter, reply, resolver};
+use crate::harness::hello::hello;
+use crate::harness::load::KEPT_AFTER;
+use crate::harness::pattern::fill;
+use crate::harness::sockets::Deaf;
+use crate::harness::{
+    Ending, Flag, Plan, Port, Proxy, Status, Upstream, connect, patient, process, receive, within,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const TLS: &str = "ssl_preread = true";
+
+/// Says hello to a name.
+fn ask_for(front: SocketAddr, name: &str) -> TcpStream {
+    let mut client = connect(front);
+    client.write_all(&hello(name)).expect("a hello");
+    client
+}
+
+/// Which greeter the session leads to; it must have the hello. `None`: it was reset.
+fn answer_of(client: &mut TcpStream, name: &str) -> Option<u64> {
+    let mut greeting = [0u8; 8];
+    client.read_exact(&mut greeting).ok()?;
+    let mut heard = vec![0; hello(name).len()];
+    client.read_exact(&mut heard).expect("the hello again");
+    assert_eq!(heard, hello(name));
+    let seed = (1..10).find(|seed| {
+        let mut expected = [0u8; 8];
+        fill(*seed, 0, &mut expected);
+        greeting == expected
+    });
+    Some(seed.expect("a greeting"))
+}
+
+fn led_to(front: SocketAddr, name: &str) -> Option<u64> {
+    answer_of(&mut ask_for(front, name), name)
+}
+
+/// Sends so many bytes; they must come back.
+#[track_caller]
+fn echoes(client: &mut TcpStream, bytes: usize) {
+    let mut sent = vec![0; bytes];
+    fill(7, 0, &mut sent);
+    client.write_all(&sent).expect("the payload");
+    let mut heard = vec![0; bytes];
+    client.read_exact(&mut heard).expect("the payload again");
+    assert!(heard == sent);
+}
+
+fn by_sni(port: u16) -> String {
+    format!("$ssl_preread_server_name:{port}")
+}
+
+fn hosts(status: &Status, name: &str) -> u64 {
+    status.number(&format!("/hosts/{name}"))
+}
+
+fn name_failed(status: &Status) -> u64 {
+    status.number("/closes/name_failed")
+}
+
+/// A name server that says nothing until the flag is up, and then this address. Counts questions.
+fn slow(ready: &Arc<Flag>, ip: [u8; 4]) -> (SocketAddr, Arc<AtomicUsize>) {
+    let ready = Arc::clone(ready);
+    fake(move |_, question| match ready.is_up() {
+        true => vec![reply(question, OK, &[&a_record(ip)])],
+        false => Vec::new(),
+    })
+}
+
+/// An access log with the peers that were tried, nginx's status and the reason.
+fn access_log(plan: &Plan) -> (String, std::path::PathBuf) {
+    let log = plan.file("access.log");
+    let lines = format!(
+        "access_log = {{ path = \"{}\", format = \"tried\", flush = \"0\" }}",
+        log.display()
+    );
+    (lines, log)
+}
+
+const FORMAT: &str = "[[log_format]]\nname = \"tried\"\nformat = \"$upstream_addr $status $close_reason $ssl_preread_server_name\"";
+
+fn lines_of(log: &std::path::Path, count: usize) -> Vec<String> {
+    let read = || std::fs::read_to_string(log).unwrap_or_default();
+    let there = within(Duration::from_secs(5), || read().lines().count() >= count);
+    assert!(there, "{count} lines: {}", read());
+    read().lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn a_name_in_a_hello_is_looked_up_and_the_kernel_carries_the_session() {
+    let port = Port::claim().number;
+    let told = TcpListener::bind(("127.0.0.3", port)).expect("binding an upstream");
+    let told = Upstream::on(told, |mut stream| {
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while !line.ends_with(b"\n") && stream.read(&mut byte).is_ok_and(|read| read == 1) {
+            line.push(byte[0]);
+        }
+        let _ = stream.write_all(&line);
+    });
+    let _two = greeter("127.0.0.2", port, 2);
+    let server = DnsServer::started("127.0.0.2 app.test\n127.0.0.3 told.test");
+    let mut plan = Plan::new().workers(2).stream(&server.resolver("")).tables(FORMAT);
+    let (log_lines, log) = access_log(&plan);
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], &format!("{TLS}\n{log_lines}"));
+    let header = format!("{TLS}\nproxy_protocol = \"v1\"");
+    let with_header = plan.server_with("127.0.0.1", &by_sni(port)[..], &header);
+    let proxy = plan.start();
+
+    let mut client = ask_for(front, "App.Test");
+    assert_eq!(answer_of(&mut client, "App.Test"), Some(2));
+    echoes(&mut client, 50_000);
+    client.shutdown(Shutdown::Write).expect("the end");
+    receive(&mut client, 1).must_be_whole(0);
+    let status = proxy.settle();
+    let sent = (hello("App.Test").len() + 50_000) as u64;
+    assert_eq!(status.sockmap().to_upstream, sent, "{:#}", status.json());
+    assert_eq!(status.sockmap().to_downstream, sent + 8);
+    assert_eq!((status.relay().sum(), status.fallbacks()), (0, 0));
+    assert_eq!(status.number("/closes/finished"), 1);
+    assert_eq!((hosts(&status, "sessions"), hosts(&status, "lookups")), (1, 1));
+    assert_eq!(
+        lines_of(&log, 1),
+        [format!("127.0.0.2:{port} 200 finished App.Test")]
+    );
+
+    let mut client = ask_for(with_header, "told.test");
+    let own = client.local_addr().expect("an address");
+    let mut line = String::new();
+    client.read_to_string(&mut line).ok();
+    assert_eq!(
+        line,
+        format!(
+            "PROXY TCP4 127.0.0.1 127.0.0.1 {} {}\r\n",
+            own.port(),
+            with_header.port()
+        )
+    );
+    drop(told);
+}
+
+#[test]
+fn all_addresses_of_a_name_are_used_in_turn_and_one_that_refuses_is_followed_by_the_next() {
+    let port = Port::claim().number;
+    let two = greeter("127.0.0.2", port, 2);
+    let _three = greeter("127.0.0.3", port, 3);
+    let _six = greeter("::1", port, 6);
+    let server = DnsServer::started("127.0.0.2 app.test\n127.0.0.3 app.test\n::1 app.test");
+    let valid = ", valid = \"1m\"";
+    let mut plan = Plan::new().stream(&server.resolver(valid)).tables(FORMAT);
+    let (log_lines, log) = access_log(&plan);
+    let target = by_sni(port);
+    let front = plan.server_with("127.0.0.1", &target[..], &format!("{TLS}\n{log_lines}"));
+    let single = format!("{TLS}\nproxy_next_upstream = false");
+    let single = plan.server_with("127.0.0.1", &target[..], &single);
+    let once = plan.server_with(
+        "127.0.0.1",
+        &target[..],
+        &format!("{TLS}\nproxy_next_upstream_tries = 1"),
+    );
+    let proxy = plan.start();
+    let mut seen: BTreeMap<Option<u64>, u32> = BTreeMap::new();
+    (0..9).for_each(|_| *seen.entry(led_to(front, "app.test")).or_default() += 1);
+    assert_eq!(seen, BTreeMap::from([(Some(2), 3), (Some(3), 3), (Some(6), 3)]));
+    drop(two);
+    // What is closed may take a connection yet.
+    let gone = within(Duration::from_secs(5), || {
+        TcpStream::connect(("127.0.0.2", port)).is_err()
+    });
+    assert!(gone);
+    proxy.settle();
+    let before = lines_of(&log, 9).len();
+    let mut seen: BTreeMap<Option<u64>, u32> = BTreeMap::new();
+    (0..9).for_each(|_| *seen.entry(led_to(front, "app.test")).or_default() += 1);
+    assert_eq!(
+        seen,
+        BTreeMap::from([(Some(3), 6), (Some(6), 3)]),
+        "the next one takes what it refuses"
+    );
+    proxy.settle();
+    let lines = lines_of(&log, before + 9);
+    let retried = format!("127.0.0.2:{port}, 127.0.0.3:{port} 200");
+    let count = lines.iter().filter(|line| line.starts_with(&retried)).count();
+    assert_eq!(count, 3, "{lines:#?}");
+    for alone in [single, once] {
+        let failed = (0..9).filter(|_| led_to(alone, "app.test").is_none()).count();
+        assert_eq!(failed, 3, "nobody looks for another one");
+    }
+    assert_eq!(proxy.status().number("/closes/connect_failed"), 6);
+    assert_eq!(
+        hosts(&proxy.status(), "lookups"),
+        1,
+        "one question for all of them"
+    );
+    assert!(
+        proxy
+            .log()
+            .contains(&format!("attempt 1: failed to connect to 127.0.0.2:{port}")),
+        "{}",
+        proxy.log()
+    );
+}
+
+#[test]
+fn an_answer_counts_for_its_time_and_is_asked_for_again_then() {
+    let port = Port::claim().number;
+    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let answers = |_: usize| {
+        fake(|n, question| {
+            vec![reply(
+                question,
+                OK,
+                &[&a_record([127, 0, 0, if n == 0 { 2 } else { 3 }])],
+            )]
+        })
+    };
+    let ((short, short_asked), (long, long_asked)) = (answers(0), answers(1));
+    let mut plan = Plan::new().workers(2).stream(&resolver(short, ", ipv6 = false"));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let own = format!("{TLS}\n{}", resolver(long, ", ipv6 = false, valid = \"1h\""));
+    let elsewhere = plan.server_with("127.0.0.1", &by_sni(port)[..], &own);
+    let proxy = plan.start();
+    let asked = |count: &AtomicUsize| count.load(Ordering::SeqCst);
+    // A record of a second.
+    let begun = Instant::now();
+    let first = led_to(front, "app.test");
+    assert_eq!(first, Some(2));
+    let mut again = 0;
+    while begun.elapsed() < Duration::from_millis(700) {
+        assert_eq!(led_to(front, "app.test"), Some(2));
+        again += 1;
+    }
+    assert!(again >= 3);
+    if begun.elapsed() < Duration::from_millis(950) {
+        assert_eq!(asked(&short_asked), 1, "it was remembered, by both workers");
+    }
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(led_to(front, "app.test"), Some(3), "it was asked for again");
+    assert!(asked(&short_asked) >= 2);
+    // `valid` of the server's own resolver counts more than the record.
+    assert_eq!(led_to(elsewhere, "app.test"), Some(2));
+    std::thread::sleep(Duration::from_millis(1200));
+    (0..4).for_each(|_| assert_eq!(led_to(elsewhere, "app.test"), Some(2)));
+    assert_eq!(asked(&long_asked), 1);
+    let status = proxy.status();
+    assert!(hosts(&status, "remembered") >= again, "{:#}", status.json());
+}
+
+#[test]
+fn a_host_that_does_not_exist_ends_the_session_with_nginxs_status_and_says_so() {
+    let server = DnsServer::started("127.0.0.2 app.test");
+    let mut plan = Plan::new().stream(&server.resolver("")).tables(FORMAT);
+    let (log_lines, log) = access_log(&plan);
+    let front = plan.server_with("127.0.0.1", &by_sni(443)[..], &format!("{TLS}\n{log_lines}"));
+    let proxy = plan.start();
+    for _ in 0..3 {
+        let mut client = ask_for(front, "nowhere.test");
+        assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
+    }
+    let status = proxy.settle();
+    assert_eq!(name_failed(&status), 3, "{:#}", status.json());
+    assert_eq!(hosts(&status, "failed"), hosts(&status, "lookups"));
+    assert_eq!(lines_of(&log, 3), ["- 500 name_failed nowhere.test"; 3]);
+    let line = "nowhere.test could not be resolved for client 127.0.0.1:";
+    assert_eq!(proxy.log().matches(line).count(), 3, "{}", proxy.log());
+    assert!(
+        proxy
+            .log()
+            .contains("there is no such host, or it has no address")
+    );
+    // It may come to be; that there is nothing is not believed for long.
+    server.change("127.0.0.1 nowhere.test");
+    let there = within(Duration::from_secs(5), || {
+        let _ = ask_for(front, "nowhere.test").read(&mut [0]);
+        proxy.log().contains("failed to connect to 127.0.0.1:443")
+    });
+    assert!(there, "{}", proxy.log());
+}
+
+#[test]
+fn a_silent_name_server_is_given_up_after_resolver_timeout_and_a_client_that_leaves_before_is_let_go() {
+    let (address, asked) = fake(|_, _| Vec::new());
+    let line = format!("{}\nresolver_timeout = \"1500ms\"", resolver(address, ""));
+    let mut plan = Plan::new().stream(&line);
+    let front = plan.server_with("127.0.0.1", &by_sni(443)[..], TLS);
+    let proxy = plan.start();
+    let begun = Instant::now();
+    let mut patient = ask_for(front, "app.test");
+    let leaving = ask_for(front, "app.test");
+    proxy.wait("both wait", |status| hosts(status, "sessions") == 2);
+    crate::harness::sockets::reset(leaving);
+    proxy.wait("the one that left is gone", |status| {
+        status.number("/closes/downstream_left_connecting") == 1
+    });
+    assert_eq!(name_failed(&proxy.status()), 0);
+    assert_eq!(receive(&mut patient, 1).ending, Ending::Reset);
+    let took = begun.elapsed();
+    assert!(
+        (Duration::from_millis(1450)..Duration::from_millis(3500)).contains(&took),
+        "{took:?}"
+    );
+    assert!(
+        asked.load(Ordering::SeqCst) >= 2,
+        "it was asked more than once meanwhile"
+    );
+    assert_eq!(name_failed(&proxy.settle()), 1);
+    let said = format!(
+        "app.test could not be resolved for client {}: no answer",
+        patient.local_addr().unwrap()
+    );
+    assert!(proxy.log().contains(&said), "{}", proxy.log());
+}
+
+#[test]
+fn many_sessions_that_lead_to_one_name_share_one_question_and_what_they_sent_early_is_carried() {
+    const CLIENTS: usize = 40;
+    let port = Port::claim().number;
+    let _two = greeter("127.0.0.2", port, 2);
+    let ready = Arc::new(Flag::default());
+    let _end = ready.raise_at_the_end();
+    let (address, asked) = slow(&ready, [127, 0, 0, 2]);
+    let mut plan = Plan::new()
+        .workers(2)
+        .stream(&resolver(address, ", ipv6 = false"));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let proxy = plan.start();
+    let mut early = vec![0; 20_000];
+    fill(5, 0, &mut early);
+    let mut clients: Vec<TcpStream> = (0..CLIENTS)
+        .map(|_| {
+            let mut client = ask_for(front, "app.test");
+            client.write_all(&early).expect("what is sent early");
+            client
+        })
+        .collect();
+    let status = proxy.wait("all wait", |s| hosts(s, "sessions") == CLIENTS as u64);
+    assert_eq!(hosts(&status, "lookups"), 1, "{:#}", status.json());
+    ready.raise();
+    for client in &mut clients {
+        assert_eq!(answer_of(client, "app.test"), Some(2));
+        let mut heard = vec![0; early.len()];
+        client.read_exact(&mut heard).expect("what was sent early");
+        assert!(heard == early);
+    }
+    // The question is sent again each second as long as nobody answers.
+    assert!(asked.load(Ordering::SeqCst) <= 6, "{asked:?}");
+    drop(clients);
+    let status = proxy.settle();
+    assert_eq!((hosts(&status, "lookups"), status.relay().sum()), (1, 0));
+}
+
+#[test]
+fn made_up_names_find_bounds_and_a_name_that_is_remembered_is_served_all_the_while() {
+    const ASKED_MAX: usize = 1024;
+    let port = Port::claim().number;
+    let _two = greeter("127.0.0.2", port, 2);
+    let (address, _) = fake(|_, question| match &question[13..16] {
+        b"app" => vec![reply(question, OK, &[&a_record([127, 0, 0, 2])])],
+        _ => Vec::new(),
+    });
+    let line = format!(
+        "{}\nresolver_timeout = \"8s\"",
+        resolver(address, ", ipv6 = false, valid = \"1m\"")
+    );
+    let mut plan = Plan::new().global("worker_connections = 1200").stream(&line);
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let proxy = plan.start();
+    assert_eq!(led_to(front, "app.test"), Some(2));
+    let waiting: Vec<TcpStream> = (0..ASKED_MAX)
+        .map(|n| ask_for(front, &format!("x{n}.test")))
+        .collect();
+    proxy.wait("all wait", |status| {
+        hosts(status, "sessions") == 1 + ASKED_MAX as u64
+    });
+    assert_eq!(hosts(&proxy.status(), "refused"), 0);
+    let mut over = ask_for(front, "over.test");
+    assert_eq!(receive(&mut over, 1).ending, Ending::Reset);
+    assert_eq!(led_to(front, "app.test"), Some(2));
+    let status = proxy.status();
+    assert_eq!(
+        (hosts(&status, "refused"), name_failed(&status)),
+        (1, 1),
+        "{:#}",
+        status.json()
+    );
+    // No more of them are under way than there are sockets for.
+    let sockets = process::descriptors(proxy.pid()).len();
+    assert!(sockets < 400, "{sockets} descriptors of the master");
+    assert!(
+        proxy.log().contains("over.test could not be resolved"),
+        "{}",
+        proxy.log()
+    );
+    drop(waiting);
+    proxy.wait("all have left", |status| status.active() == 0);
+    assert_eq!(led_to(front, "app.test"), Some(2));
+}
+
+#[test]
+fn what_is_no_host_s_name_is_not_asked_for_and_not_written_as_it_is() {
+    let port = Port::claim().number;
+    let _two = greeter("127.0.0.2", port, 2);
+    let (address, asked) = fake(|_, question| vec![reply(question, OK, &[&a_record([127, 0, 0, 2])])]);
+    let mut plan = Plan::new().stream(&resolver(address, ""));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let no_port = plan.server_with("127.0.0.1", "$ssl_preread_server_name", TLS);
+    let proxy = plan.start();
+    // An address is one, as ever.
+    assert_eq!(led_to(front, "127.0.0.2"), Some(2));
+    let long = "a".repeat(64) + ".test";
+    let evil = "a\n\u{1b}[31mb";
+    let wrong = [
+        "",
+        "127.2",
+        "2130706434",
+        "a..test",
+        "a test",
+        "ä.test",
+        "*.test",
+        "a.test:9",
+        &long,
+        evil,
+    ];
+    for name in wrong {
+        let mut client = ask_for(front, name);
+        assert_eq!(receive(&mut client, 1).ending, Ending::Reset, "{name:?}");
+    }
+    assert_eq!(
+        receive(&mut ask_for(no_port, "app.test"), 1).ending,
+        Ending::Reset
+    );
+    let status = proxy.settle();
+    let expected = wrong.len() as u64 + 1;
+    assert_eq!(status.number("/closes/no_route"), expected, "{:#}", status.json());
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+    let log = proxy.log();
+    // The hello's reader takes no name of such letters; nor would the log.
+    assert!(!log.contains('\u{1b}'), "{log}");
+    assert!(
+        log.contains("\"app.test\", which is no upstream, and a host needs a port"),
+        "{log}"
+    );
+}
+
+#[test]
+fn an_answer_of_no_host_s_address_leads_nowhere() {
+    let port = Port::claim().number;
+    let _here = greeter("127.0.0.1", port, 1);
+    let (address, _) = fake(|_, question| {
+        let is_v6 = question[question.len() - 3] == 28;
+        let six = |ip: [u8; 16]| {
+            let mut bytes = vec![0xc0, 12, 0, 28, 0, 1, 0, 0, 0, 1, 0, 16];
+            bytes.extend(ip);
+            bytes
+        };
+        let mut mapped = [0; 16];
+        mapped[10..12].fill(0xff);
+        vec![match is_v6 {
+            true => reply(question, OK, &[&six([0; 16]), &six(mapped)]),
+            false => reply(question, OK, &[&a_record([0, 0, 0, 0]), &a_record([255; 4])]),
+        }]
+    });
+    let mut plan = Plan::new().stream(&resolver(address, ""));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let proxy = plan.start();
+    assert_eq!(led_to(front, "app.test"), None);
+    assert_eq!(name_failed(&proxy.settle()), 1);
+}
+
+#[test]
+fn without_a_resolver_a_name_leads_nowhere_and_the_log_says_what_to_write() {
+    let mut plan = Plan::new();
+    let front = plan.server_with("127.0.0.1", &by_sni(443)[..], TLS);
+    let proxy = plan.start();
+    assert_eq!(receive(&mut ask_for(front, "app.test"), 1).ending, Ending::Reset);
+    assert_eq!(name_failed(&proxy.settle()), 1);
+    let line =
+        "there is no resolver to ask for app.test: write for example resolver = \"127.0.0.53\" in [stream]";
+    assert!(proxy.log().contains(line), "{}", proxy.log());
+}
+
+/// What happens to the worker, or to the program, while a name is looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Event {
+    Reload,
+    Kill,
+    Upgrade,
+}
+
+fn replace(proxy: &Proxy, event: Event) {
+    let old = proxy.worker();
+    match event {
+        Event::Reload => _ = proxy.reload(),
+        Event::Kill => kill(Pid::from_raw(old), Signal::SIGKILL).expect("killing the worker"),
+        Event::Upgrade => {
+            let before = proxy.status().generation();
+            proxy.signal(Signal::SIGUSR2);
+            proxy.wait("the next generation serves", |s| s.generation() > before);
+        }
+    }
+    proxy.wait("one other worker serves", |s| {
+        let workers = s.workers();
+        workers.len() == 1 && workers[0].pid != old
+    });
+}
+
+fn waiting_comes_through(event: Event) {
+    let port = Port::claim().number;
+    let _two = greeter("127.0.0.2", port, 2);
+    let ready = Arc::new(Flag::default());
+    let _end = ready.raise_at_the_end();
+    let (address, _) = slow(&ready, [127, 0, 0, 2]);
+    let mut plan = Plan::new().stream(&resolver(address, ", ipv6 = false"));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let proxy = plan.start();
+    let mut client = ask_for(front, "app.test");
+    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
+    if event == Event::Kill {
+        std::thread::sleep(patient(KEPT_AFTER + Duration::from_millis(200)));
+        proxy.wait("it is kept", |status| status.number("/sessions/kept") == 1);
+    }
+    replace(&proxy, event);
+    let status = proxy.status();
+    assert_eq!(
+        (status.active(), status.number("/sessions/adopted")),
+        (1, 1),
+        "{:#}",
+        status.json()
+    );
+    ready.raise();
+    assert_eq!(answer_of(&mut client, "app.test"), Some(2));
+    echoes(&mut client, 30_000);
+    client.shutdown(Shutdown::Write).expect("the end");
+    receive(&mut client, 1).must_be_whole(0);
+    let status = proxy.settle();
+    assert_eq!(status.number("/closes/finished"), 1, "{:#}", status.json());
+    assert_eq!(
+        (hosts(&status, "sessions"), status.relay().sum()),
+        (1, 0),
+        "counted once, carried by the kernel"
+    );
+    assert_eq!(
+        status.sockmap().to_upstream,
+        hello("app.test").len() as u64 + 30_000
+    );
+}
+
+#[test]
+fn a_session_that_waits_for_a_name_comes_through_a_reload() {
+    waiting_comes_through(Event::Reload);
+}
+
+#[test]
+fn a_session_that_waits_for_a_name_comes_through_the_death_of_its_worker() {
+    waiting_comes_through(Event::Kill);
+}
+
+#[test]
+fn a_session_that_waits_for_a_name_comes_through_an_upgrade() {
+    waiting_comes_through(Event::Upgrade);
+}
+
+#[test]
+fn one_that_is_not_kept_yet_when_its_worker_dies_is_reset_and_counted() {
+    let (address, _) = fake(|_, _| Vec::new());
+    let mut plan = Plan::new().stream(&resolver(address, ", ipv6 = false"));
+    let front = plan.server_with("127.0.0.1", &by_sni(443)[..], TLS);
+    let proxy = plan.start();
+    let mut client = ask_for(front, "app.test");
+    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
+    replace(&proxy, Event::Kill);
+    assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
+    assert_eq!(proxy.settle().number("/closes/worker_died"), 1);
+}
+
+#[test]
+fn a_session_that_waits_in_several_workers_waits_no_longer_than_in_one() {
+    let (address, _) = fake(|_, _| Vec::new());
+    let line = format!(
+        "{}\nresolver_timeout = \"3s\"",
+        resolver(address, ", ipv6 = false")
+    );
+    let mut plan = Plan::new().stream(&line);
+    let front = plan.server_with("127.0.0.1", &by_sni(443)[..], TLS);
+    let proxy = plan.start();
+    let begun = Instant::now();
+    let mut client = ask_for(front, "app.test");
+    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
+    // What the master asks goes on through reloads, so the name is changed: only the session's own time counts.
+    for n in 0..2 {
+        std::thread::sleep(Duration::from_millis(900));
+        let from = if n == 0 {
+            "server_name:443"
+        } else {
+            "server_name-0:443"
+        };
+        proxy.edit(from, &format!("server_name-{n}:443"));
+        replace(&proxy, Event::Reload);
+    }
+    assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
+    let took = begun.elapsed();
+    assert!(
+        (Duration::from_millis(2900)..Duration::from_millis(4400)).contains(&took),
+        "{took:?}"
+    );
+    assert_eq!(name_failed(&proxy.settle()), 1);
+    assert!(
+        proxy.log().contains("app.test-1 could not be resolved"),
+        "{}",
+        proxy.log()
+    );
+}
+
+#[test]
+fn a_session_that_waits_for_a_name_is_finished_by_a_program_that_quits() {
+    let port = Port::claim().number;
+    let _two = greeter("127.0.0.2", port, 2);
+    let ready = Arc::new(Flag::default());
+    let _end = ready.raise_at_the_end();
+    let (address, _) = slow(&ready, [127, 0, 0, 2]);
+    let mut plan = Plan::new().stream(&resolver(address, ", ipv6 = false"));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let mut proxy = plan.start();
+    let mut client = ask_for(front, "app.test");
+    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
+    proxy.signal(Signal::SIGQUIT);
+    assert!(within(Duration::from_secs(5), || proxy
+        .log()
+        .contains("SIGQUIT: finishing 1")));
+    ready.raise();
+    assert_eq!(answer_of(&mut client, "app.test"), Some(2));
+    drop(client);
+    let exit = proxy.wait_for_exit(Duration::from_secs(10)).expect("it ends");
+    assert_eq!(exit.code(), Some(0));
+}
+
+#[test]
+fn a_session_that_was_taken_over_while_it_was_connecting_tries_the_other_addresses_too() {
+    let deaf = Deaf::new();
+    let port = deaf.address.port();
+    let SocketAddr::V4(ip) = deaf.address else {
+        panic!("IPv4")
+    };
+    let silent = ip.ip().octets();
+    let _two = greeter("127.0.0.2", port, 2);
+    let (address, _) = fake(move |_, question| {
+        vec![reply(
+            question,
+            OK,
+            &[&a_record(silent), &a_record([127, 0, 0, 2])],
+        )]
+    });
+    let line = resolver(address, ", ipv6 = false, valid = \"1m\"");
+    let mut plan = Plan::new().stream(&format!("{line}\nproxy_connect_timeout = \"3s\""));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let proxy = plan.start();
+    // Of two sessions one begins with the address that is silent.
+    let mut clients = [(); 2].map(|()| ask_for(front, "app.test"));
+    proxy.wait("one is connected", |status| {
+        status.number("/sessions/offloaded") == 1
+    });
+    replace(&proxy, Event::Reload);
+    for client in &mut clients {
+        assert_eq!(answer_of(client, "app.test"), Some(2));
+    }
+    assert!(
+        proxy
+            .log()
+            .contains(&format!("failed to connect to {}", deaf.address)),
+        "{}",
+        proxy.log()
+    );
+}
