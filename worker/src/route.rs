@@ -135,6 +135,9 @@ impl Router {
         if let Ok(address) = value.parse() {
             return Ok(Route::Address(Address::Tcp(address)));
         }
+        if value.is_empty() {
+            return Err("which is empty");
+        }
         let Some((host, port)) = value.rsplit_once(':') else {
             return Err(match is_host(value) {
                 true => "which is no upstream, and a host needs a port behind its name",

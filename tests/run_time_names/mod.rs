@@ -1,23 +1,21 @@
 //! Hosts that `$variables` of `proxy_pass` name when the session comes: looked up for it, with dnsmasq, and with name servers
-//! that are slow, silent or wrong.
+//! that are slow, silent or wrong. `outlive` replaces workers and the program meanwhile.
+
+mod outlive;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::harness::dns::{DnsServer, OK, a_record, fake, greeter, reply, resolver};
 use crate::harness::hello::hello;
-use crate::harness::load::KEPT_AFTER;
 use crate::harness::pattern::fill;
-use crate::harness::sockets::Deaf;
-use crate::harness::{
-    Ending, Flag, Plan, Port, Proxy, Status, Upstream, connect, patient, process, receive, within,
-};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use crate::harness::program::{Running, need};
+use crate::harness::{Ending, Flag, Plan, Port, Proxy, Status, Upstream, connect, process, receive, within};
 
 const TLS: &str = "ssl_preread = true";
 
@@ -90,6 +88,13 @@ fn access_log(plan: &Plan) -> (String, std::path::PathBuf) {
 }
 
 const FORMAT: &str = "[[log_format]]\nname = \"tried\"\nformat = \"$upstream_addr $status $close_reason $ssl_preread_server_name\"";
+
+/// The log has this text, or soon will: a thread of its own writes it.
+#[track_caller]
+fn must_say(proxy: &Proxy, text: &str) {
+    let said = within(Duration::from_secs(5), || proxy.log().contains(text));
+    assert!(said, "{text:?} in {}", proxy.log());
+}
 
 fn lines_of(log: &std::path::Path, count: usize) -> Vec<String> {
     let read = || std::fs::read_to_string(log).unwrap_or_default();
@@ -204,12 +209,9 @@ fn all_addresses_of_a_name_are_used_in_turn_and_one_that_refuses_is_followed_by_
         1,
         "one question for all of them"
     );
-    assert!(
-        proxy
-            .log()
-            .contains(&format!("attempt 1: failed to connect to 127.0.0.2:{port}")),
-        "{}",
-        proxy.log()
+    must_say(
+        &proxy,
+        &format!("attempt 1: failed to connect to 127.0.0.2:{port}"),
     );
 }
 
@@ -274,12 +276,9 @@ fn a_host_that_does_not_exist_ends_the_session_with_nginxs_status_and_says_so() 
     assert_eq!(hosts(&status, "failed"), hosts(&status, "lookups"));
     assert_eq!(lines_of(&log, 3), ["- 500 name_failed nowhere.test"; 3]);
     let line = "nowhere.test could not be resolved for client 127.0.0.1:";
-    assert_eq!(proxy.log().matches(line).count(), 3, "{}", proxy.log());
-    assert!(
-        proxy
-            .log()
-            .contains("there is no such host, or it has no address")
-    );
+    let told = within(Duration::from_secs(5), || proxy.log().matches(line).count() == 3);
+    assert!(told, "{}", proxy.log());
+    must_say(&proxy, "there is no such host, or it has no address");
     // It may come to be; that there is nothing is not believed for long.
     server.change("127.0.0.1 nowhere.test");
     let there = within(Duration::from_secs(5), || {
@@ -320,7 +319,7 @@ fn a_silent_name_server_is_given_up_after_resolver_timeout_and_a_client_that_lea
         "app.test could not be resolved for client {}: no answer",
         patient.local_addr().unwrap()
     );
-    assert!(proxy.log().contains(&said), "{}", proxy.log());
+    must_say(&proxy, &said);
 }
 
 #[test]
@@ -398,11 +397,7 @@ fn made_up_names_find_bounds_and_a_name_that_is_remembered_is_served_all_the_whi
     // No more of them are under way than there are sockets for.
     let sockets = process::descriptors(proxy.pid()).len();
     assert!(sockets < 400, "{sockets} descriptors of the master");
-    assert!(
-        proxy.log().contains("over.test could not be resolved"),
-        "{}",
-        proxy.log()
-    );
+    must_say(&proxy, "over.test could not be resolved");
     drop(waiting);
     proxy.wait("all have left", |status| status.active() == 0);
     assert_eq!(led_to(front, "app.test"), Some(2));
@@ -445,13 +440,12 @@ fn what_is_no_host_s_name_is_not_asked_for_and_not_written_as_it_is() {
     let expected = wrong.len() as u64 + 1;
     assert_eq!(status.number("/closes/no_route"), expected, "{:#}", status.json());
     assert_eq!(asked.load(Ordering::SeqCst), 0);
-    let log = proxy.log();
-    // The hello's reader takes no name of such letters; nor would the log.
-    assert!(!log.contains('\u{1b}'), "{log}");
-    assert!(
-        log.contains("\"app.test\", which is no upstream, and a host needs a port"),
-        "{log}"
+    must_say(
+        &proxy,
+        "\"app.test\", which is no upstream, and a host needs a port",
     );
+    // The hello's reader takes no name of such letters; nor would the log.
+    assert!(!proxy.log().contains('\u{1b}'), "{}", proxy.log());
 }
 
 #[test]
@@ -488,198 +482,102 @@ fn without_a_resolver_a_name_leads_nowhere_and_the_log_says_what_to_write() {
     assert_eq!(name_failed(&proxy.settle()), 1);
     let line =
         "there is no resolver to ask for app.test: write for example resolver = \"127.0.0.53\" in [stream]";
-    assert!(proxy.log().contains(line), "{}", proxy.log());
+    must_say(&proxy, line);
 }
 
-/// What happens to the worker, or to the program, while a name is looked up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Event {
-    Reload,
-    Kill,
-    Upgrade,
-}
-
-fn replace(proxy: &Proxy, event: Event) {
-    let old = proxy.worker();
-    match event {
-        Event::Reload => _ = proxy.reload(),
-        Event::Kill => kill(Pid::from_raw(old), Signal::SIGKILL).expect("killing the worker"),
-        Event::Upgrade => {
-            let before = proxy.status().generation();
-            proxy.signal(Signal::SIGUSR2);
-            proxy.wait("the next generation serves", |s| s.generation() > before);
+#[test]
+fn nginx_and_this_program_log_the_same_of_such_sessions_from_one_file() {
+    let port = Port::claim().number;
+    let _two = greeter("127.0.0.2", port, 2);
+    let server = DnsServer::started("127.0.0.2 app.test\n127.0.0.3 refuses.test");
+    let ports: Vec<Port> = (0..4).map(|_| Port::claim()).collect();
+    let fronts: Vec<SocketAddr> = ports.iter().map(|port| port.on("127.0.0.1")).collect();
+    let plan = Plan::new();
+    let log = plan.file("access.log");
+    let dns = server.address();
+    let text = format!(
+        r#"
+load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+user root;
+worker_processes 1;
+pid {pid};
+error_log stderr notice;
+events {{ worker_connections 256; }}
+stream {{
+    log_format led "$server_port $upstream_addr $status $ssl_preread_server_name";
+    access_log {log} led;
+    ssl_preread on;
+    map $ssl_preread_server_name $listed {{
+        hostnames;
+        *.test $ssl_preread_server_name:{port};
+    }}
+    server {{ listen {}; resolver {dns}; proxy_pass $ssl_preread_server_name:{port}; }}
+    server {{ listen {}; resolver {dns}; proxy_pass $ssl_preread_server_name; }}
+    server {{ listen {}; proxy_pass $ssl_preread_server_name:{port}; }}
+    server {{ listen {}; resolver {dns} valid=9s ipv6=off; resolver_timeout 3s; proxy_pass $listed; }}
+}}
+"#,
+        fronts[0],
+        fronts[1],
+        fronts[2],
+        fronts[3],
+        pid = plan.file("master.pid").display(),
+        log = log.display(),
+    );
+    let file = plan.file("nginx.conf");
+    std::fs::write(&file, text).expect("nginx's configuration");
+    let names = [
+        "app.test",
+        "APP.Test",
+        "nowhere.test",
+        "refuses.test",
+        "127.0.0.2",
+        "app.example",
+        "127.2",
+    ];
+    let cases: Vec<(SocketAddr, &str)> = fronts
+        .iter()
+        .flat_map(|front| names.map(|name| (*front, name)))
+        .collect();
+    let behaviour = |before: usize| {
+        for (front, name) in &cases {
+            let mut client = ask_for(*front, name);
+            let _ = client.read_exact(&mut [0; 8]);
         }
-    }
-    proxy.wait("one other worker serves", |s| {
-        let workers = s.workers();
-        workers.len() == 1 && workers[0].pid != old
-    });
-}
-
-fn waiting_comes_through(event: Event) {
-    let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
-    let ready = Arc::new(Flag::default());
-    let _end = ready.raise_at_the_end();
-    let (address, _) = slow(&ready, [127, 0, 0, 2]);
-    let mut plan = Plan::new().stream(&resolver(address, ", ipv6 = false"));
-    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
-    let proxy = plan.start();
-    let mut client = ask_for(front, "app.test");
-    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
-    if event == Event::Kill {
-        std::thread::sleep(patient(KEPT_AFTER + Duration::from_millis(200)));
-        proxy.wait("it is kept", |status| status.number("/sessions/kept") == 1);
-    }
-    replace(&proxy, event);
-    let status = proxy.status();
-    assert_eq!(
-        (status.active(), status.number("/sessions/adopted")),
-        (1, 1),
-        "{:#}",
-        status.json()
-    );
-    ready.raise();
-    assert_eq!(answer_of(&mut client, "app.test"), Some(2));
-    echoes(&mut client, 30_000);
-    client.shutdown(Shutdown::Write).expect("the end");
-    receive(&mut client, 1).must_be_whole(0);
-    let status = proxy.settle();
-    assert_eq!(status.number("/closes/finished"), 1, "{:#}", status.json());
-    assert_eq!(
-        (hosts(&status, "sessions"), status.relay().sum()),
-        (1, 0),
-        "counted once, carried by the kernel"
-    );
-    assert_eq!(
-        status.sockmap().to_upstream,
-        hello("app.test").len() as u64 + 30_000
-    );
-}
-
-#[test]
-fn a_session_that_waits_for_a_name_comes_through_a_reload() {
-    waiting_comes_through(Event::Reload);
-}
-
-#[test]
-fn a_session_that_waits_for_a_name_comes_through_the_death_of_its_worker() {
-    waiting_comes_through(Event::Kill);
-}
-
-#[test]
-fn a_session_that_waits_for_a_name_comes_through_an_upgrade() {
-    waiting_comes_through(Event::Upgrade);
-}
-
-#[test]
-fn one_that_is_not_kept_yet_when_its_worker_dies_is_reset_and_counted() {
-    let (address, _) = fake(|_, _| Vec::new());
-    let mut plan = Plan::new().stream(&resolver(address, ", ipv6 = false"));
-    let front = plan.server_with("127.0.0.1", &by_sni(443)[..], TLS);
-    let proxy = plan.start();
-    let mut client = ask_for(front, "app.test");
-    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
-    replace(&proxy, Event::Kill);
-    assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
-    assert_eq!(proxy.settle().number("/closes/worker_died"), 1);
-}
-
-#[test]
-fn a_session_that_waits_in_several_workers_waits_no_longer_than_in_one() {
-    let (address, _) = fake(|_, _| Vec::new());
-    let line = format!(
-        "{}\nresolver_timeout = \"3s\"",
-        resolver(address, ", ipv6 = false")
-    );
-    let mut plan = Plan::new().stream(&line);
-    let front = plan.server_with("127.0.0.1", &by_sni(443)[..], TLS);
-    let proxy = plan.start();
-    let begun = Instant::now();
-    let mut client = ask_for(front, "app.test");
-    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
-    // What the master asks goes on through reloads, so the name is changed: only the session's own time counts.
-    for n in 0..2 {
-        std::thread::sleep(Duration::from_millis(900));
-        let from = if n == 0 {
-            "server_name:443"
-        } else {
-            "server_name-0:443"
-        };
-        proxy.edit(from, &format!("server_name-{n}:443"));
-        replace(&proxy, Event::Reload);
-    }
-    assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
-    let took = begun.elapsed();
-    assert!(
-        (Duration::from_millis(2900)..Duration::from_millis(4400)).contains(&took),
-        "{took:?}"
-    );
-    assert_eq!(name_failed(&proxy.settle()), 1);
-    assert!(
-        proxy.log().contains("app.test-1 could not be resolved"),
-        "{}",
-        proxy.log()
-    );
-}
-
-#[test]
-fn a_session_that_waits_for_a_name_is_finished_by_a_program_that_quits() {
-    let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
-    let ready = Arc::new(Flag::default());
-    let _end = ready.raise_at_the_end();
-    let (address, _) = slow(&ready, [127, 0, 0, 2]);
-    let mut plan = Plan::new().stream(&resolver(address, ", ipv6 = false"));
-    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
-    let mut proxy = plan.start();
-    let mut client = ask_for(front, "app.test");
-    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
-    proxy.signal(Signal::SIGQUIT);
-    assert!(within(Duration::from_secs(5), || proxy
-        .log()
-        .contains("SIGQUIT: finishing 1")));
-    ready.raise();
-    assert_eq!(answer_of(&mut client, "app.test"), Some(2));
-    drop(client);
-    let exit = proxy.wait_for_exit(Duration::from_secs(10)).expect("it ends");
-    assert_eq!(exit.code(), Some(0));
-}
-
-#[test]
-fn a_session_that_was_taken_over_while_it_was_connecting_tries_the_other_addresses_too() {
-    let deaf = Deaf::new();
-    let port = deaf.address.port();
-    let SocketAddr::V4(ip) = deaf.address else {
-        panic!("IPv4")
+        let mut lines = lines_of(&log, before + cases.len()).split_off(before);
+        // Sessions that were led somewhere end a moment later than others.
+        lines.sort();
+        lines
     };
-    let silent = ip.ip().octets();
-    let _two = greeter("127.0.0.2", port, 2);
-    let (address, _) = fake(move |_, question| {
-        vec![reply(
-            question,
-            OK,
-            &[&a_record(silent), &a_record([127, 0, 0, 2])],
-        )]
-    });
-    let line = resolver(address, ", ipv6 = false, valid = \"1m\"");
-    let mut plan = Plan::new().stream(&format!("{line}\nproxy_connect_timeout = \"3s\""));
-    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
-    let proxy = plan.start();
-    // Of two sessions one begins with the address that is silent.
-    let mut clients = [(); 2].map(|()| ask_for(front, "app.test"));
-    proxy.wait("one is connected", |status| {
-        status.number("/sessions/offloaded") == 1
-    });
-    replace(&proxy, Event::Reload);
-    for client in &mut clients {
-        assert_eq!(answer_of(client, "app.test"), Some(2));
-    }
+    let mut command = Command::new(need("nginx", "nginx-light libnginx-mod-stream"));
+    command.args(["-g", "daemon off;", "-c"]).arg(&file);
+    let running = Running::start(command).wait_for(fronts[0]);
+    // One connection was nginx's start.
+    let nginxs = behaviour(1);
+    drop(running);
+
+    let mut command = Command::new(env!("CARGO_BIN_EXE_master"));
+    command.arg("--from-nginx").arg(&file);
+    let printed = command.output().expect("starting the program");
     assert!(
-        proxy
-            .log()
-            .contains(&format!("failed to connect to {}", deaf.address)),
+        printed.status.success(),
         "{}",
-        proxy.log()
+        String::from_utf8_lossy(&printed.stderr)
+    );
+    let status = format!(
+        "\n[[server]]\nlisten = \"127.0.0.1:{}\"\nebpf_status_return = true\n",
+        plan.status_port()
+    );
+    let toml = plan.file("from_nginx.toml");
+    let printed = String::from_utf8(printed.stdout).expect("text");
+    std::fs::write(&toml, printed + &status).expect("writing what was printed");
+    std::fs::remove_file(&log).expect("the log of nginx");
+    let _proxy = Proxy::start_file(plan, &toml);
+    let ours = behaviour(0);
+    assert_eq!(ours, nginxs, "\n{ours:#?}\n{nginxs:#?}");
+    let ends = |end: &str| nginxs.iter().filter(|line| line.contains(end)).count();
+    assert!(
+        ends(" 200 ") >= 5 && ends(" 500 ") >= 5 && ends(" 502 ") >= 2,
+        "{nginxs:#?}"
     );
 }
