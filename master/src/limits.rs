@@ -124,6 +124,7 @@ fn check(config: &Config, need: Need, limit: u64) -> Result<()> {
 mod tests {
     use super::*;
     use crate::testing;
+    use culvert_shared::config::{Action, Resolver, Target, Template};
 
     #[test]
     fn two_descriptors_a_session_and_the_listeners_are_counted() {
@@ -133,7 +134,22 @@ mod tests {
         let need = need(&config);
         assert_eq!(need.listeners, 2);
         assert_eq!(need.worker, 2000 + 4 + WORKER_RESERVE);
-        assert_eq!(need.master, 2 * 3 * (2 + MASTER_PER_SLOT) + MASTER_RESERVE);
+        let without = 2 * 3 * (2 + MASTER_PER_SLOT) + MASTER_RESERVE;
+        assert_eq!(need.master, without);
+        // Where sessions may name hosts, a socket for each kind of address.
+        let stream = &mut config.servers[1].stream;
+        stream.resolver = Some(std::sync::Arc::new(Resolver {
+            servers: vec![([127, 0, 0, 53], 53).into()],
+            valid: None,
+            hold: std::time::Duration::ZERO,
+            ipv4: true,
+            ipv6: true,
+            timeout: std::time::Duration::from_secs(1),
+        }));
+        assert_eq!(super::need(&config).master, without, "none does");
+        config.servers[1].action = Action::Proxy(Target::Variable(Template(Vec::new())));
+        let lookups = 2 * hosts::RUNNING_MAX as u64;
+        assert_eq!(super::need(&config).master, without + lookups);
     }
 
     #[test]
