@@ -289,6 +289,35 @@ fn a_host_that_does_not_exist_ends_the_session_with_nginxs_status_and_says_so() 
 }
 
 #[test]
+fn a_host_that_was_known_is_served_while_its_name_server_is_away() {
+    let port = Port::claim().number;
+    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let mut server = DnsServer::started("127.0.0.2 app.test");
+    let mut plan = Plan::new().workers(2).stream(&server.resolver(""));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let proxy = plan.start();
+    assert_eq!(led_to(front, "app.test"), Some(2));
+    server.stop();
+    // Its answer counts for a second.
+    std::thread::sleep(Duration::from_millis(1100));
+    for _ in 0..6 {
+        assert_eq!(led_to(front, "app.test"), Some(2));
+    }
+    must_say(&proxy, "failed to look up app.test, its last addresses stay: ");
+    let status = proxy.reload();
+    assert!(hosts(&status, "failed") >= 1, "{:#}", status.json());
+    proxy.wait("only new workers serve", |status| {
+        status.workers().iter().all(|worker| !worker.draining)
+    });
+    assert_eq!(
+        led_to(front, "app.test"),
+        Some(2),
+        "the next workers know it as well"
+    );
+    assert_eq!(name_failed(&proxy.status()), 0);
+}
+
+#[test]
 fn a_silent_name_server_is_given_up_after_resolver_timeout_and_a_client_that_leaves_before_is_let_go() {
     let (address, asked) = fake(|_, _| Vec::new());
     let line = format!("{}\nresolver_timeout = \"1500ms\"", resolver(address, ""));

@@ -208,3 +208,30 @@ fn a_session_that_waits_for_a_name_ends_at_once_when_the_master_is_gone() {
     must_say(&proxy, "app.test could not be resolved for client");
     must_say(&proxy, "the master is gone, and nobody else may ask");
 }
+
+#[test]
+fn a_session_whose_listener_goes_while_its_name_is_looked_up_is_led_on_by_the_worker_that_knows_where_to() {
+    let port = Port::claim().number;
+    let _two = greeter("127.0.0.2", port, 2);
+    let ready = Arc::new(Flag::default());
+    let _end = ready.raise_at_the_end();
+    let (address, _) = slow(&ready, [127, 0, 0, 2]);
+    let mut plan = Plan::new().stream(&resolver(address, ", ipv6 = false"));
+    let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
+    let elsewhere = Port::claim();
+    let proxy = plan.start();
+    let mut client = ask_for(front, "app.test");
+    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
+    proxy.edit(
+        &format!("listen = \"{front}\""),
+        &format!("listen = \"{}\"", elsewhere.on("127.0.0.1")),
+    );
+    proxy.reload();
+    ready.raise();
+    assert_eq!(answer_of(&mut client, "app.test"), Some(2));
+    echoes(&mut client, 30_000);
+    proxy.wait("the old worker has gone", |status| status.workers().len() == 1);
+    echoes(&mut client, 30_000);
+    drop(client);
+    assert_eq!(proxy.settle().number("/closes/finished"), 1);
+}

@@ -35,6 +35,13 @@ const KNOWN_MAX: usize = 4096;
 /// session is better off without than after `resolver_timeout`.
 const OTHER_KIND: Duration = Duration::from_secs(1);
 
+/// How long those who ask wait for a new answer where there is an old one: name servers that are away take down no host
+/// that was known (RFC 8767, section 5, has 1.8 seconds).
+const STALE_AFTER: Duration = Duration::from_secs(2);
+
+/// How long an old answer counts that is given while a new one is waited for.
+const STALE_MS: u64 = 1000;
+
 /// Resolvers whose best server is remembered: those of some generations.
 const SERVERS_MAX: usize = 64;
 
@@ -56,7 +63,9 @@ struct Key {
 }
 
 /// ```text
-/// asked ──► Open ──all is answered, or time is up──► Known ──not valid any more──► gone
+///                ┌──────────── asked when it is not valid any more ◄──┐
+///                ▼                                                   │
+/// asked ──────► Open ──all is answered, or time is up──────────────► Known ──no room──► gone
 /// ```
 enum Host {
     Open(Open),
@@ -70,6 +79,12 @@ struct Open {
     kinds: Vec<Asked>,
     /// When addresses of one kind were there.
     found_at: Option<Instant>,
+    /// The addresses that it had.
+    before: Option<Vec<IpAddr>>,
+    /// They are an old answer already.
+    was_stale: bool,
+    /// When they are given to those who ask.
+    stale_at: Instant,
     until: Instant,
 }
 
@@ -82,6 +97,8 @@ enum Asked {
 struct Known {
     outcome: Result<Vec<IpAddr>, String>,
     until: Instant,
+    /// The last lookup failed: the addresses are those of one before.
+    is_stale: bool,
 }
 
 impl Hosts {
@@ -98,24 +115,32 @@ impl Hosts {
             host: question.host.clone(),
             resolver: Arc::clone(resolver),
         };
-        match self.hosts.get_mut(&key) {
+        let (before, was_stale) = match self.hosts.get_mut(&key) {
             Some(Host::Known(known)) if now < known.until => {
                 let answer = known.answer(now);
                 return self.answers.push((owner, question, answer));
             }
             Some(Host::Open(open)) => {
                 let asker = (owner, question.resolver);
-                if !open.askers.contains(&asker) {
-                    open.askers.push(asker);
+                match open.stale(now) {
+                    Some(answer) => self.answers.push((owner, question, answer)),
+                    None if open.askers.contains(&asker) => {}
+                    None => open.askers.push(asker),
                 }
                 return;
             }
-            Some(Host::Known(_)) | None => {}
-        }
+            Some(Host::Known(known)) => (known.outcome.clone().ok(), known.is_stale),
+            None => (None, false),
+        };
         if self.open.len() >= OPEN_MAX {
-            Board::add(&counters.refused, 1);
-            let why = format!("{OPEN_MAX} names are being looked up already");
-            let answer = Answer::Nothing { why, valid_ms: 0 };
+            let answer = match before {
+                Some(addresses) => stale(addresses),
+                None => {
+                    Board::add(&counters.refused, 1);
+                    let why = format!("{OPEN_MAX} names are being looked up already");
+                    Answer::Nothing { why, valid_ms: 0 }
+                }
+            };
             return self.answers.push((owner, question, answer));
         }
         self.make_room(now);
@@ -123,6 +148,9 @@ impl Hosts {
             askers: vec![(owner, question.resolver)],
             kinds: Vec::new(),
             found_at: None,
+            before,
+            was_stale,
+            stale_at: now + STALE_AFTER,
             until: now + resolver.timeout,
         };
         self.hosts.insert(key.clone(), Host::Open(open));
@@ -185,23 +213,21 @@ impl Hosts {
                     *asked = Asked::Ended(outcome);
                 }
             }
+            let mut tell = |askers: Vec<(Owner, u16)>, answer: Answer| {
+                self.answers.extend(askers.into_iter().map(|(owner, resolver)| {
+                    let host = key.host.clone();
+                    (owner, Question { resolver, host }, answer.clone())
+                }));
+            };
             if open.is_running() && now < open.patience() {
+                if let Some(answer) = open.stale(now) {
+                    tell(std::mem::take(&mut open.askers), answer);
+                }
                 self.open.push_back(key);
                 continue;
             }
-            let (outcome, valid) = sum_up(open, &key.resolver);
-            if outcome.is_err() {
-                counters.failed.fetch_add(1, Relaxed);
-            }
-            let askers = std::mem::take(&mut open.askers);
-            let known = Known {
-                outcome,
-                until: now + valid,
-            };
-            self.answers.extend(askers.into_iter().map(|(owner, resolver)| {
-                let host = key.host.clone();
-                (owner, Question { resolver, host }, known.answer(now))
-            }));
+            let known = open.settle(&key, now, counters);
+            tell(std::mem::take(&mut open.askers), known.answer(now));
             self.hosts.insert(key, Host::Known(known));
             ended += 1;
         }
@@ -291,8 +317,49 @@ impl Open {
 
     fn deadline(&self) -> Instant {
         let lookups = self.lookups().map(Lookup::deadline);
-        lookups.fold(self.patience(), Instant::min)
+        let stale = self.before.is_some() && !self.askers.is_empty();
+        lookups
+            .chain(stale.then_some(self.stale_at))
+            .fold(self.patience(), Instant::min)
     }
+
+    /// The old answer, if it is time for it.
+    fn stale(&self, now: Instant) -> Option<Answer> {
+        let before = self.before.as_ref().filter(|_| self.stale_at <= now)?;
+        Some(stale(before.clone()))
+    }
+
+    /// What is known from now on.
+    fn settle(&mut self, key: &Key, now: Instant, counters: &HostCounters) -> Known {
+        let summary = sum_up(self, &key.resolver);
+        if summary.outcome.is_err() {
+            counters.failed.fetch_add(1, Relaxed);
+        }
+        match (&summary.outcome, self.before.take()) {
+            (Err(why), Some(before)) if summary.is_failure => {
+                if !self.was_stale {
+                    log::warn!("failed to look up {}, its last addresses stay: {why}", key.host);
+                }
+                return Known {
+                    outcome: Ok(before),
+                    until: now + Duration::from_secs(NOTHING_MAX.into()),
+                    is_stale: true,
+                };
+            }
+            _ if self.was_stale => log::info!("{} is answered again", key.host),
+            _ => {}
+        }
+        Known {
+            outcome: summary.outcome,
+            until: now + summary.valid,
+            is_stale: false,
+        }
+    }
+}
+
+fn stale(addresses: Vec<IpAddr>) -> Answer {
+    let valid_ms = STALE_MS;
+    Answer::Addresses { addresses, valid_ms }
 }
 
 impl Known {
@@ -311,8 +378,16 @@ impl Known {
     }
 }
 
-/// What came of the lookups of a host, and how long that is to be believed.
-fn sum_up(open: &Open, resolver: &Resolver) -> (Result<Vec<IpAddr>, String>, Duration) {
+/// What came of the lookups of a host.
+struct Summary {
+    outcome: Result<Vec<IpAddr>, String>,
+    /// How long that is to be believed.
+    valid: Duration,
+    /// Nobody could say.
+    is_failure: bool,
+}
+
+fn sum_up(open: &Open, resolver: &Resolver) -> Summary {
     let seconds = |ttl: u32| Duration::from_secs(ttl.into());
     let (mut addresses, mut ttl) = (Vec::new(), TTL_MAX);
     let mut nothing_ttl = NOTHING_MAX;
@@ -338,7 +413,11 @@ fn sum_up(open: &Open, resolver: &Resolver) -> (Result<Vec<IpAddr>, String>, Dur
         let valid = resolver.valid.unwrap_or(seconds(ttl.clamp(TTL_MIN, TTL_MAX)));
         // The other kind may be had the next time.
         let limit = if is_whole { valid } else { seconds(NOTHING_MAX) };
-        return (Ok(addresses), valid.min(limit));
+        return Summary {
+            outcome: Ok(addresses),
+            valid: valid.min(limit),
+            is_failure: false,
+        };
     }
     let why = match trouble {
         Some(why) => why,
@@ -346,11 +425,19 @@ fn sum_up(open: &Open, resolver: &Resolver) -> (Result<Vec<IpAddr>, String>, Dur
         None if !is_whole => format!("no answer within {:?}", resolver.timeout),
         None => {
             let why = "there is no such host, or it has no address".to_owned();
-            return (Err(why), seconds(nothing_ttl.max(TTL_MIN)));
+            return Summary {
+                outcome: Err(why),
+                valid: seconds(nothing_ttl.max(TTL_MIN)),
+                is_failure: false,
+            };
         }
     };
     // nginx remembers no failure; a second of it keeps an impatient client from becoming a flood of questions.
-    (Err(why), seconds(TTL_MIN))
+    Summary {
+        outcome: Err(why),
+        valid: seconds(TTL_MIN),
+        is_failure: true,
+    }
 }
 
 #[cfg(test)]

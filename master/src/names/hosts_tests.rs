@@ -293,3 +293,66 @@ fn what_is_remembered_is_bounded_and_the_first_to_go_is_what_counts_for_the_leas
     scene.ask(OWNERS[0], 0, "h7.test");
     assert!(scene.is_asked());
 }
+
+#[test]
+fn where_name_servers_are_away_a_host_that_was_known_is_still_known() {
+    let mut scene = Scene::new(|_| {});
+    let known = addresses(&[[10, 0, 0, 1]], STALE_MS);
+    scene.ask(OWNERS[0], 0, "a.test");
+    scene.answer(&scene.heard(), 1, Some([10, 0, 0, 1]));
+    assert_eq!(scene.told()[0].2, addresses(&[[10, 0, 0, 1]], 1_000));
+    scene.pass(1_000);
+    // Nobody says anything: it is waited for a little.
+    scene.ask(OWNERS[0], 0, "a.test");
+    let late = scene.heard();
+    scene.pass(1_999);
+    assert_eq!(scene.told(), []);
+    assert!(scene.hosts.deadline() <= Some(scene.now + Duration::from_millis(1)));
+    scene.pass(1);
+    assert_eq!(scene.told()[0].2, known);
+    // Whoever comes then does not wait, and the question stays open.
+    scene.pass(1_000);
+    scene.ask(OWNERS[1], 0, "a.test");
+    assert_eq!(scene.hosts.answers(), [(OWNERS[1], question(0, "a.test"), known)]);
+    scene.pass(7_000);
+    assert_eq!(scene.told(), [], "nobody waits");
+    assert_eq!(scene.counters.failed.load(Relaxed), 1);
+    // After that it is given a rest.
+    scene.ask(OWNERS[1], 0, "a.test");
+    assert_eq!(scene.told()[0].2, addresses(&[[10, 0, 0, 1]], 30_000));
+    while scene.is_asked() {}
+    drop(late);
+    scene.pass(30_000);
+    scene.ask(OWNERS[1], 0, "a.test");
+    scene.answer(&scene.heard(), 9, Some([10, 0, 0, 2]));
+    assert_eq!(scene.told()[0].2, addresses(&[[10, 0, 0, 2]], 9_000));
+}
+
+#[test]
+fn that_a_host_has_no_address_any_more_is_an_answer_and_counts() {
+    let mut scene = Scene::new(|_| {});
+    scene.ask(OWNERS[0], 0, "a.test");
+    scene.answer(&scene.heard(), 1, Some([10, 0, 0, 1]));
+    scene.told();
+    scene.pass(1_000);
+    scene.ask(OWNERS[0], 0, "a.test");
+    scene.answer(&scene.heard(), 1, None);
+    assert!(matches!(&scene.told()[0].2, Answer::Nothing { .. }));
+}
+
+#[test]
+fn a_host_that_was_known_is_answered_for_though_too_many_others_are_asked_for() {
+    let mut scene = Scene::new(|_| {});
+    scene.ask(OWNERS[0], 0, "a.test");
+    scene.answer(&scene.heard(), 1, Some([10, 0, 0, 1]));
+    scene.told();
+    scene.pass(1_000);
+    (0..OPEN_MAX).for_each(|n| scene.ask(OWNERS[0], 0, &format!("h{n}.test")));
+    scene.ask(OWNERS[0], 0, "a.test");
+    let expected = addresses(&[[10, 0, 0, 1]], STALE_MS);
+    assert_eq!(
+        scene.hosts.answers(),
+        [(OWNERS[0], question(0, "a.test"), expected)]
+    );
+    assert_eq!(scene.counters.refused.load(Relaxed), 0);
+}
