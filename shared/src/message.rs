@@ -169,8 +169,10 @@ fn decode(bytes: &[u8]) -> Option<(u8, Vec<SessionId>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::is_host_name;
     use crate::hosts;
     use crate::sys::fdpass::MESSAGE_BYTES;
+    use proptest::prelude::*;
     use std::net::IpAddr;
 
     /// The longest name that there is.
@@ -293,6 +295,32 @@ mod tests {
         ] {
             assert_eq!(ToWorker::decode(bytes), None);
             assert_eq!(ToMaster::decode(bytes), None);
+        }
+    }
+
+    /// Of every message, and of an answer as far as its question goes.
+    fn beginnings() -> Vec<Vec<u8>> {
+        let mut answer = ToMaster::Ask(vec![question()]).encode();
+        answer[0] = b'N';
+        let letters = b"QNLADHSRKOF".iter().map(|letter| vec![*letter]);
+        letters.chain([answer.clone(), answer]).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_a_reader_panic(
+            first in prop::sample::select(beginnings()),
+            rest in prop_oneof![prop::collection::vec(any::<u8>(), 0..12), prop::collection::vec(any::<u8>(), 0..200)],
+        ) {
+            let bytes = [first, rest].concat();
+            let _ = (ToWorker::decode(&bytes), ToMaster::decode(&bytes));
+        }
+
+        /// A worker is not trusted with more than its own sessions.
+        #[test]
+        fn a_question_is_read_if_a_host_can_have_the_name_and_only_then(host in "[a-z0-9._-]{1,20}|[a-z\\PC.]{0,20}") {
+            let asked = ToMaster::Ask(vec![Question { resolver: 1, host: host.clone() }]);
+            prop_assert_eq!(ToMaster::decode(&asked.encode()), is_host_name(&host).then_some(asked));
         }
     }
 }
