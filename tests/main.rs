@@ -34,6 +34,7 @@ mod rates;
 mod reload;
 mod rights;
 mod routing;
+mod run_time_names;
 mod seed;
 mod service;
 mod sockets;

@@ -1,138 +1,17 @@
 //! Peers that are found by name while the program runs: `resolve`, `service`, `resolver`; against dnsmasq, and against
 //! servers that answer wrongly.
 
-use std::io::Read;
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::harness::pattern::{fill, ping};
-use crate::harness::program::{Running, need};
-use crate::harness::{PATIENCE, Plan, Port, Proxy, Scratch, Status, Upstream, connect, send, within};
+use crate::harness::dns::{DnsServer, OK, a_record, fake, greeter, reply, resolver, seed, visit};
+use crate::harness::pattern::ping;
+use crate::harness::{Plan, Port, Proxy, Scratch, Status, connect, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-
-/// dnsmasq with a zone `test` of its own: addresses from a file of hosts, anything else from options.
-struct Server {
-    scratch: Scratch,
-    binary: PathBuf,
-    port: Port,
-    options: Vec<String>,
-    running: Option<Running>,
-}
-
-impl Server {
-    fn new() -> Server {
-        Server {
-            scratch: Scratch::new(),
-            binary: need("dnsmasq", "dnsmasq-base"),
-            port: Port::claim(),
-            options: Vec::new(),
-            running: None,
-        }
-    }
-
-    fn started(hosts: &str) -> Server {
-        let mut server = Server::new();
-        server.write(hosts);
-        server.start();
-        server
-    }
-
-    fn hosts(&self) -> PathBuf {
-        self.scratch.file("hosts")
-    }
-
-    /// Lines of "address name name…".
-    fn write(&self, hosts: &str) {
-        std::fs::write(self.hosts(), format!("{hosts}\n")).expect("writing the hosts");
-    }
-
-    fn start(&mut self) {
-        let mut command = Command::new(&self.binary);
-        command
-            .args([
-                "--keep-in-foreground",
-                "--conf-file=/dev/null",
-                "--no-resolv",
-                "--no-hosts",
-            ])
-            .args([
-                "--bind-interfaces",
-                "--listen-address=127.0.0.4",
-                "--user=root",
-                "--group=root",
-            ])
-            .args([
-                "--pid-file=",
-                "--local=/test/",
-                "--local-ttl=1",
-                "--log-facility=-",
-            ])
-            .arg(format!("--port={}", self.port.number))
-            .arg(format!("--addn-hosts={}", self.hosts().display()))
-            .args(&self.options);
-        self.running = Some(Running::start(command).wait_for(self.address()));
-    }
-
-    fn stop(&mut self) {
-        self.running = None;
-    }
-
-    /// Other hosts, without a restart.
-    fn change(&self, hosts: &str) {
-        self.write(hosts);
-        let pid = self.running.as_ref().expect("it runs").pid();
-        kill(Pid::from_raw(pid), Signal::SIGHUP).expect("signalling dnsmasq");
-    }
-
-    /// Not where the claim of the port is bound.
-    fn address(&self) -> SocketAddr {
-        self.port.on("127.0.0.4")
-    }
-
-    fn resolver(&self, more: &str) -> String {
-        resolver(self.address(), more)
-    }
-}
-
-fn resolver(address: SocketAddr, more: &str) -> String {
-    format!("resolver = {{ addresses = [\"{address}\"]{more} }}")
-}
-
-/// Greets with eight bytes of its own, then echoes nothing and waits for its client's end.
-fn greeter(ip: &str, port: u16, seed: u64) -> Upstream<()> {
-    let listener = TcpListener::bind((ip, port)).expect("binding an upstream");
-    Upstream::on(listener, move |mut stream| {
-        if send(&mut stream, seed, 0, 8).is_ok() {
-            crate::harness::upstream::echo(stream);
-        }
-    })
-}
-
-/// Connects, and tells which greeter answered; `None`: none did.
-fn visit(front: SocketAddr) -> Option<(TcpStream, u64)> {
-    let mut greeting = [0u8; 8];
-    let mut stream = TcpStream::connect(front).ok()?;
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .expect("setting a timeout");
-    stream.read_exact(&mut greeting).ok()?;
-    let seed = (1..10).find(|seed| {
-        let mut expected = [0u8; 8];
-        fill(*seed, 0, &mut expected);
-        greeting == expected
-    });
-    Some((stream, seed.expect("a greeting")))
-}
-
-fn seed(front: SocketAddr) -> Option<u64> {
-    visit(front).map(|(_, seed)| seed)
-}
 
 fn group(server: &str) -> String {
     format!("[[upstream]]\nname = \"group\"\nserver = [{server}]\n")
@@ -176,7 +55,7 @@ fn failing(status: &Status) -> bool {
 fn addresses_that_change_count_after_their_time_without_a_reload_and_sessions_go_on() {
     let port = Port::claim().number;
     let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
-    let server = Server::started("127.0.0.2 backend.test");
+    let server = DnsServer::started("127.0.0.2 backend.test");
     let mut plan = Plan::new()
         .workers(2)
         .stream(&server.resolver(""))
@@ -228,7 +107,7 @@ fn addresses_that_change_count_after_their_time_without_a_reload_and_sessions_go
 fn both_kinds_of_addresses_are_peers_and_each_can_be_left_out() {
     let port = Port::claim().number;
     let (_two, _six) = (greeter("127.0.0.2", port, 2), greeter("::1", port, 6));
-    let server = Server::started("127.0.0.2 backend.test\n::1 backend.test");
+    let server = DnsServer::started("127.0.0.2 backend.test\n::1 backend.test");
     let one = |host: &str| format!("{{ address = \"{host}:{port}\", resolve = true }}");
     let mut plan = Plan::new()
         .stream(&server.resolver(""))
@@ -255,7 +134,7 @@ fn records_of_a_service_say_ports_and_weights_and_who_is_a_backup() {
     let one = greeter("127.0.0.2", ports[0], 1);
     let two = greeter("127.0.0.3", ports[1], 2);
     let _three = greeter("127.0.0.3", ports[2], 3);
-    let mut server = Server::new();
+    let mut server = DnsServer::new();
     server.write("127.0.0.2 one.test\n127.0.0.3 two.test");
     let record = |host: &str, port: u16, priority: u8, weight: u8| {
         format!("--srv-host=_http._tcp.backend.test,{host}.test,{port},{priority},{weight}")
@@ -298,7 +177,7 @@ fn records_of_a_service_say_ports_and_weights_and_who_is_a_backup() {
 fn when_no_server_answers_the_last_addresses_stay_until_one_does_again() {
     let port = Port::claim().number;
     let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
-    let mut server = Server::started("127.0.0.2 backend.test");
+    let mut server = DnsServer::started("127.0.0.2 backend.test");
     let mut plan = Plan::new().stream(&server.resolver("")).tables(&group(&format!(
         "{{ address = \"backend.test:{port}\", resolve = true }}"
     )));
@@ -337,7 +216,7 @@ fn when_no_server_answers_the_last_addresses_stay_until_one_does_again() {
 fn a_name_that_does_not_exist_any_more_keeps_its_addresses_for_a_while_and_loses_them_then() {
     let port = Port::claim().number;
     let _two = greeter("127.0.0.2", port, 2);
-    let server = Server::started("127.0.0.2 backend.test");
+    let server = DnsServer::started("127.0.0.2 backend.test");
     let mut plan = Plan::new()
         .stream(&server.resolver(", hold = \"3s\""))
         .tables(&group(&format!(
@@ -366,7 +245,7 @@ fn a_name_that_does_not_exist_any_more_keeps_its_addresses_for_a_while_and_loses
 fn an_answer_that_has_no_room_in_a_datagram_comes_over_tcp() {
     let port = Port::claim().number;
     let hosts: Vec<String> = (1..=200).map(|n| format!("127.0.1.{n} backend.test")).collect();
-    let server = Server::started(&hosts.join("\n"));
+    let server = DnsServer::started(&hosts.join("\n"));
     let mut plan = Plan::new()
         .stream(&server.resolver(", ipv6 = false"))
         .tables(&group(&format!(
@@ -382,7 +261,7 @@ fn an_answer_that_has_no_room_in_a_datagram_comes_over_tcp() {
 fn the_program_starts_without_a_name_server_and_serves_when_there_is_one() {
     let port = Port::claim().number;
     let (_two, other) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.5", 0, 5));
-    let mut server = Server::new();
+    let mut server = DnsServer::new();
     server.write("127.0.0.2 backend.test");
     let mut plan = Plan::new().stream(&server.resolver("")).tables(&group(&format!(
         "{{ address = \"backend.test:{port}\", resolve = true }}"
@@ -436,7 +315,7 @@ fn a_name_must_be_known_at_the_start_only_where_it_is_not_looked_up_later() {
 fn a_reload_brings_a_new_name_with_its_addresses_and_keeps_sessions_of_peers_that_are_gone() {
     let port = Port::claim().number;
     let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
-    let server = Server::started("127.0.0.2 backend.test\n127.0.0.3 other.test");
+    let server = DnsServer::started("127.0.0.2 backend.test\n127.0.0.3 other.test");
     let mut plan = Plan::new()
         .workers(2)
         .stream(&format!("{}\non_reload = \"close\"", server.resolver("")))
@@ -475,7 +354,7 @@ fn a_reload_brings_a_new_name_with_its_addresses_and_keeps_sessions_of_peers_tha
 fn a_worker_that_takes_the_place_of_a_dead_one_has_the_present_addresses() {
     let port = Port::claim().number;
     let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
-    let server = Server::started("127.0.0.2 backend.test");
+    let server = DnsServer::started("127.0.0.2 backend.test");
     let mut plan = Plan::new().stream(&server.resolver("")).tables(&group(&format!(
         "{{ address = \"backend.test:{port}\", resolve = true }}"
     )));
@@ -490,42 +369,6 @@ fn a_worker_that_takes_the_place_of_a_dead_one_has_the_present_addresses() {
     });
     assert_eq!(seed(front), Some(3));
 }
-
-/// A name server of the test's own: gives each question to `answer`, and sends what that returns. Counts questions.
-fn fake(answer: impl Fn(usize, &[u8]) -> Vec<Vec<u8>> + Send + 'static) -> (SocketAddr, Arc<AtomicUsize>) {
-    let socket = UdpSocket::bind("127.0.0.1:0").expect("binding a name server");
-    let address = socket.local_addr().expect("its address");
-    let asked = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&asked);
-    std::thread::spawn(move || {
-        let mut buffer = [0; 1024];
-        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
-            let n = count.fetch_add(1, Ordering::SeqCst);
-            for bytes in answer(n, &buffer[..length]) {
-                let _ = socket.send_to(&bytes, from);
-            }
-        }
-    });
-    (address, asked)
-}
-
-/// An answer to a question: its flags, and records of the name that was asked for.
-fn reply(question: &[u8], flags: u16, records: &[&[u8]]) -> Vec<u8> {
-    let mut bytes = question.to_vec();
-    bytes[2..4].copy_from_slice(&flags.to_be_bytes());
-    bytes[6..8].copy_from_slice(&(records.len() as u16).to_be_bytes());
-    records.iter().for_each(|record| bytes.extend_from_slice(record));
-    bytes
-}
-
-/// A record of the name that was asked for, valid for a second.
-fn a_record(ip: [u8; 4]) -> Vec<u8> {
-    let mut bytes = vec![0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4];
-    bytes.extend(ip);
-    bytes
-}
-
-const OK: u16 = 0x8180;
 
 #[test]
 fn answers_that_are_not_to_the_question_are_passed_over_and_what_makes_no_sense_harms_nobody() {

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use crate::harness::hello::hello;
 use crate::harness::load::KEPT_AFTER;
 use crate::harness::pattern::{fill, pause, ping};
 use crate::harness::sockets::Deaf;
@@ -32,17 +33,6 @@ fn v2() -> Vec<u8> {
     header.extend([4, 0, 100]);
     header.extend([0; 100]);
     header
-}
-
-/// A TLS hello that asks for this name.
-fn hello(name: &str) -> Vec<u8> {
-    let long = |bytes: &[u8]| [&(bytes.len() as u16).to_be_bytes()[..], bytes].concat();
-    let list = long(&[&[0][..], &long(name.as_bytes())].concat());
-    let extensions = [&[0, 0][..], &long(&list)].concat();
-    let tail = [&[0, 0, 2, 0x13, 1, 1, 0][..], &long(&extensions)].concat();
-    let body = [&[3, 3][..], &[7; 32], &tail].concat();
-    let message = [&[1, 0][..], &long(&body)].concat();
-    [&[22, 3, 1][..], &long(&message)].concat()
 }
 
 fn read_line(stream: &mut TcpStream) -> String {

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
 
 use culvert_shared::counters::{Board, CloseReason};
 use culvert_shared::ids::Owner;
@@ -165,8 +166,9 @@ impl Keeper {
 }
 
 impl Master {
-    /// Does what workers asked for their sessions.
+    /// Does what workers asked for their sessions, and takes their questions.
     pub fn take_mail(&mut self) {
+        let now = Instant::now();
         for at in 0..self.workers.len() {
             for (message, sockets) in std::mem::take(&mut self.workers[at].mail) {
                 let (owner, stores) = (self.workers[at].owner, &self.workers[at].stores);
@@ -179,6 +181,18 @@ impl Master {
                             let store = stores.iter().find(|store| store.record_of(id).is_some());
                             if let Some(store) = store {
                                 store.free(id.place);
+                            }
+                        }
+                    }
+                    ToMaster::Ask(questions) => {
+                        for question in questions {
+                            let resolver = usize::from(question.resolver);
+                            let hosts = &mut self.names.hosts;
+                            match self.workers[at].resolvers.get(resolver) {
+                                Some(known) => {
+                                    hosts.ask(owner, question, known, now, &self.board[0].hosts);
+                                }
+                                None => hosts.refuse(owner, question),
                             }
                         }
                     }

@@ -6,6 +6,7 @@ use caps::Capability;
 use culvert_shared::config::Config;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::names::hosts;
 use crate::retain;
 
 /// Descriptors that a worker needs besides its listeners and sessions: standard ones, log, control
@@ -22,7 +23,7 @@ const MASTER_PER_SLOT: u64 = 24;
 struct Need {
     /// Descriptors of one worker: two for each session.
     worker: u64,
-    /// Descriptors of the master: a listening socket for each address and slot.
+    /// Descriptors of the master: a listening socket for each address and slot, and lookups of hosts.
     master: u64,
     /// Listeners that a worker holds.
     listeners: u64,
@@ -35,11 +36,16 @@ fn need(config: &Config) -> Need {
         .map(|server| server.listen.len() as u64)
         .sum::<u64>();
     let slots = config.worker_cpus.len() as u64;
+    // A socket for each kind of address that is asked for.
+    let lookups = match config.resolvers().is_empty() {
+        true => 0,
+        false => 2 * hosts::RUNNING_MAX as u64,
+    };
     Need {
         // Twice the listeners: a fresh worker holds its own copies beside the inherited ones for a moment.
         worker: 2 * u64::from(config.worker_connections) + 2 * listeners + WORKER_RESERVE,
         // Twice: during a reload the old and the new sockets exist side by side.
-        master: 2 * slots * (listeners + MASTER_PER_SLOT) + MASTER_RESERVE,
+        master: 2 * slots * (listeners + MASTER_PER_SLOT) + MASTER_RESERVE + lookups,
         listeners,
     }
 }
@@ -118,6 +124,7 @@ fn check(config: &Config, need: Need, limit: u64) -> Result<()> {
 mod tests {
     use super::*;
     use crate::testing;
+    use culvert_shared::config::{Action, Resolver, Target, Template};
 
     #[test]
     fn two_descriptors_a_session_and_the_listeners_are_counted() {
@@ -127,7 +134,22 @@ mod tests {
         let need = need(&config);
         assert_eq!(need.listeners, 2);
         assert_eq!(need.worker, 2000 + 4 + WORKER_RESERVE);
-        assert_eq!(need.master, 2 * 3 * (2 + MASTER_PER_SLOT) + MASTER_RESERVE);
+        let without = 2 * 3 * (2 + MASTER_PER_SLOT) + MASTER_RESERVE;
+        assert_eq!(need.master, without);
+        // Where sessions may name hosts, a socket for each kind of address.
+        let stream = &mut config.servers[1].stream;
+        stream.resolver = Some(std::sync::Arc::new(Resolver {
+            servers: vec![([127, 0, 0, 53], 53).into()],
+            valid: None,
+            hold: std::time::Duration::ZERO,
+            ipv4: true,
+            ipv6: true,
+            timeout: std::time::Duration::from_secs(1),
+        }));
+        assert_eq!(super::need(&config).master, without, "none does");
+        config.servers[1].action = Action::Proxy(Target::Variable(Template(Vec::new())));
+        let lookups = 2 * hosts::RUNNING_MAX as u64;
+        assert_eq!(super::need(&config).master, without + lookups);
     }
 
     #[test]

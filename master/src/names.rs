@@ -1,8 +1,10 @@
 //! What names stand for: asks name servers again whenever an answer is not valid any more, remembers the last good one,
 //! and says what peers an upstream has by that. Never waits: the master's loop tells it when to look.
 //!
-//! `message` knows the bytes, `lookup` one question under way, `publish` brings what has changed to the workers.
+//! `message` knows the bytes, `lookup` one question under way, `publish` brings what has changed to the workers. `hosts` asks for names
+//! that sessions lead to.
 
+pub mod hosts;
 mod lookup;
 mod message;
 mod publish;
@@ -15,6 +17,7 @@ use culvert_shared::config::{Config, Named, Resolver};
 use culvert_shared::members::{MAX_PRESENT, NameState};
 use nix::poll::{PollFd, PollTimeout, poll};
 
+use hosts::Hosts;
 use lookup::{Lookup, Outcome};
 use message::{Kind, Question, Records};
 
@@ -56,6 +59,8 @@ pub struct Names {
     entries: HashMap<Key, Entry>,
     known: HashMap<String, Known>,
     states: HashMap<String, NameState>,
+    /// What sessions lead to by its name.
+    pub hosts: Hosts,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -107,7 +112,9 @@ impl Names {
 
     /// What to wait for.
     pub fn sources(&self) -> impl Iterator<Item = PollFd<'_>> {
-        self.lookups().filter_map(Lookup::source)
+        self.lookups()
+            .filter_map(Lookup::source)
+            .chain(self.hosts.sources())
     }
 
     /// When to look even if nothing is heard.
@@ -122,7 +129,12 @@ impl Names {
             .known
             .values()
             .filter_map(|known| Some(known.empty_since? + known.hold));
-        running.chain(idle.map(|entry| entry.due)).chain(held).min()
+        let hosts = self.hosts.deadline();
+        running
+            .chain(idle.map(|entry| entry.due))
+            .chain(held)
+            .chain(hosts)
+            .min()
     }
 
     /// Whether every name was asked for once, whatever came of it.
@@ -177,9 +189,12 @@ impl Names {
         changed
     }
 
-    /// Nothing is asked any more.
+    /// Nothing is asked any more for upstreams. Sessions that are to be finished may still wait for their hosts.
     pub fn stop(&mut self) {
-        *self = Names::default();
+        *self = Names {
+            hosts: std::mem::take(&mut self.hosts),
+            ..Names::default()
+        };
     }
 
     /// The peers that a name stands for, sorted; those that it had, where there is no better answer.

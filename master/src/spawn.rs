@@ -115,6 +115,7 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
                 generation: generation.number,
                 stores,
                 access_logs: generation.access_logs.clone(),
+                resolvers: generation.config.resolvers(),
                 control: Some(ours),
             };
             Ok(match blueprint.post {

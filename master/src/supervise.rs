@@ -230,9 +230,9 @@ impl Master {
         let now = Instant::now();
         let mut sources = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         sources.extend(self.workers.iter().filter_map(|worker| {
-            let wanted = match worker.to_adopt.is_empty() {
-                true => PollFlags::POLLIN,
-                false => PollFlags::POLLIN | PollFlags::POLLOUT,
+            let wanted = match worker.has_unheard() {
+                false => PollFlags::POLLIN,
+                true => PollFlags::POLLIN | PollFlags::POLLOUT,
             };
             worker.control().map(|fd| PollFd::new(fd, wanted))
         }));
@@ -375,6 +375,7 @@ impl Master {
         self.workers[at].hear(now);
         self.take_mail();
         let worker = self.workers.swap_remove(at);
+        self.names.hosts.forget(worker.owner);
         self.bury_sessions(&worker);
         self.board[0].clear_worker(worker.row, now_ms());
         self.check_care();

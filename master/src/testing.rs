@@ -38,6 +38,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         ssl_preread: false,
         preread_buffer_size: 16 * 1024,
         preread_timeout: Duration::from_secs(30),
+        resolver: None,
         access_log: None,
     };
     Config {

@@ -1,9 +1,12 @@
 //! One worker process as the master sees it: what it holds, what it was told, and until when it has time.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use culvert_shared::config::Resolver;
+use culvert_shared::hosts::{Answer, Question};
 use culvert_shared::ids::Owner;
 use culvert_shared::message::{ToMaster, ToWorker};
 use culvert_shared::sys::fdpass;
@@ -18,6 +21,9 @@ use crate::keeper::Queue;
 
 /// How long a worker has to obey [`ToWorker::Stop`]: it only resets what is open.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Answers that wait for a worker to listen: more than it may have asked for at once.
+const UNHEARD_MAX: usize = 2048;
 
 /// How far a worker has got.
 ///
@@ -68,6 +74,10 @@ pub struct Worker {
     pub stores: Vec<Arc<Store>>,
     /// The files of the access logs that it writes.
     pub access_logs: AccessLogs,
+    /// Whom it may have asked for hosts, by the indexes that it uses.
+    pub resolvers: Vec<Arc<Resolver>>,
+    /// What came of its questions, where it has no room to hear it.
+    unheard: VecDeque<ToWorker>,
     /// What it said of its sessions, with the sockets that came along; taken by [`crate::keeper`].
     pub mail: Vec<(ToMaster, Vec<OwnedFd>)>,
     /// Sessions that it is to adopt and was not yet told of.
@@ -95,6 +105,8 @@ pub struct Born {
     pub stores: Vec<Arc<Store>>,
     /// As in [`Worker`].
     pub access_logs: AccessLogs,
+    /// As in [`Worker`].
+    pub resolvers: Vec<Arc<Resolver>>,
     /// The master's end of the pair; `None` when the other one was closed.
     pub control: Option<OwnedFd>,
 }
@@ -110,6 +122,7 @@ impl Worker {
             generation,
             stores,
             access_logs,
+            resolvers,
             control,
         } = born;
         Worker {
@@ -120,6 +133,8 @@ impl Worker {
             generation,
             stores,
             access_logs,
+            resolvers,
+            unheard: VecDeque::new(),
             mail: Vec::new(),
             to_adopt: Queue::new(),
             started: now,
@@ -250,8 +265,39 @@ impl Worker {
         self.say(ToWorker::Log(log.syslog().cloned()), &logs);
     }
 
+    /// Tells it what came of a question, as soon as it has room to hear it. One that asks and never listens is not
+    /// told everything.
+    pub fn answer(&mut self, question: Question, answer: Answer) {
+        if self.unheard.len() >= UNHEARD_MAX {
+            return;
+        }
+        self.unheard.push_back(ToWorker::Answer(question, answer));
+        self.tell_answers();
+    }
+
+    /// Whether something waits until it has room to hear it.
+    pub fn has_unheard(&self) -> bool {
+        !self.to_adopt.is_empty() || !self.unheard.is_empty()
+    }
+
+    fn tell_answers(&mut self) {
+        let Some(control) = &self.control else {
+            return self.unheard.clear();
+        };
+        while let Some(answer) = self.unheard.front() {
+            match fdpass::send(control.as_fd(), &answer.encode(), &[]) {
+                Ok(()) => drop(self.unheard.pop_front()),
+                // Waited for by the loop.
+                Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => return,
+                // Dying; its death is reported by SIGCHLD.
+                Err(_) => return self.unheard.clear(),
+            }
+        }
+    }
+
     /// Does what is due.
     pub fn advance(&mut self, now: Instant) {
+        self.tell_answers();
         if self.state.deadline().is_none_or(|deadline| now < deadline) {
             return;
         }
@@ -316,6 +362,7 @@ mod tests {
             generation: 1,
             stores: Vec::new(),
             access_logs: AccessLogs::default(),
+            resolvers: Vec::new(),
             control: Some(control),
         };
         (Worker::new(born, now), theirs, now)
@@ -360,6 +407,38 @@ mod tests {
         assert_eq!(worker.state().deadline(), None);
         worker.advance(now + Duration::from_secs(1_000_000));
         assert_eq!(heard(&theirs), None);
+    }
+
+    #[test]
+    fn answers_wait_for_a_worker_that_has_no_room_to_hear_them_and_are_bounded() {
+        let (mut worker, theirs, now) = worker();
+        let host = |n: usize| format!("h{n}.test");
+        let most = 10 * UNHEARD_MAX;
+        for n in 0..most {
+            let question = Question {
+                resolver: 0,
+                host: host(n),
+            };
+            let why = String::new();
+            worker.answer(question, Answer::Nothing { why, valid_ms: 0 });
+        }
+        assert_eq!(worker.unheard.len(), UNHEARD_MAX);
+        assert!(worker.has_unheard());
+        let mut heard_of = Vec::new();
+        loop {
+            match heard(&theirs) {
+                Some(ToWorker::Answer(question, _)) => heard_of.push(question.host),
+                _ if worker.has_unheard() => worker.advance(now),
+                _ => break,
+            }
+        }
+        assert!(
+            (UNHEARD_MAX..most / 2).contains(&heard_of.len()),
+            "{}",
+            heard_of.len()
+        );
+        let expected: Vec<String> = (0..heard_of.len()).map(host).collect();
+        assert_eq!(heard_of, expected);
     }
 
     #[test]

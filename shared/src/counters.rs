@@ -23,7 +23,7 @@ pub const MAX_GROUPS: usize = 1024;
 
 /// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
 /// it whenever a field or a reason changes its place or meaning.
-const LAYOUT: &str = "culvert counters, layout 3";
+const LAYOUT: &str = "culvert counters, layout 4";
 
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
@@ -81,6 +81,8 @@ reasons! {
         ConnectTimeout = "connect_timeout",
         /// `proxy_pass` led to no upstream and no address.
         NoRoute = "no_route",
+        /// `proxy_pass` led to a host name that could not be resolved.
+        NameFailed = "name_failed",
         /// No byte moved for `proxy_timeout`.
         IdleTimeout = "idle_timeout",
         /// One stream ended and `proxy_half_close` is off.
@@ -150,6 +152,8 @@ pub struct Board {
     pub access_lines_written: AtomicU64,
     /// Lines of access logs that were dropped: the file took no more, or not fast enough.
     pub access_lines_dropped: AtomicU64,
+    /// Sessions that led to a host name, and what was asked for them.
+    pub hosts: HostCounters,
     /// Bytes copied in user space, by direction.
     pub relay_bytes: [AtomicU64; 2],
     /// Sessions that were to be offloaded and were not, by [`FallbackReason`].
@@ -212,6 +216,21 @@ pub struct WorkerRow {
     pub waiting: AtomicU32,
     /// Those that wait for each group.
     pub queues: [QueueRow; MAX_GROUPS],
+}
+
+/// What became of host names that `proxy_pass` gave sessions.
+#[repr(C)]
+pub struct HostCounters {
+    /// Sessions that led to one.
+    pub sessions: AtomicU64,
+    /// Those of them whose worker remembered the answer.
+    pub remembered: AtomicU64,
+    /// Hosts that name servers were asked for.
+    pub lookups: AtomicU64,
+    /// Those of them that brought no address.
+    pub failed: AtomicU64,
+    /// Hosts that were not asked for because too many others were.
+    pub refused: AtomicU64,
 }
 
 /// The counters of one listener.

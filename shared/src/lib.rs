@@ -8,6 +8,7 @@ pub mod config;
 pub mod congestion;
 pub mod counters;
 pub mod health;
+pub mod hosts;
 pub mod ids;
 pub mod limits;
 pub mod logging;

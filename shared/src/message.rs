@@ -1,13 +1,14 @@
 //! What the master and a worker say to each other, over [`crate::sys::fdpass`]: a byte that names the message,
-//! then the sessions that it is about.
+//! then the sessions, or the host names, that it is about.
 
 use crate::config::Syslog;
+use crate::hosts::{Answer, Question};
 use crate::sessions::Place;
 use crate::sys::fdpass::MAX_DESCRIPTORS;
 
 /// The version of these messages, for two binaries to compare: workers of one may have a master of the other.
 /// Change it whenever a message changes its bytes or meaning.
-pub const LAYOUT: &str = "culvert messages, layout 2";
+pub const LAYOUT: &str = "culvert messages, layout 3";
 
 /// Sessions of one message at most: each may come with its two sockets.
 pub const BATCH: usize = MAX_DESCRIPTORS / 2;
@@ -37,6 +38,8 @@ pub enum ToWorker {
     Log(Option<Syslog>),
     /// Take these sessions over; both sockets of each come with the message.
     Adopt(Vec<SessionId>),
+    /// This came of the question.
+    Answer(Question, Answer),
 }
 
 /// From a worker to the master.
@@ -50,6 +53,8 @@ pub enum ToMaster {
     Over(Vec<SessionId>),
     /// These sessions have ended: close their sockets, free their places.
     Forget(Vec<SessionId>),
+    /// Ask for the addresses of these hosts, of which there are at most [`crate::hosts::BATCH`].
+    Ask(Vec<Question>),
 }
 
 impl ToWorker {
@@ -65,6 +70,12 @@ impl ToWorker {
                 bytes
             }
             ToWorker::Adopt(sessions) => encode(b'A', sessions),
+            ToWorker::Answer(question, answer) => {
+                let mut bytes = encode(b'N', &[]);
+                question.encode(&mut bytes);
+                answer.encode(&mut bytes);
+                bytes
+            }
         }
     }
 
@@ -75,6 +86,10 @@ impl ToWorker {
                 "" => Some(ToWorker::Log(None)),
                 text => Syslog::from_text(text).map(|syslog| ToWorker::Log(Some(syslog))),
             };
+        }
+        if let Some((b'N', rest)) = bytes.split_first() {
+            let (question, rest) = Question::decode(rest)?;
+            return Some(ToWorker::Answer(question, Answer::decode(rest)?));
         }
         match decode(bytes)? {
             (b'D', none) if none.is_empty() => Some(ToWorker::Drain),
@@ -94,11 +109,25 @@ impl ToMaster {
             ToMaster::Keep(sessions) => encode(b'K', sessions),
             ToMaster::Over(sessions) => encode(b'O', sessions),
             ToMaster::Forget(sessions) => encode(b'F', sessions),
+            ToMaster::Ask(questions) => {
+                let mut bytes = encode(b'Q', &[]);
+                questions.iter().for_each(|question| question.encode(&mut bytes));
+                bytes
+            }
         }
     }
 
     /// The message that the bytes stand for; `None` for anything else.
     pub fn decode(bytes: &[u8]) -> Option<ToMaster> {
+        if let Some((b'Q', mut rest)) = bytes.split_first() {
+            let mut questions = Vec::new();
+            while !rest.is_empty() {
+                let (question, behind) = Question::decode(rest)?;
+                questions.push(question);
+                rest = behind;
+            }
+            return Some(ToMaster::Ask(questions));
+        }
         match decode(bytes)? {
             (b'R', none) if none.is_empty() => Some(ToMaster::Ready),
             (b'K', sessions) => Some(ToMaster::Keep(sessions)),
@@ -140,6 +169,32 @@ fn decode(bytes: &[u8]) -> Option<(u8, Vec<SessionId>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::is_host_name;
+    use crate::hosts;
+    use crate::sys::fdpass::MESSAGE_BYTES;
+    use proptest::prelude::*;
+    use std::net::IpAddr;
+
+    /// The longest name that there is.
+    fn question() -> Question {
+        Question {
+            resolver: u16::MAX,
+            host: [&"a.".repeat(126)[..], "a"].concat(),
+        }
+    }
+
+    fn addresses(count: usize) -> Answer {
+        let v6 = |n: usize| IpAddr::from([n as u16, 0, 0, 0, 0, 0xffff, 0, n as u16]);
+        let mut addresses: Vec<IpAddr> = (1..count).map(v6).collect();
+        addresses.insert(0, IpAddr::from([192, 0, 2, 1]));
+        let valid_ms = u64::MAX;
+        Answer::Addresses { addresses, valid_ms }
+    }
+
+    fn nothing(why: &str) -> Answer {
+        let why = why.to_owned();
+        Answer::Nothing { why, valid_ms: 7 }
+    }
 
     fn some() -> Vec<SessionId> {
         let id = |place| SessionId {
@@ -159,6 +214,8 @@ mod tests {
             ToWorker::Log(None),
             ToWorker::Log(Syslog::from_text("syslog:server=[::1]:514,tag=a,nohostname")),
             ToWorker::Adopt(some()),
+            ToWorker::Answer(question(), addresses(hosts::ADDRESSES_MAX)),
+            ToWorker::Answer(question(), nothing("why\u{e9}")),
         ] {
             assert_eq!(ToWorker::decode(&message.encode()), Some(message));
         }
@@ -167,16 +224,103 @@ mod tests {
             ToMaster::Keep(some()),
             ToMaster::Over(some()),
             ToMaster::Forget(Vec::new()),
+            ToMaster::Ask(vec![question(), question()]),
         ] {
             assert_eq!(ToMaster::decode(&message.encode()), Some(message));
         }
     }
 
     #[test]
+    fn the_longest_questions_and_answers_fit_a_message_and_what_is_more_is_cut() {
+        let questions = vec![question(); hosts::BATCH];
+        let asked = ToMaster::Ask(questions.clone()).encode();
+        assert!(asked.len() <= MESSAGE_BYTES, "{}", asked.len());
+        let read = |answer: Answer| {
+            let bytes = ToWorker::Answer(question(), answer).encode();
+            assert!(bytes.len() <= MESSAGE_BYTES, "{}", bytes.len());
+            ToWorker::decode(&bytes)
+        };
+        let most = addresses(hosts::ADDRESSES_MAX);
+        let expected = ToWorker::Answer(question(), most);
+        assert_eq!(read(addresses(hosts::ADDRESSES_MAX + 1)), Some(expected));
+        // A letter of two bytes does not end in its middle.
+        let expected = ToWorker::Answer(question(), nothing(&format!("a{}", "\u{e9}".repeat(249))));
+        assert_eq!(
+            read(nothing(&format!("a{}", "\u{e9}".repeat(3000)))),
+            Some(expected)
+        );
+    }
+
+    #[test]
+    fn a_name_that_no_host_has_is_no_question() {
+        for host in [
+            "",
+            ".",
+            "a..b",
+            "a b",
+            "a\n",
+            "\u{e9}",
+            "a.b.",
+            &"a".repeat(64),
+            &"a.".repeat(127),
+        ] {
+            let question = Question {
+                resolver: 0,
+                host: host.to_owned(),
+            };
+            assert_eq!(
+                ToMaster::decode(&ToMaster::Ask(vec![question]).encode()),
+                None,
+                "{host:?}"
+            );
+        }
+        let mut cut = ToMaster::Ask(vec![question()]).encode();
+        cut.pop();
+        assert_eq!(ToMaster::decode(&cut), None);
+    }
+
+    #[test]
     fn what_is_no_message_is_not_taken_for_one() {
-        for bytes in [&b""[..], b"D ", b"?", b"A123", b"Lx", b"R000000000000"] {
+        for bytes in [
+            &b""[..],
+            b"D ",
+            b"?",
+            b"A123",
+            b"Lx",
+            b"R000000000000",
+            b"N",
+            b"Q1",
+            b"N00\x01a00000000",
+            b"N00\x01a00000000\x04",
+        ] {
             assert_eq!(ToWorker::decode(bytes), None);
             assert_eq!(ToMaster::decode(bytes), None);
+        }
+    }
+
+    /// Of every message, and of an answer as far as its question goes.
+    fn beginnings() -> Vec<Vec<u8>> {
+        let mut answer = ToMaster::Ask(vec![question()]).encode();
+        answer[0] = b'N';
+        let letters = b"QNLADHSRKOF".iter().map(|letter| vec![*letter]);
+        letters.chain([answer.clone(), answer]).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_a_reader_panic(
+            first in prop::sample::select(beginnings()),
+            rest in prop_oneof![prop::collection::vec(any::<u8>(), 0..12), prop::collection::vec(any::<u8>(), 0..200)],
+        ) {
+            let bytes = [first, rest].concat();
+            let _ = (ToWorker::decode(&bytes), ToMaster::decode(&bytes));
+        }
+
+        /// A worker is not trusted with more than its own sessions.
+        #[test]
+        fn a_question_is_read_if_a_host_can_have_the_name_and_only_then(host in "[a-z0-9._-]{1,20}|[a-z\\PC.]{0,20}") {
+            let asked = ToMaster::Ask(vec![Question { resolver: 1, host: host.clone() }]);
+            prop_assert_eq!(ToMaster::decode(&asked.encode()), is_host_name(&host).then_some(asked));
         }
     }
 }

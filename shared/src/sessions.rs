@@ -18,7 +18,7 @@ use crate::sys::shm::Shareable;
 
 /// The version of this layout: another binary may go on with a table if it has the same ([`layout`]). Change it
 /// whenever a word or a bit changes its place or meaning.
-const LAYOUT: &str = "culvert sessions, layout 5";
+const LAYOUT: &str = "culvert sessions, layout 6";
 
 /// How a record is laid out, for two binaries to compare.
 pub fn layout() -> String {
@@ -113,16 +113,19 @@ pub enum Stage {
     Streaming = 3,
     /// It waits for a place at a peer. Both its sockets are the client's.
     Waiting = 4,
+    /// The host that it leads to is being looked up. Both its sockets are the client's.
+    Naming = 5,
 }
 
 impl Stage {
     /// All of them.
-    pub const ALL: [Stage; 5] = [
+    pub const ALL: [Stage; 6] = [
         Stage::Header,
         Stage::Hello,
         Stage::Connecting,
         Stage::Streaming,
         Stage::Waiting,
+        Stage::Naming,
     ];
 }
 
@@ -706,7 +709,7 @@ mod tests {
             small in any::<[u32; 3]>(),
             bits in any::<[bool; 5]>(),
             deadline_ms in any::<u64>(),
-            stage in 0usize..5,
+            stage in 0..Stage::ALL.len(),
             claim in proptest::option::of((0usize..MAX_GROUPS, 1u64..1 << 48)),
             header in proptest::option::of([socket_address(), socket_address()]),
             owes in 0usize..3,

@@ -103,6 +103,8 @@ pub enum Pass {
     Name,
     Variable,
     Hello,
+    /// By a host's name, which is looked up for the session.
+    Host,
 }
 
 /// One listener with all that is behind it.
@@ -394,6 +396,13 @@ pub const FEATURES: &[Feature] = &[
         |s| s.listen.push("fastopen = 16"),
     ),
     kernel("by name", "`resolve`", &["peer"], |s| s.by_name = true),
+    kernel(
+        "by host",
+        "`resolver` with a host in `proxy_pass`",
+        // It leads past the group.
+        &["pass", "peer", "peers", "balance"],
+        |s| s.pass = Pass::Host,
+    ),
     kernel("check", "`check`", &["check"], |s| {
         s.group.push("check = { interval = \"200ms\" }")
     }),

@@ -15,6 +15,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use self::features::{AROUND, Carrier, FEATURES, Feature, Front, Header, Pass, Peer, Setup};
+use crate::harness::hello::hello;
 use crate::harness::pattern::fill;
 use crate::harness::program::{Running, need};
 use crate::harness::{Plan, Port, Proxy, Upstream, connect, within};
@@ -239,7 +240,8 @@ impl Bench {
         let tables = format!(
             "[http]\nlisten = \"127.0.0.1:{}\"\n\n[[log_format]]\nname = \"carried\"\nformat = \"{FORMAT}\"\n\n\
              [[limit_conn_zone]]\nname = \"per_client\"\nkey = \"$remote_addr\"\n\n\
-             [[map]]\nsource = \"$ssl_preread_server_name\"\nvariable = \"$by_name\"\nvalues = [\n{names}]\n\n{groups}",
+             [[map]]\nsource = \"$ssl_preread_server_name\"\nvariable = \"$by_name\"\nvalues = [\n{names}]\n\n\
+             [[map]]\nsource = \"$server_port\"\nvariable = \"$host\"\nvalues = [\"default one.test\"]\n\n{groups}",
             http.number
         );
         let log_line = format!(
@@ -263,6 +265,10 @@ impl Bench {
                 Pass::Name => format!("proxy_pass = \"group-{n}\""),
                 Pass::Variable => format!("set = {{ to = \"group-{n}\" }}\nproxy_pass = \"$to\""),
                 Pass::Hello => "proxy_pass = \"$by_name\"".to_owned(),
+                Pass::Host => {
+                    let address = &servers.addresses[&(setup.peer, setup.expects)];
+                    format!("proxy_pass = \"{}\"", address.replace("127.0.0.1", "$host"))
+                }
             };
             plan = plan.tables(&format!(
                 "[[server]]\nlisten = {{ address = \"{front}\", {} }}\n{pass}\n{}\n",
@@ -374,17 +380,6 @@ fn compare(setup: &Setup, said: &str, rounds: usize) -> Result<(), &'static str>
 
 fn name_of(number: usize) -> String {
     format!("name-{number}.example")
-}
-
-/// A hello that asks for this name.
-fn hello(name: &str) -> Vec<u8> {
-    let long = |bytes: &[u8]| [&(bytes.len() as u16).to_be_bytes()[..], bytes].concat();
-    let list = long(&[&[0][..], &long(name.as_bytes())].concat());
-    let extensions = long(&[&[0, 0][..], &long(&list)].concat());
-    let body = [&[3, 3][..], &[7; 32], &[0, 0, 2, 0x13, 1, 1, 0], &extensions].concat();
-    let length = (body.len() as u32).to_be_bytes();
-    let message = [&[1][..], &length[1..], &body].concat();
-    [&[22, 3, 1][..], &long(&message)].concat()
 }
 
 /// A client of one of the listeners.

@@ -16,6 +16,8 @@
 //! | `sockets` | what std does not offer: resets, full accept queues, FIN glued to data, repaired sequence numbers |
 //! | `process` | `/proc` of a process |
 //! | `end` | one end of a session that behaves as a script says |
+//! | `dns` | name servers, and upstreams that tell which address was connected to |
+//! | `hello` | TLS hellos |
 //! | `pair` | one session with both ends in the test's hands, and writers that say how far they have come |
 //! | `load` | many long streams and short connections at once, with an account of all of them |
 //! | `slow` | sessions whose reader is slow: their proxy, their end, what must hold |
@@ -29,7 +31,9 @@
 #![allow(dead_code, unused_imports)]
 
 pub mod cramped;
+pub mod dns;
 pub mod end;
+pub mod hello;
 pub mod load;
 pub mod memory;
 pub mod pair;

@@ -115,7 +115,7 @@ pub fn status(reason: CloseReason) -> u16 {
         Denied => 403,
         LimitConn | LimitRate => 503,
         ConnectFailed | ConnectTimeout => 502,
-        NoRoute | Resource | Integrity => 500,
+        NoRoute | NameFailed | Resource | Integrity => 500,
     }
 }
 

@@ -153,6 +153,7 @@ impl Worker {
                     return Next::Wait(deadline_ms);
                 }
                 Phase::Waiting { .. } => return worker.wait_again(token, session),
+                Phase::Naming { .. } => return worker.name_again(token, session),
                 Phase::Streaming | Phase::Http { .. } => {}
             }
             // What is there already is found by trying.
@@ -212,7 +213,11 @@ impl Worker {
 
     /// Whether the listener or the peer of a session is gone and it is to be closed for that.
     fn is_gone(&self, session: &Session) -> bool {
-        if matches!(session.phase, Phase::Reading { .. } | Phase::Waiting { .. }) {
+        let phase = session.phase;
+        if matches!(
+            phase,
+            Phase::Reading { .. } | Phase::Waiting { .. } | Phase::Naming { .. }
+        ) {
             // Without a listener nobody knows where it would have to go.
             return match session.server.map(|server| &self.config.servers[server].action) {
                 Some(Action::Proxy(_)) => session.is_status,
@@ -296,6 +301,7 @@ fn revive(
             deadline_ms,
             ticket: saved.claim.map_or(0, |claim| claim.ticket),
         },
+        Stage::Naming => Phase::Naming { deadline_ms },
         Stage::Streaming => Phase::Streaming,
     };
     session.claim = saved.claim.map(|claim| (claim, deadline_ms));
@@ -312,7 +318,7 @@ fn revive(
     };
     session.upstream = match saved.stage {
         // The second socket is the client's as well.
-        Stage::Header | Stage::Hello | Stage::Waiting => None,
+        Stage::Header | Stage::Hello | Stage::Waiting | Stage::Naming => None,
         Stage::Connecting | Stage::Streaming => Some(Upstream {
             socket: upstream,
             tcp: saved.tcp,

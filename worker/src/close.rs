@@ -20,6 +20,7 @@ impl Worker {
         self.http_connections -= usize::from(session.http.is_some());
         self.stop_keeping(&session);
         self.leave_queue(&session);
+        self.leave_naming(token, &session);
         for side in [Side::Downstream, Side::Upstream] {
             let Some(socket) = session.socket(side) else {
                 continue;

@@ -14,7 +14,7 @@ use crate::dial::{Asker, start_connecting};
 use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::proxy_protocol;
-use crate::route::Route;
+use crate::route::{Astray, Route};
 use crate::session::{Phase, Session, Upstream};
 use crate::sockets;
 use crate::table::{Side, Token};
@@ -35,6 +35,7 @@ impl Worker {
         }
         self.limit_rates(session, clock::now_ns());
         match self.router.route(target, &session.ends) {
+            Ok(Route::Host(host, port)) => self.lead_to_host(token, session, (host, port), 0),
             Ok(Route::Group(group)) => {
                 // One that waited in another worker goes on with what was tried there.
                 let tried = session.tried.take().filter(|(before, _)| *before == group);
@@ -54,13 +55,19 @@ impl Worker {
                 Err(errno) if is_ours(errno) => self.out_of(session, errno),
                 Err(errno) => self.peer_failed(token, session, errno),
             },
-            Err(value) => {
-                log::error!(
-                    "session {}: proxy_pass leads to \"{value}\", which is no upstream and no address",
-                    session.number
-                );
+            Err(astray) => {
+                log::error!("session {}: proxy_pass leads to {astray}", session.number);
                 Next::Close(CloseReason::NoRoute)
             }
+        }
+    }
+
+    /// Where the session leads, as the present configuration says.
+    pub(crate) fn route_of(&self, session: &Session) -> Result<Route, Astray> {
+        let server = session.server.and_then(|server| self.config.servers.get(server));
+        match server.map(|server| &server.action) {
+            Some(Action::Proxy(target)) => self.router.route(target, &session.ends),
+            _ => Err(Astray::nowhere()),
         }
     }
 
@@ -123,9 +130,11 @@ impl Worker {
 
     /// Whether the session goes on to another peer after a failed attempt: as `proxy_next_upstream`, its tries and
     /// its timeout say, and only if there are peers that it has not tried.
-    fn may_try_again(&self, session: &Session) -> bool {
-        let Some((group, tried)) = &session.tried else {
-            return false;
+    pub(crate) fn may_try_again(&self, session: &Session) -> bool {
+        let (attempts, is_one_left) = match (&session.tried, &session.host) {
+            (Some((group, tried)), _) => (tried.len(), tried.len() < self.groups[*group].len()),
+            (None, Some(host)) => (host.attempts, !host.left.is_empty()),
+            (None, None) => return false,
         };
         let settings = &session.settings;
         let (tries, limit) = (
@@ -134,8 +143,8 @@ impl Worker {
         );
         let spent_ms = clock::now_ms().saturating_sub(session.connecting_since_ms);
         settings.proxy_next_upstream
-            && tried.len() < self.groups[*group].len()
-            && (tries == 0 || tried.len() < tries)
+            && is_one_left
+            && (tries == 0 || attempts < tries)
             && (limit.is_zero() || u128::from(spent_ms) < limit.as_millis())
     }
 
@@ -176,7 +185,7 @@ impl Worker {
         self.random.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    fn open(
+    pub(crate) fn open(
         &mut self,
         token: Token,
         session: &mut Session,
@@ -246,15 +255,21 @@ impl Worker {
             None => (String::from("the upstream"), None),
         };
         self.note_failure(session, &name, row, errno);
-        match errno {
-            _ if self.may_try_again(session) => self.connect_next(token, session),
-            Errno::ETIMEDOUT => Next::Close(CloseReason::ConnectTimeout),
-            _ => Next::Close(CloseReason::ConnectFailed),
+        if self.may_try_again(session) {
+            return match session.host {
+                Some(_) => self.connect_host(token, session),
+                None => self.connect_next(token, session),
+            };
+        }
+        match self.lead_again(token, session) {
+            Some(next) => next,
+            None if errno == Errno::ETIMEDOUT => Next::Close(CloseReason::ConnectTimeout),
+            None => Next::Close(CloseReason::ConnectFailed),
         }
     }
 
     /// This host, not the peer, is why no connection was made.
-    fn out_of(&self, session: &Session, errno: Errno) -> Next {
+    pub(crate) fn out_of(&self, session: &Session, errno: Errno) -> Next {
         log::warn!(
             "session {}: no connection could be opened: {}",
             session.number,
@@ -263,12 +278,16 @@ impl Worker {
         Next::Close(CloseReason::Resource)
     }
 
-    fn note_failure(&self, session: &mut Session, name: &str, row: Option<usize>, errno: Errno) {
+    pub(crate) fn note_failure(&self, session: &mut Session, name: &str, row: Option<usize>, errno: Errno) {
         session.failed_peers.push(name.to_owned());
         if let Some(row) = row {
             Board::add(&self.board[0].peers[row].connect_failures, 1);
         }
-        let attempt = session.tried.as_ref().map_or(1, |(_, tried)| tried.len());
+        let attempt = match (&session.tried, &session.host) {
+            (Some((_, tried)), _) => tried.len(),
+            (None, Some(host)) => host.attempts,
+            (None, None) => 1,
+        };
         log::warn!(
             "session {}: attempt {attempt}: failed to connect to {name} for client {}: {}",
             session.number,
@@ -312,6 +331,7 @@ impl Worker {
                 );
             }
         }
+        session.host = None;
         session.phase = Phase::Streaming;
         let now_ns = clock::now_ns();
         session.connect_us = Some(now_ns.saturating_sub(session.connect_began_ns) / 1000);

@@ -1,4 +1,4 @@
-//! What the master says: drain, stop, write the log elsewhere. And what its silence means: it is gone.
+//! What the master says: drain, stop, write the log elsewhere, these are the addresses of a host. And what its silence means: it is gone.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::Relaxed;
@@ -45,6 +45,7 @@ impl Worker {
                 }
                 Some(ToWorker::HandOver) => self.hand_over(),
                 Some(ToWorker::Adopt(sessions)) => self.adopted += self.adopt(sessions, descriptors),
+                Some(ToWorker::Answer(question, answer)) => self.take_answer(question, answer),
                 Some(ToWorker::Stop) => self.stopping = true,
                 Some(ToWorker::Log(syslog)) => {
                     if let Some(descriptor) = descriptors.next() {
@@ -56,6 +57,7 @@ impl Worker {
                     self.access_logs.reopen(descriptors);
                 }
                 None if received.message.is_empty() => {
+                    self.end_naming();
                     if !self.draining {
                         log::error!("the master is gone, finishing {} sessions", self.table.len());
                         self.drop_checks();

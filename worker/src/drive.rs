@@ -65,10 +65,10 @@ impl Worker {
                 }
                 Next::Wait(deadline_ms)
             }
-            Phase::Waiting { .. } if self.is_client_gone(session) => {
+            Phase::Waiting { .. } | Phase::Naming { .. } if self.is_client_gone(session) => {
                 Next::Close(CloseReason::DownstreamLeftConnecting)
             }
-            Phase::Waiting { deadline_ms, .. } => Next::Wait(deadline_ms),
+            Phase::Waiting { deadline_ms, .. } | Phase::Naming { deadline_ms } => Next::Wait(deadline_ms),
         }
     }
 
@@ -83,6 +83,8 @@ impl Worker {
             Phase::Connecting { .. } => self.peer_failed(token, session, Errno::ETIMEDOUT),
             Phase::Waiting { deadline_ms, .. } if now_ms < deadline_ms => Next::Wait(deadline_ms),
             Phase::Waiting { .. } => self.waited_in_vain(session),
+            Phase::Naming { deadline_ms } if now_ms < deadline_ms => Next::Wait(deadline_ms),
+            Phase::Naming { .. } => self.named_in_vain(session),
             Phase::Streaming => {
                 if now_ms >= self.idle_deadline_ms(session) && !readers_progress(session, now_ms) {
                     return Next::Close(CloseReason::IdleTimeout);

@@ -28,6 +28,7 @@ use crate::balance::Group;
 use crate::check::{self, Checks};
 use crate::clock;
 use crate::drive::Next;
+use crate::hosts::Hosts;
 use crate::keep::Keeping;
 use crate::preread::Glance;
 use crate::pressure::Pressure;
@@ -65,7 +66,9 @@ pub(crate) const SERVICE_TIMER: u32 = 6;
 pub(crate) const CHECK_TIMER: u32 = 7;
 /// The timer that looks at sessions that wait for a place.
 pub(crate) const QUEUE_TIMER: u32 = 8;
-const FIRST_SESSION: u32 = 9;
+/// The timer that tells the master of hosts that it had no room to hear of.
+pub(crate) const NAMING_TIMER: u32 = 9;
+const FIRST_SESSION: u32 = 10;
 
 /// One worker process.
 pub struct Worker {
@@ -102,6 +105,9 @@ pub struct Worker {
     pub(crate) groups: Vec<Group>,
     pub(crate) checks: Checks,
     pub(crate) queues: Queues,
+    pub(crate) hosts: Hosts,
+    /// Who is asked for the hosts of each server's sessions.
+    pub(crate) resolvers: Vec<Option<u16>>,
     /// The row of each group.
     pub(crate) group_rows: Vec<usize>,
     /// The last number of a row that looks like chance.
@@ -181,6 +187,8 @@ impl Worker {
             group_rows: start.group_rows,
             checks: Checks::default(),
             queues: Queues::new(start.config.upstreams.len(), start.bell),
+            hosts: Hosts::new(clock::now_ns()),
+            resolvers: resolvers_of(&start.config),
             // Never zero, and another for each worker.
             random: clock::now_ns() ^ u64::from(start.owner.0) << 40 | 1,
             settings: start
@@ -260,6 +268,7 @@ impl Worker {
                 self.fire(timer);
             }
             self.tell_master();
+            self.tell_questions();
             self.tell_load();
         }
         for token in self.table.tokens() {
@@ -380,6 +389,7 @@ impl Worker {
             SERVICE_TIMER => self.end_services(),
             CHECK_TIMER => self.run_checks(),
             QUEUE_TIMER => self.look_at_queues_in_time(),
+            NAMING_TIMER => self.tell_questions(),
             DRAIN_TIMER => {
                 log::warn!(
                     "worker_shutdown_timeout ran out, resetting {} sessions",
@@ -402,4 +412,15 @@ impl Worker {
 
 fn timer_of(token: Token) -> u32 {
     token.slot() + FIRST_SESSION
+}
+
+/// For each server, the index of its resolver in [`Config::resolvers`].
+fn resolvers_of(config: &Config) -> Vec<Option<u16>> {
+    let known = config.resolvers();
+    let index = |server: &config::Server| {
+        let own = server.stream.resolver.as_ref()?;
+        let at = known.iter().position(|known| known == own)?;
+        u16::try_from(at).ok()
+    };
+    config.servers.iter().map(index).collect()
 }

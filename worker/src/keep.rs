@@ -262,6 +262,7 @@ impl Worker {
                 Phase::Reading { deadline_ms, .. }
                 | Phase::Connecting { deadline_ms }
                 | Phase::Waiting { deadline_ms, .. }
+                | Phase::Naming { deadline_ms }
                 | Phase::Http { deadline_ms } => Next::Wait(deadline_ms),
                 Phase::Streaming => worker.wait(session),
             });
@@ -286,8 +287,11 @@ impl Worker {
     /// Whether a session is better off here for now: it is to be kept, its listener is gone, and what was to become of
     /// it only this worker knows. Once its peer is known, any worker can go on with it.
     fn is_stranded(&self, session: &Session) -> bool {
-        matches!(session.phase, Phase::Reading { .. } | Phase::Waiting { .. })
-            && session.settings.on_reload == OnReload::Keep
+        let phase = session.phase;
+        matches!(
+            phase,
+            Phase::Reading { .. } | Phase::Waiting { .. } | Phase::Naming { .. }
+        ) && session.settings.on_reload == OnReload::Keep
             && self.board[0].listeners[session.listener].gone.load(Relaxed) != 0
     }
 
@@ -297,6 +301,7 @@ impl Worker {
             session.claim = self.claim_of(&session).map(|claim| (claim, deadline_ms));
             self.leave_queue(&session);
         }
+        self.leave_naming(token, &session);
         self.keeping.leaving.push((token, session));
     }
 
@@ -402,6 +407,7 @@ impl Worker {
             self.table.put(token, session);
             self.with_session(token, |worker, session| match session.phase {
                 Phase::Waiting { .. } => worker.wait_again(token, session),
+                Phase::Naming { .. } => worker.name_again(token, session),
                 _ => worker.drive(token, session),
             });
         }
@@ -415,7 +421,7 @@ fn can_be_moved(session: &Session) -> bool {
         Phase::Reading { .. } => true,
         Phase::Connecting { .. } | Phase::Streaming => session.upstream.is_some(),
         // Nothing was read of it.
-        Phase::Waiting { .. } => true,
+        Phase::Waiting { .. } | Phase::Naming { .. } => true,
         Phase::Http { .. } => false,
     }
 }
@@ -446,6 +452,7 @@ fn saved(session: &Session, seat: Seat, claim: Option<Claim>) -> Option<Saved> {
         Phase::Connecting { deadline_ms } => (Stage::Connecting, deadline_ms),
         Phase::Streaming => (Stage::Streaming, 0),
         Phase::Waiting { deadline_ms, .. } => (Stage::Waiting, deadline_ms),
+        Phase::Naming { deadline_ms } => (Stage::Naming, deadline_ms),
         Phase::Http { .. } => return None,
     };
     let settings = &session.settings;

@@ -2,6 +2,7 @@
 //!
 //! A session's way, file by file: `accept` → `table` (its slot) → `preread` (what its client must send first) → `route` → `balance` → `connect` →
 //! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back) or `relay` (user space copies, no faster than `pace` lets it) → `close` (totals, reason, log line).
+//! `naming` lets sessions wait for the addresses of a host that they lead to by name, `hosts` knows those that were asked for.
 //! `queue` lets sessions wait for a place at a peer, `check` asks the peers whether they live, beside all sessions.
 //! `keep` lets a session outlive this process, `adopt` takes over what another one left.
 //! `access_log` gathers the lines that `access_line` writes of ended sessions, `log_writer` waits for the disk.
@@ -28,11 +29,13 @@ mod drive;
 mod event_loop;
 #[cfg(test)]
 mod fuzz;
+mod hosts;
 mod http;
 mod keep;
 mod log_writer;
 mod map;
 mod metrics;
+mod naming;
 mod offload;
 mod pace;
 mod page;

@@ -78,6 +78,7 @@ impl Worker {
         self.listener_metrics(&mut page);
         self.upstream_metrics(&mut page);
         self.name_metrics(&mut page);
+        self.host_metrics(&mut page);
         page.0
     }
 
@@ -439,6 +440,39 @@ impl Worker {
         all(name, COUNTER, "Sessions that found the queue full.", &|row| {
             load(&counters(row).overflowed)
         });
+    }
+
+    fn host_metrics(&self, page: &mut Page) {
+        let hosts = &self.board[0].hosts;
+        for (name, help, counter) in [
+            (
+                "culvert_host_sessions_total",
+                "Sessions that proxy_pass led to a host by its name.",
+                &hosts.sessions,
+            ),
+            (
+                "culvert_host_sessions_remembered_total",
+                "Those of them for which the answer was known.",
+                &hosts.remembered,
+            ),
+            (
+                "culvert_host_lookups_total",
+                "Hosts that name servers were asked for.",
+                &hosts.lookups,
+            ),
+            (
+                "culvert_host_lookup_failures_total",
+                "Those of them that brought no address.",
+                &hosts.failed,
+            ),
+            (
+                "culvert_host_lookups_refused_total",
+                "Hosts that were not asked for because too many others were.",
+                &hosts.refused,
+            ),
+        ] {
+            page.one(name, COUNTER, help, load(counter));
+        }
     }
 
     fn name_metrics(&self, page: &mut Page) {

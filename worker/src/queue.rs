@@ -187,7 +187,7 @@ impl Worker {
         Some((first.ticket, first.token))
     }
 
-    /// Something was reported of a session that waits: only its client can have.
+    /// Something was reported of a session that waits, for a place or for a host's addresses: only its client can have.
     pub(crate) fn is_client_gone(&self, session: &Session) -> bool {
         let client = session.ready[crate::table::Side::Downstream.index()];
         // One that has sent something and ended its stream may still read the answer.

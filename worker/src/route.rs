@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use culvert_shared::client;
-use culvert_shared::config::{Address, Part, Target, Template, Upstream, Variable, VariableMap};
+use culvert_shared::config::{
+    Address, Part, Target, Template, Upstream, Variable, VariableMap, is_host_name,
+};
 
 use regex::Captures;
 
@@ -27,6 +29,40 @@ pub enum Route {
     Group(usize),
     /// One address.
     Address(Address),
+    /// Whatever addresses the host of this name has, with this port. The name is in lower case, without a dot at its end.
+    Host(String, u16),
+}
+
+/// A value of `proxy_pass` that leads nowhere, for people: it comes from clients, so nothing of it is written as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Astray {
+    value: String,
+    why: &'static str,
+}
+
+/// What of such a value is written, in characters.
+const SHOWN_MAX: usize = 100;
+
+impl Astray {
+    /// There is no `proxy_pass` any more.
+    pub fn nowhere() -> Astray {
+        Astray {
+            value: String::new(),
+            why: "nowhere",
+        }
+    }
+}
+
+impl std::fmt::Display for Astray {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let shown = self.value.chars().take(SHOWN_MAX).flat_map(char::escape_default);
+        let rest = if self.value.chars().nth(SHOWN_MAX).is_some() {
+            "…"
+        } else {
+            ""
+        };
+        write!(f, "\"{}{rest}\", {}", shown.collect::<String>(), self.why)
+    }
 }
 
 /// What is known of a session before its peer is chosen.
@@ -78,28 +114,46 @@ impl Router {
         self
     }
 
-    /// The session's route; an error is the value that leads nowhere.
-    pub fn route(&self, target: &Target, ends: &Ends) -> Result<Route, String> {
+    /// The session's route; an error is a value that leads nowhere.
+    pub fn route(&self, target: &Target, ends: &Ends) -> Result<Route, Astray> {
         match target {
             Target::Upstream(group) => Ok(Route::Group(*group)),
             Target::Variable(template) => {
                 let value = self.expand(template, ends);
-                self.look_up(&value).ok_or(value)
+                self.look_up(&value).map_err(|why| Astray { value, why })
             }
         }
     }
 
-    fn look_up(&self, value: &str) -> Option<Route> {
+    fn look_up(&self, value: &str) -> Result<Route, &'static str> {
         if let Some(group) = self.groups.get(value) {
-            return Some(Route::Group(*group));
+            return Ok(Route::Group(*group));
         }
         if let Some(path) = value.strip_prefix("unix:").filter(|path| !path.is_empty()) {
-            return Some(Route::Address(Address::Unix(PathBuf::from(path))));
+            return Ok(Route::Address(Address::Unix(PathBuf::from(path))));
         }
-        value
-            .parse()
-            .ok()
-            .map(|address| Route::Address(Address::Tcp(address)))
+        if let Ok(address) = value.parse() {
+            return Ok(Route::Address(Address::Tcp(address)));
+        }
+        if value.is_empty() {
+            return Err("which is empty");
+        }
+        let Some((host, port)) = value.rsplit_once(':') else {
+            return Err(match is_host(value) {
+                true => "which is no upstream, and a host needs a port behind its name",
+                false => "which is no upstream, no address and no host's name",
+            });
+        };
+        let host = host.strip_suffix('.').unwrap_or(host);
+        if !is_host(host) {
+            return Err("which is no upstream, no address and no host's name");
+        }
+        // Digits only: a sign would be taken as well.
+        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+        match port.parse() {
+            Ok(port) if port > 0 && digits => Ok(Route::Host(host.to_ascii_lowercase(), port)),
+            _ => Err("which has no port that there is, 1 to 65535"),
+        }
     }
 
     /// The text that a template gives for a session.
@@ -136,6 +190,13 @@ impl Router {
             other => ends.value_of(other),
         }
     }
+}
+
+/// Whether a text may be asked for as a host's name. No name ends in a number (RFC 1123, section 2.1): that would be an
+/// address in some other spelling, such as 127.1.
+fn is_host(text: &str) -> bool {
+    let last = text.rsplit('.').next().unwrap_or_default();
+    is_host_name(text) && !last.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 impl Ends {
@@ -192,7 +253,8 @@ mod tests {
     }
 
     fn route(parts: Vec<Part>) -> Result<Route, String> {
-        router().route(&Target::Variable(Template(parts)), &ends())
+        let route = router().route(&Target::Variable(Template(parts)), &ends());
+        route.map_err(|astray| astray.to_string())
     }
 
     #[test]
@@ -207,6 +269,72 @@ mod tests {
         );
         let unix = route(vec![literal("unix:/run/"), Part::Variable(Variable::Hostname)]);
         assert_eq!(unix, Ok(Route::Address(Address::Unix("/run/box".into()))));
-        assert_eq!(route(vec![literal("nobody")]), Err("nobody".into()));
+    }
+
+    fn route_text(text: &str) -> Result<Route, String> {
+        route(vec![Part::Literal(text.into())])
+    }
+
+    #[test]
+    fn a_host_has_a_name_and_a_port() {
+        for (text, host) in [
+            ("App.Example.COM:443", "app.example.com"),
+            ("app.example.com.:443", "app.example.com"),
+            ("_sip.x-1:443", "_sip.x-1"),
+            ("1.2.3.4.example:443", "1.2.3.4.example"),
+            ("localhost:443", "localhost"),
+        ] {
+            assert_eq!(route_text(text), Ok(Route::Host(host.into(), 443)), "{text}");
+        }
+        let long = "a.".repeat(126);
+        assert!(route_text(&format!("{long}b:1")).is_ok(), "253 bytes");
+        for text in [
+            "a.example",
+            "nobody",
+            ":443",
+            "a.example:",
+            "a.example:0",
+            "a.example:65536",
+            "a.example:+1",
+        ]
+        .into_iter()
+        .chain([
+            "a.example:1:2",
+            "127.1:80",
+            "2130706433:80",
+            "1.2.3.4.5:80",
+            "1.2.3.4",
+            "a..b:1",
+            "..:1",
+            "a b:1",
+        ])
+        .chain([
+            "[::1]",
+            "[a.example]:1",
+            "a\u{e9}.example:1",
+            "*.example:1",
+            "a/b:1",
+            "",
+            &format!("{long}bc:1"),
+        ])
+        .chain([&format!("{}.example:1", "a".repeat(64))[..]])
+        {
+            let said = route_text(text).expect_err(text);
+            assert!(said.contains(", which "), "{said}");
+        }
+        assert!(
+            route_text("a.example")
+                .unwrap_err()
+                .ends_with("needs a port behind its name")
+        );
+        assert!(route_text("a.example:0").unwrap_err().ends_with("1 to 65535"));
+    }
+
+    #[test]
+    fn what_leads_nowhere_is_said_on_one_short_line_of_plain_letters() {
+        let said = route_text(&format!("a\n\u{1b}[2J\"{}", "\u{e9}".repeat(5000))).unwrap_err();
+        assert!(said.starts_with(r#""a\n\u{1b}[2J\"\u{e9}"#), "{said}");
+        assert!(said.len() < 1000 && said.contains("…\", which"), "{said}");
+        assert!(!said.contains(char::is_control));
     }
 }

@@ -13,6 +13,7 @@ use culvert_shared::queue::Claim;
 use nix::errno::Errno;
 
 use crate::busy::Seen;
+use crate::hosts::Host;
 use crate::http::Connection;
 use crate::pace::Pace;
 use crate::route::Ends;
@@ -235,6 +236,11 @@ pub enum Phase {
         /// Its place in the order of arrival.
         ticket: u64,
     },
+    /// The host that it leads to is being looked up, until this time.
+    Naming {
+        /// When it gives up, on the worker's clock.
+        deadline_ms: u64,
+    },
     /// Bytes move.
     Streaming,
     /// It is no proxied session, but an HTTP connection.
@@ -268,6 +274,8 @@ pub struct Session {
     pub owes: Option<ProxyProtocol>,
     /// The group and the rows of its peers that were tried.
     pub tried: Option<(usize, Vec<usize>)>,
+    /// The host that it leads to by its name, until it is connected.
+    pub host: Option<Box<Host>>,
     /// Peers that did not take it, for the access log.
     pub failed_peers: Vec<String>,
     /// When connecting to the present peer began, on CLOCK_MONOTONIC.
@@ -328,6 +336,7 @@ impl Session {
             upstream: None,
             owes: None,
             tried: None,
+            host: None,
             failed_peers: Vec::new(),
             connect_began_ns: 0,
             connect_us: None,
@@ -377,7 +386,7 @@ impl Session {
         match self.phase {
             Phase::Reading { .. } => Interest::Read,
             Phase::Connecting { .. } if side == Side::Upstream => Interest::Connected,
-            Phase::Connecting { .. } | Phase::Waiting { .. } => Interest::End,
+            Phase::Connecting { .. } | Phase::Waiting { .. } | Phase::Naming { .. } => Interest::End,
             Phase::Http { .. } => Interest::Data,
             Phase::Streaming => {
                 // What the kernel forwards must not wake the worker.

@@ -160,6 +160,13 @@ impl Worker {
             "cpus": self.cpu_status(),
             "fallbacks": by_reason(FallbackReason::ALL.iter().map(|reason| reason.name()), &board.fallbacks),
             "closes": by_reason(CloseReason::ALL.iter().map(|reason| reason.name()), &board.closes),
+            "hosts": {
+                "sessions": load(&board.hosts.sessions),
+                "remembered": load(&board.hosts.remembered),
+                "lookups": load(&board.hosts.lookups),
+                "failed": load(&board.hosts.failed),
+                "refused": load(&board.hosts.refused),
+            },
             "access_log": {
                 "written": load(&board.access_lines_written),
                 "dropped": load(&board.access_lines_dropped),

@@ -19,7 +19,7 @@ impl Side {
 }
 
 /// Names a session for as long as it lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Token {
     slot: u32,
     generation: u32,

@@ -247,6 +247,8 @@ where
 fn is_a_host(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(ip) => !ip.is_unspecified() && !ip.is_multicast() && ip != Ipv4Addr::BROADCAST,
+        // A connection to it is one to the IPv4 address.
+        IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some() => is_a_host(ip.to_canonical()),
         IpAddr::V6(ip) => {
             // Link-local ones need a scope, which a record has not.
             ip != Ipv6Addr::UNSPECIFIED && !ip.is_multicast() && !ip.is_unicast_link_local()

@@ -89,6 +89,20 @@ fn addresses_are_sorted_and_none_comes_twice_and_those_that_no_host_has_are_left
         "a question"
     );
     assert_eq!(read(&bytes[..bytes.len() - 1], 7, &asked), Answer::Garbled, "cut");
+    // What stands for an IPv4 address is one, and so is what stands for none.
+    let asked = question("a.test", Kind::Aaaa);
+    let mut records = Vec::new();
+    for mapped in [[0, 0, 0, 0], [224, 0, 0, 1], [10, 0, 0, 1]] {
+        let ip = std::net::Ipv4Addr::from(mapped).to_ipv6_mapped();
+        records.extend(record(&SAME, 28, 60, &ip.octets()));
+    }
+    records.extend(record(&SAME, 28, 60, &[0; 16]));
+    let six = message(&asked, OK, [4, 0], &records);
+    assert_eq!(
+        read(&six, 7, &asked),
+        Answer::Found(addresses(&["::ffff:10.0.0.1"]), 60)
+    );
+    let asked = question("a.test", Kind::A);
     let mut upper = bytes.clone();
     upper[13] = b'A';
     assert_eq!(read(&upper, 7, &asked), expected, "letters have no case");

@@ -24,6 +24,12 @@ const LOGGED_MAX: usize = 16;
 impl Master {
     /// Reads what name servers have said, and tells the workers.
     pub fn look_up(&mut self, now: Instant) {
+        self.names.hosts.advance(now, &self.board[0].hosts);
+        for (owner, question, answer) in self.names.hosts.answers() {
+            if let Some(worker) = self.workers.iter_mut().find(|worker| worker.owner == owner) {
+                worker.answer(question, answer);
+            }
+        }
         if self.is_ending() {
             return;
         }

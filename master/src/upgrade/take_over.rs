@@ -129,7 +129,11 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
     }
     master.keeper = take_keeper(state, &stores)?;
     for worker in &state.workers {
-        master.workers.push(take_worker(worker, &stores, now)?);
+        let mut worker = take_worker(worker, &stores, now)?;
+        if worker.generation == master.current.number {
+            worker.resolvers = master.current.config.resolvers();
+        }
+        master.workers.push(worker);
     }
     for (care, due) in master.slots.iter_mut().zip(&state.replace_in_ms) {
         *care = SlotCare::due(due.map(|ms| now + Duration::from_millis(ms)));
@@ -259,6 +263,8 @@ fn take_worker(state: &WorkerState, stores: &Stores, now: Instant) -> Result<Wor
             .collect::<Result<_>>()?,
         // It goes on with the files that it has, for the moment that it still lives.
         access_logs: AccessLogs::default(),
+        // Those of the present generation are known, see `rebuild`.
+        resolvers: Vec::new(),
         control: state.control.map(inherit::take).transpose()?,
     };
     let to_adopt = state.to_adopt.iter().copied().map(session).collect();

@@ -74,11 +74,12 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         .unwrap_or_default();
     let error_log = check.error_log(root);
     let maps = check.maps(root);
-    let upstreams = check.upstreams(root, &maps);
+    let resolver = check.stream_resolver(root);
+    let upstreams = check.upstreams(root, &maps, &resolver);
     let limit_zones = check.limit_zones(root, &maps);
     let access_logs = AccessLogs::read(&mut check, root);
     let (upstreams, stream, servers) =
-        Servers::new(&mut check, upstreams, (&limit_zones, &maps), access_logs).read(root);
+        Servers::new(&mut check, upstreams, (&limit_zones, &maps), access_logs).read(root, &resolver);
     Config {
         user,
         worker_cpus,

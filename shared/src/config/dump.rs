@@ -287,6 +287,9 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
     let (size, timeout) = (stream.preread_buffer_size, stream.preread_timeout);
     writeln!(out, "preread_buffer_size = {}", quoted(&write_size(size)))?;
     writeln!(out, "preread_timeout = {}", quoted(&write_duration(timeout)))?;
+    if let Some(resolver) = &stream.resolver {
+        writeln!(out, "{}", resolver.write())?;
+    }
     let log = access_log::write_log(stream.access_log.as_deref(), quoted);
     writeln!(out, "access_log = {log}")
 }

@@ -89,10 +89,6 @@ pub(super) const STREAM: &[Key] = &[
     value("resolver_timeout"),
 ];
 
-/// Keys of [`STREAM`] that upstreams inherit, not servers: a name is looked up once, whoever leads to it.
-#[cfg(test)]
-const OF_UPSTREAMS: &[&str] = &["resolver", "resolver_timeout"];
-
 /// A `resolver` that is a table.
 const RESOLVER: &[Key] = &[
     value("addresses"),
@@ -195,6 +191,8 @@ const SERVER: &[Key] = &[
     value("preread_buffer_size"),
     value("preread_timeout"),
     shaped("access_log", Shape::Mixed(ACCESS_LOG)),
+    shaped("resolver", Shape::Mixed(RESOLVER)),
+    value("resolver_timeout"),
 ];
 
 /// An entry of a server's `listen` that is a table.
@@ -284,7 +282,7 @@ mod tests {
 
     #[test]
     fn every_stream_key_can_be_set_in_a_server() {
-        for key in STREAM.iter().filter(|key| !OF_UPSTREAMS.contains(&key.name)) {
+        for key in STREAM {
             assert!(
                 find(SERVER, key.name).is_some(),
                 "{} is missing in SERVER",

@@ -54,6 +54,7 @@ pub use known::{has_ready_made_format, knows_key, knows_log_variable, knows_vari
 pub use limit::{LimitConn, LimitRate, LimitZone};
 pub use listen::{Keepalive, ListenOptions};
 pub use map::{MapEntry, Pattern, VariableMap};
+pub use names::is_host_name;
 pub use network::Network;
 pub use proxy_bind::ProxyBind;
 pub use rate::Rate;
@@ -500,6 +501,8 @@ pub struct Stream {
     pub preread_buffer_size: usize,
     /// How long a client may take to send it.
     pub preread_timeout: Duration,
+    /// Who is asked for the addresses of a host name that `proxy_pass` gives a session; `None`: nobody.
+    pub resolver: Option<Arc<Resolver>>,
     /// Where a line is written for each ended session; equal ones of a configuration are the same value.
     pub access_log: Option<Arc<AccessLog>>,
 }
@@ -640,6 +643,21 @@ impl Config {
             }
         }
         logs
+    }
+
+    /// Every resolver that a server's sessions may need, once, in the order in which they stand: that of a server whose
+    /// `proxy_pass` holds variables. Workers and the master know a resolver by its index here.
+    pub fn resolvers(&self) -> Vec<Arc<Resolver>> {
+        let mut resolvers: Vec<Arc<Resolver>> = Vec::new();
+        for server in &self.servers {
+            if let (Action::Proxy(Target::Variable(_)), Some(resolver)) =
+                (&server.action, &server.stream.resolver)
+                && !resolvers.contains(resolver)
+            {
+                resolvers.push(Arc::clone(resolver));
+            }
+        }
+        resolvers
     }
 }
 

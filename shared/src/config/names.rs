@@ -1,4 +1,4 @@
-//! `resolve`, `service` and `resolver`: peers whose addresses are looked up while the program runs.
+//! `resolve`, `service` and `resolver`: names whose addresses are looked up while the program runs.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// What holds for an upstream that says less than all.
+    /// What holds for an upstream or a server that says less than all.
     pub(super) fn or(self, outer: &Written) -> Option<Resolver> {
         let mut resolver = self.resolver.or_else(|| outer.resolver.clone())?;
         resolver.timeout = self
@@ -266,11 +266,17 @@ fn service_host(address: &str) -> Result<&str, Fault> {
     }
 }
 
-fn is_name(text: &str) -> Result<(), Fault> {
+/// Whether a text has the form of a host's name (RFC 1035, section 2.3.4, and `_`), without a dot at its end. Nothing else
+/// is asked for, written to a log as it is, or sent from one process to another.
+pub fn is_host_name(text: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
     let right =
         |label: &str| !label.is_empty() && label.len() <= LABEL_MAX_BYTES && label.bytes().all(allowed);
-    match text.len() <= NAME_MAX_BYTES && text.split('.').all(right) {
+    text.len() <= NAME_MAX_BYTES && text.split('.').all(right)
+}
+
+fn is_name(text: &str) -> Result<(), Fault> {
+    match is_host_name(text) {
         true => Ok(()),
         false => Err(Fault::new(
             "not a host name",

@@ -1,6 +1,7 @@
 //! `[[server]]`: listeners that clash with none, what is done with a connection, and the stream settings in force.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
@@ -9,6 +10,7 @@ use super::access_log::AccessLogs;
 use super::check::{Check, YEAR};
 use super::diagnostic::{Fault, OriginId, short};
 use super::file::nearest;
+use super::names::Written;
 use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::valid::{self, Given};
@@ -68,7 +70,12 @@ impl<'c, 'a> Servers<'c, 'a> {
     }
 
     /// All upstreams, what `[stream]` says, and all servers.
-    pub(super) fn read(mut self, root: &Map<String, Value>) -> (Vec<Upstream>, Stream, Vec<Server>) {
+    /// `resolver`: what `[stream]` says of one.
+    pub(super) fn read(
+        mut self,
+        root: &Map<String, Value>,
+        resolver: &Written,
+    ) -> (Vec<Upstream>, Stream, Vec<Server>) {
         let nothing = Map::new();
         let inherited = match root.get("stream").map(|value| &value.kind) {
             Some(ValueKind::Table(table)) => table,
@@ -104,9 +111,13 @@ impl<'c, 'a> Servers<'c, 'a> {
             ssl_preread: false,
             preread_buffer_size: 1,
             preread_timeout: hour,
+            resolver: None,
             access_log: None,
         };
-        let inherited = self.stream(inherited, "stream", &stand_in);
+        let inherited = Stream {
+            resolver: resolver.clone().or(&Written::default()).map(Arc::new),
+            ..self.stream(inherited, "stream", &stand_in)
+        };
         let tables = self.check.tables(root, "server");
         let none = match root.get("server").map(|value| &value.kind) {
             None => true,
@@ -121,7 +132,14 @@ impl<'c, 'a> Servers<'c, 'a> {
         let servers = tables.into_iter().map(|(key, at, table)| Server {
             listen: self.listen(&key, at, table),
             action: self.action(&key, at, table),
-            stream: self.stream(table, &key, &inherited),
+            stream: Stream {
+                resolver: self
+                    .check
+                    .written_resolver(table, &key)
+                    .or(resolver)
+                    .map(Arc::new),
+                ..self.stream(table, &key, &inherited)
+            },
         });
         let mut servers: Vec<Server> = servers.collect();
         if let Some(http) = root.get("http")
@@ -182,6 +200,8 @@ impl<'c, 'a> Servers<'c, 'a> {
             ssl_preread,
             preread_buffer_size,
             preread_timeout,
+            // What a table says of it counts together with what the other one says: see `Servers::read`.
+            resolver: _,
             ref access_log,
         } = *inherited;
         let access_log = self.access_logs.of_table(check, table, key, access_log);
@@ -271,6 +291,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             preread_timeout: check
                 .at(table, key, "preread_timeout", timeout)
                 .unwrap_or(preread_timeout),
+            resolver: None,
             access_log,
         }
     }

@@ -6,6 +6,7 @@ use config::{Map, Value, ValueKind};
 
 use super::check::{Check, YEAR};
 use super::diagnostic::{Fault, OriginId};
+use super::names::Written;
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
@@ -23,9 +24,13 @@ const RING_WEIGHT_MAX: u64 = 8_192;
 const CONNS_MAX: u32 = 1 << 30;
 
 impl Check<'_> {
-    pub(super) fn upstreams(&mut self, root: &Map<String, Value>, maps: &[VariableMap]) -> Vec<Upstream> {
+    pub(super) fn upstreams(
+        &mut self,
+        root: &Map<String, Value>,
+        maps: &[VariableMap],
+        stream_resolver: &Written,
+    ) -> Vec<Upstream> {
         let mut found: Vec<(Upstream, OriginId)> = Vec::new();
-        let stream_resolver = self.stream_resolver(root);
         for (key, at, table) in self.tables(root, "upstream") {
             let name_key = join(&key, "name");
             if !table.contains_key("name") {
@@ -49,7 +54,7 @@ impl Check<'_> {
             let balance = self.at(table, &key, "balance", |given| balance::read(given, maps));
             let name_at = table.get("name").map_or(at, |name| self.findings.origin_of(name));
             let balance = balance.unwrap_or(Balance::RoundRobin);
-            let resolver = self.written_resolver(table, &key).or(&stream_resolver);
+            let resolver = self.written_resolver(table, &key).or(stream_resolver);
             let (peers, names) = self.peers(&key, at, table, &balance, resolver.as_ref());
             let check = self.health(&key, table);
             if let (Some(port), Some(value)) =

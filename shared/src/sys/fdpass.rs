@@ -12,7 +12,7 @@ use nix::sys::socket::{
 };
 
 /// The longest message, in bytes.
-const MESSAGE_BYTES: usize = 4096;
+pub const MESSAGE_BYTES: usize = 4096;
 /// The most descriptors of one message; the kernel's limit is 253 (SCM_MAX_FD, net/scm.h).
 pub const MAX_DESCRIPTORS: usize = 250;
 

@@ -259,6 +259,7 @@ impl Books<'_> {
             "integrity",
             "resource",
             "no_route",
+            "name_failed",
             "connect_failed",
             "idle_timeout",
             "shutdown",

@@ -153,6 +153,7 @@ fn the_least_configuration_has_every_default() {
         ssl_preread: false,
         preread_buffer_size: 16 * 1024,
         preread_timeout: Duration::from_secs(30),
+        resolver: None,
         access_log: None,
     };
     let expected = Config {
@@ -406,4 +407,45 @@ fn included_files_add_up_in_byte_order() {
     assert_eq!(ports, [8080, 1, 2]);
     assert_eq!(config.servers[0].stream.proxy_timeout, Duration::from_secs(1));
     assert!(!config.servers[2].stream.tcp_nodelay);
+}
+
+#[test]
+fn a_server_asks_its_own_resolver_or_that_of_stream_and_equal_ones_are_one() {
+    let directory = Directory::new();
+    let server = |port: u16, lines: &str| format!("[[server]]\nlisten = {port}\n{lines}\n");
+    let name = "proxy_pass = \"$ssl_preread_server_name:443\"";
+    let text = [
+        "[stream]\nresolver = \"192.0.2.1\"\nresolver_timeout = \"5s\"\n".to_owned(),
+        server(81, name),
+        server(82, &format!("{name}\nresolver_timeout = \"2s\"")),
+        server(
+            83,
+            &format!("{name}\nresolver = {{ addresses = \"192.0.2.2\", valid = \"9s\" }}"),
+        ),
+        server(84, &format!("{name}\nresolver_timeout = \"5s\"")),
+        server(85, "proxy_pass = \"192.0.2.9:1\"\nresolver = \"192.0.2.3\""),
+    ];
+    let config = load_with(&Fake::default(), &directory, &text.concat(), &[]).expect("right");
+    let shown: Vec<(String, u64, Option<u64>)> = config
+        .resolvers()
+        .iter()
+        .map(|resolver| {
+            let valid = resolver.valid.map(|valid| valid.as_secs());
+            (resolver.servers[0].to_string(), resolver.timeout.as_secs(), valid)
+        })
+        .collect();
+    // What leads nowhere by name asks nobody.
+    let expected = [
+        ("192.0.2.1:53".to_owned(), 5, None),
+        ("192.0.2.1:53".to_owned(), 2, None),
+        ("192.0.2.2:53".to_owned(), 5, Some(9)),
+    ];
+    assert_eq!(shown, expected);
+    let alone = [
+        &server(81, name)[..],
+        &server(82, "resolver_timeout = \"2s\"\nproxy_pass = \"192.0.2.9:1\""),
+    ];
+    let config = load_with(&Fake::default(), &directory, &alone.concat(), &[]).expect("right without one");
+    assert_eq!(config.servers[0].stream.resolver, None);
+    assert_eq!(config.servers[1].stream.resolver, None, "how long says not whom");
 }

@@ -45,9 +45,10 @@ fn stream() -> impl Strategy<Value = Stream> {
         limits,
         hello,
         access_log(),
+        prop::option::of(resolver().prop_map(Arc::new)),
     )
         .prop_map(
-            |(flags, times, (sizes, next), header, limits, hello, access_log)| Stream {
+            |(flags, times, (sizes, next), header, limits, hello, access_log, resolver)| Stream {
                 ebpf_enable: flags[0],
                 proxy_timeout: times.0,
                 proxy_connect_timeout: times.1,
@@ -75,6 +76,7 @@ fn stream() -> impl Strategy<Value = Stream> {
                 ssl_preread: flags[4],
                 preread_buffer_size: hello.0,
                 preread_timeout: hello.1,
+                resolver,
                 access_log,
             },
         )
@@ -377,7 +379,9 @@ prop_compose! {
         let named = upstreams.len();
         let mut port = 1000;
         let mut built = Vec::new();
-        for (way, own, listeners, backlog, options) in servers {
+        for (way, mut own, listeners, backlog, options) in servers {
+            // A server cannot say that there is none.
+            own.resolver = own.resolver.or_else(|| stream.resolver.clone());
             let listen = (0..listeners).map(|n| {
                 port += 1;
                 let ip: std::net::IpAddr = if n == 0 { [127, 0, 0, 1].into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
