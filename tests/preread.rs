@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::harness::pattern::{fill, pause};
 use crate::harness::program::{Running, need, run};
 use crate::harness::{Bytes, Ending, Plan, Port, Scratch, Upstream, connect, receive};
+use nix::sys::signal::Signal;
 
 const TLS: &str = "ssl_preread = true";
 const QUICK: Duration = Duration::from_secs(20);
@@ -125,19 +126,31 @@ fn an_access_log_tells_what_a_header_and_a_hello_said() {
     let proxy = plan.start();
     let hello = hello("one.example", 10);
     let header = &b"PROXY TCP4 192.0.2.7 198.51.100.9 40000 443\r\n"[..];
-    for (front, said) in [
-        (with_header, [header, &hello].concat()),
-        (without, b"no TLS".to_vec()),
-    ] {
-        let mut client = connect(front);
-        client.write_all(&said).expect("what is said first");
-        client.read_exact(&mut [0]).expect("the upstream's mark");
-        client.shutdown(Shutdown::Write).expect("the end of the stream");
-        let _ = client.read_to_end(&mut Vec::new());
-        proxy.settle();
+    // The worker that writes the line need not be the one that has read them.
+    for goes_on_in_another in [false, true] {
+        for (front, said) in [
+            (with_header, [header, &hello].concat()),
+            (without, b"no TLS".to_vec()),
+        ] {
+            let mut client = connect(front);
+            client.write_all(&said).expect("what is said first");
+            client.read_exact(&mut [0]).expect("the upstream's mark");
+            if goes_on_in_another {
+                let first = proxy.worker();
+                proxy.signal(Signal::SIGHUP);
+                proxy.wait("another worker has the session", |s| {
+                    let workers = s.workers();
+                    workers.len() == 1 && workers[0].pid != first && workers[0].sessions == 1
+                });
+            }
+            client.shutdown(Shutdown::Write).expect("the end of the stream");
+            let _ = client.read_to_end(&mut Vec::new());
+            proxy.settle();
+        }
     }
     let wanted =
-        "one.example TLSv1.2 [-] 192.0.2.7 40000 198.51.100.9 443 127.0.0.1\n- - [-] - - - - 127.0.0.1\n";
+        "one.example TLSv1.2 [-] 192.0.2.7 40000 198.51.100.9 443 127.0.0.1\n- - [-] - - - - 127.0.0.1\n"
+            .repeat(2);
     let read = || std::fs::read_to_string(&log).unwrap_or_default();
     assert!(
         crate::harness::within(QUICK, || read().len() >= wanted.len()),

@@ -27,6 +27,9 @@ pub fn layout() -> String {
 
 /// The longest name of an upstream that a record holds; a unix socket's path is shorter (unix(7)).
 const NAME_BYTES: usize = 112;
+/// The longest text of what a TLS hello said ([`SavedHello`]): a name has 255 bytes at most (RFC 1035 section 2.3.4), a
+/// version of TLS 7, and of the protocols those are left out at the end that find no room.
+const HELLO_BYTES: usize = 384;
 /// Peers that a record can say were tried.
 pub const MAX_TRIED: usize = 16;
 /// Where the words of a record are; the order of [`Saved`].
@@ -56,7 +59,9 @@ mod at {
     pub const TRIED: usize = 36;
     pub const NAME_LEN: usize = 40;
     pub const NAME: usize = 41;
-    pub const END: usize = NAME + super::NAME_BYTES / 8;
+    pub const HELLO_LEN: usize = NAME + super::NAME_BYTES / 8;
+    pub const HELLO: usize = HELLO_LEN + 1;
+    pub const END: usize = HELLO + super::HELLO_BYTES / 8;
 }
 
 /// One place of a worker slot.
@@ -150,6 +155,41 @@ pub struct SavedStream {
     pub rate: u64,
 }
 
+/// What the client's TLS hello said, in printable letters of ASCII without spaces; for the log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SavedHello {
+    /// The name of the server that was asked for.
+    pub server_name: String,
+    /// The highest version of TLS that the client speaks.
+    pub protocol: String,
+    /// The protocols that it would speak, separated by commas.
+    pub alpn_protocols: String,
+}
+
+impl SavedHello {
+    fn to_text(&self) -> String {
+        let mut text = format!("{} {} {}", self.server_name, self.protocol, self.alpn_protocols);
+        if text.len() > HELLO_BYTES {
+            let first = text.len() - self.alpn_protocols.len();
+            let cut = text[first..=HELLO_BYTES]
+                .rfind(',')
+                .map_or(first, |at| first + at);
+            text.truncate(cut);
+        }
+        text
+    }
+
+    fn of_text(text: &str) -> Option<SavedHello> {
+        let mut words = text.split(' ').map(str::to_owned);
+        let (server_name, protocol, alpn_protocols) = (words.next()?, words.next()?, words.next()?);
+        Some(SavedHello {
+            server_name,
+            protocol,
+            alpn_protocols,
+        })
+    }
+}
+
 /// Who carries the bytes of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carrier {
@@ -180,6 +220,8 @@ pub struct Saved {
     pub client: SocketAddr,
     /// What the client's PROXY header names, believed or not: who connected, and what it connected to.
     pub header: Option<[SocketAddr; 2]>,
+    /// What its TLS hello said, where one was read.
+    pub hello: Option<SavedHello>,
     /// The PROXY header that its peer is to be sent once it is connected.
     pub owes: Option<ProxyProtocol>,
     /// It is to be served a status document, and is no proxied session.
@@ -303,7 +345,10 @@ impl Record {
     /// Writes the whole record; `busy`: user space holds bytes of the session.
     pub fn fill(&self, saved: &Saved, busy: bool) {
         self.begin();
-        for (word, value) in self.words.iter().zip(saved.encode()) {
+        // Most sessions have no hello: then its pages stay untouched.
+        let words = saved.encode();
+        let used = at::HELLO + (words[at::HELLO_LEN] as usize).div_ceil(8);
+        for (word, value) in self.words.iter().zip(words).take(used) {
             word.store(value, Relaxed);
         }
         self.busy.store(busy.into(), Release);
@@ -417,9 +462,9 @@ impl Saved {
         words[at::CONNECT_TOOK] = self.connect_us;
         let name = self.upstream.as_bytes();
         let name = &name[..name.len().min(NAME_BYTES)];
-        words[at::NAME_LEN] = name.len() as u64;
-        for (at, byte) in name.iter().enumerate() {
-            words[at::NAME + at / 8] |= u64::from(*byte) << (8 * (at % 8));
+        put_text(&mut words, at::NAME_LEN, name);
+        if let Some(hello) = &self.hello {
+            put_text(&mut words, at::HELLO_LEN, hello.to_text().as_bytes());
         }
         words
     }
@@ -447,10 +492,7 @@ impl Saved {
             0 => None,
             _ => Some([address(&words[at::HEADER..])?, address(&words[at::HEADER + 3..])?]),
         };
-        let name_len = usize::try_from(words[at::NAME_LEN])
-            .ok()
-            .filter(|len| *len <= NAME_BYTES)?;
-        let name = (0..name_len).map(|at| (words[at::NAME + at / 8] >> (8 * (at % 8))) as u8);
+        let hello = text(words, at::HELLO_LEN, HELLO_BYTES)?;
         let peer = (words[at::ROWS] >> 32) as u32;
         Some(Saved {
             number: words[at::NUMBER],
@@ -462,6 +504,7 @@ impl Saved {
             client: address(&words[at::CLIENT..])?,
             local: address(&words[at::LOCAL..])?,
             header,
+            hello: SavedHello::of_text(&hello),
             owes: match flags >> OWES_SHIFT & 0xff {
                 0 => None,
                 1 => Some(ProxyProtocol::V1),
@@ -474,7 +517,7 @@ impl Saved {
             tcp: has(TCP),
             joined: has(JOINED),
             carrier,
-            upstream: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
+            upstream: text(words, at::NAME_LEN, NAME_BYTES)?,
             claim: Claim::of_word(words[at::CLAIM]),
             connecting_since_ms: words[at::CONNECTING_SINCE],
             tried: (0..MAX_TRIED)
@@ -495,6 +538,23 @@ impl Saved {
             },
         })
     }
+}
+
+/// Writes a text behind its length.
+fn put_text(words: &mut [u64; at::END], at: usize, text: &[u8]) {
+    words[at] = text.len() as u64;
+    for (byte, value) in text.iter().enumerate() {
+        words[at + 1 + byte / 8] |= u64::from(*value) << (8 * (byte % 8));
+    }
+}
+
+/// The text behind its length; `None`: it cannot be so long.
+fn text(words: &[u64; at::END], at: usize, longest: usize) -> Option<String> {
+    let length = usize::try_from(words[at])
+        .ok()
+        .filter(|length| *length <= longest)?;
+    let bytes = (0..length).map(|byte| (words[at + 1 + byte / 8] >> (8 * (byte % 8))) as u8);
+    Some(String::from_utf8_lossy(&bytes.collect::<Vec<u8>>()).into_owned())
 }
 
 fn holds(words: &[u64; MAX_HOLDS / 2]) -> [u32; MAX_HOLDS] {
@@ -675,6 +735,21 @@ mod tests {
         );
     }
 
+    #[test]
+    fn of_protocols_that_find_no_room_the_last_ones_are_left_out() {
+        let hello = |alpn_protocols: String| SavedHello {
+            server_name: "n".repeat(255),
+            protocol: "TLSv1.3".into(),
+            alpn_protocols,
+        };
+        let read = |said: &SavedHello| SavedHello::of_text(&said.to_text());
+        let fits = format!("h2,{}", "x".repeat(117));
+        assert_eq!(read(&hello(fits.clone())), Some(hello(fits.clone())));
+        assert_eq!(read(&hello(fits.clone() + "x")), Some(hello("h2".into())));
+        assert_eq!(read(&hello(fits.clone() + ",y")), Some(hello(fits)));
+        assert_eq!(read(&hello("x".repeat(500))), Some(hello(String::new())));
+    }
+
     fn stream() -> impl Strategy<Value = SavedStream> {
         (0u8..4, any::<bool>(), 0u8..4, any::<[u64; 3]>()).prop_map(
             |(way, source_ended, buffers, numbers)| SavedStream {
@@ -712,6 +787,7 @@ mod tests {
             stage in 0..Stage::ALL.len(),
             claim in proptest::option::of((0usize..MAX_GROUPS, 1u64..1 << 48)),
             header in proptest::option::of([socket_address(), socket_address()]),
+            hello in proptest::option::of(("[a-z.]{0,255}", "(TLSv1[.][23])?", "[a-z/,?]{0,119}")),
             owes in 0usize..3,
             client in socket_address(),
             local in socket_address(),
@@ -731,6 +807,7 @@ mod tests {
                 client,
                 local,
                 header,
+                hello: hello.map(|(server_name, protocol, alpn_protocols)| SavedHello { server_name, protocol, alpn_protocols }),
                 owes: [None, Some(ProxyProtocol::V1), Some(ProxyProtocol::V2)][owes],
                 is_status: bits[4],
                 listener: small[0],

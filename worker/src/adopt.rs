@@ -13,6 +13,7 @@ use culvert_shared::message::SessionId;
 use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream, Stage};
 use culvert_shared::sys::socket;
 
+use crate::client_hello::{self, Hello};
 use crate::clock;
 use crate::drive::Next;
 use crate::event_loop::Worker;
@@ -266,13 +267,20 @@ fn revive(
     seat: Seat,
 ) -> Session {
     let mut ends = Ends::new(saved.client, saved.local);
-    if saved.stage != Stage::Streaming {
-        // Afterwards nobody asks for them.
+    ends.header = saved
+        .header
+        .map(|[source, destination]| Addresses { source, destination });
+    // Without a header who connected is the client.
+    if ends.header.is_some() {
         ends.peer = sockets::peer_address(downstream.as_fd()).unwrap_or(saved.client);
-        ends.header = saved
-            .header
-            .map(|[source, destination]| Addresses { source, destination });
     }
+    ends.hello = saved.hello.map(|said| {
+        Box::new(Hello {
+            protocol: client_hello::version_of(&said.protocol),
+            server_name: said.server_name,
+            alpn_protocols: said.alpn_protocols,
+        })
+    });
     let listener = saved.listener as usize;
     let mut session = Session::new(
         saved.number,

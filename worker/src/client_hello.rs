@@ -188,6 +188,12 @@ fn version_name(version: u16) -> &'static str {
     }
 }
 
+/// The version of that name; nothing if there is none.
+pub fn version_of(name: &str) -> &'static str {
+    let names = (0x0300..=0x0304).map(version_name);
+    names.into_iter().find(|known| *known == name).unwrap_or("")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,7 +11,7 @@ use culvert_shared::counters::{Board, Transit, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::{BATCH, SessionId, ToMaster};
 use culvert_shared::queue::Claim;
-use culvert_shared::sessions::{Carrier, Kept, Saved, SavedSettings, SavedStream, Stage};
+use culvert_shared::sessions::{Carrier, Kept, Saved, SavedHello, SavedSettings, SavedStream, Stage};
 use culvert_shared::sys::{fdpass, socket};
 use nix::errno::Errno;
 
@@ -471,6 +471,11 @@ fn saved(session: &Session, seat: Seat, claim: Option<Claim>) -> Option<Saved> {
             .ends
             .header
             .map(|header| [header.source, header.destination]),
+        hello: session.ends.hello.as_deref().map(|hello| SavedHello {
+            server_name: hello.server_name.clone(),
+            protocol: hello.protocol.to_owned(),
+            alpn_protocols: hello.alpn_protocols.clone(),
+        }),
         owes: session.owes,
         is_status: session.is_status,
         local: session.ends.local,
