@@ -15,7 +15,7 @@ use crate::harness::dns::{DnsServer, OK, a_record, fake, greeter, reply, resolve
 use crate::harness::hello::hello;
 use crate::harness::pattern::fill;
 use crate::harness::program::{Running, need};
-use crate::harness::{Ending, Flag, Plan, Port, Proxy, Status, Upstream, connect, process, receive, within};
+use crate::harness::{Ending, Flag, Plan, Port, Proxy, Status, Upstream, connect, receive, within};
 
 const TLS: &str = "ssl_preread = true";
 
@@ -114,6 +114,7 @@ fn a_name_in_a_hello_is_looked_up_and_the_kernel_carries_the_session() {
             line.push(byte[0]);
         }
         let _ = stream.write_all(&line);
+        crate::harness::upstream::echo(stream);
     });
     let _two = greeter("127.0.0.2", port, 2);
     let server = DnsServer::started("127.0.0.2 app.test\n127.0.0.3 told.test");
@@ -143,8 +144,12 @@ fn a_name_in_a_hello_is_looked_up_and_the_kernel_carries_the_session() {
 
     let mut client = ask_for(with_header, "told.test");
     let own = client.local_addr().expect("an address");
-    let mut line = String::new();
-    client.read_to_string(&mut line).ok();
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while !line.ends_with(b"\n") && client.read(&mut byte).is_ok_and(|read| read == 1) {
+        line.push(byte[0]);
+    }
+    let line = String::from_utf8_lossy(&line);
     assert_eq!(
         line,
         format!(
@@ -336,7 +341,7 @@ fn a_silent_name_server_is_given_up_after_resolver_timeout_and_a_client_that_lea
     assert_eq!(receive(&mut patient, 1).ending, Ending::Reset);
     let took = begun.elapsed();
     assert!(
-        (Duration::from_millis(1450)..Duration::from_millis(3500)).contains(&took),
+        (Duration::from_millis(1450)..Duration::from_secs(8)).contains(&took),
         "{took:?}"
     );
     assert!(
@@ -389,6 +394,16 @@ fn many_sessions_that_lead_to_one_name_share_one_question_and_what_they_sent_ear
     assert_eq!((hosts(&status, "lookups"), status.relay().sum()), (1, 0));
 }
 
+/// Sockets of this host that ask a name server something.
+fn questions_to(server: SocketAddr) -> usize {
+    let table = std::fs::read_to_string("/proc/net/udp").expect("the sockets of this host");
+    let remote = format!(" 0100007F:{:04X} ", server.port());
+    table
+        .lines()
+        .filter(|line| line.get(20..).is_some_and(|rest| rest.contains(&remote)))
+        .count()
+}
+
 #[test]
 fn made_up_names_find_bounds_and_a_name_that_is_remembered_is_served_all_the_while() {
     const ASKED_MAX: usize = 1024;
@@ -424,8 +439,8 @@ fn made_up_names_find_bounds_and_a_name_that_is_remembered_is_served_all_the_whi
         status.json()
     );
     // No more of them are under way than there are sockets for.
-    let sockets = process::descriptors(proxy.pid()).len();
-    assert!(sockets < 400, "{sockets} descriptors of the master");
+    let under_way = questions_to(address);
+    assert!((200..=256).contains(&under_way), "{under_way} are under way");
     must_say(&proxy, "over.test could not be resolved");
     drop(waiting);
     proxy.wait("all have left", |status| status.active() == 0);

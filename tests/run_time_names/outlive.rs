@@ -118,7 +118,7 @@ fn a_session_that_waits_in_several_workers_waits_no_longer_than_in_one() {
     proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
     // What the master asks goes on through reloads, so the name is changed: only the session's own time counts.
     for n in 0..2 {
-        std::thread::sleep(Duration::from_millis(900));
+        std::thread::sleep(Duration::from_millis(1150));
         let from = if n == 0 {
             "server_name:443"
         } else {
@@ -129,8 +129,9 @@ fn a_session_that_waits_in_several_workers_waits_no_longer_than_in_one() {
     }
     assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
     let took = begun.elapsed();
+    // With time that begins anew it would be the three seconds of the last lookup, from 2.3 on.
     assert!(
-        (Duration::from_millis(2900)..Duration::from_millis(4400)).contains(&took),
+        (Duration::from_millis(2900)..Duration::from_millis(5200)).contains(&took),
         "{took:?}"
     );
     assert_eq!(name_failed(&proxy.settle()), 1);
@@ -192,21 +193,36 @@ fn a_session_that_was_taken_over_while_it_was_connecting_tries_the_other_address
     must_say(&proxy, &format!("failed to connect to {}", deaf.address));
 }
 
-#[test]
-fn a_session_that_waits_for_a_name_ends_at_once_when_the_master_is_gone() {
+/// `has_read`: the master has read the worker's question when it dies.
+fn ends_with_the_master(has_read: bool) {
     let (address, _) = fake(|_, _| Vec::new());
     let mut plan = Plan::new().stream(&resolver(address, ", ipv6 = false"));
     let front = plan.server_with("127.0.0.1", &by_sni(443)[..], TLS);
     let mut proxy = plan.start();
+    if !has_read {
+        proxy.signal(Signal::SIGSTOP);
+    }
     let mut client = ask_for(front, "app.test");
-    proxy.wait("it waits", |status| hosts(status, "sessions") == 1);
+    proxy.wait("it waits", |status| {
+        (hosts(status, "sessions"), hosts(status, "lookups")) == (1, u64::from(has_read))
+    });
     let begun = Instant::now();
     proxy.signal(Signal::SIGKILL);
     proxy.wait_for_exit(Duration::from_secs(5)).expect("it is killed");
     assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     must_say(&proxy, "app.test could not be resolved for client");
-    must_say(&proxy, "the master is gone, and nobody else may ask");
+    must_say(&proxy, "the master is gone, and nobody else asks");
+}
+
+#[test]
+fn a_session_that_waits_for_a_name_ends_at_once_when_the_master_is_gone() {
+    ends_with_the_master(true);
+}
+
+#[test]
+fn a_session_whose_question_the_master_has_not_read_ends_with_it_too() {
+    ends_with_the_master(false);
 }
 
 #[test]

@@ -33,6 +33,8 @@ impl Worker {
                 Err(Errno::EINTR) => continue,
                 Err(error) => {
                     log::error!("failed to read the master's message: {error}; draining");
+                    // So it is when the master has died with something unread.
+                    self.end_naming();
                     self.drop_checks();
                     return self.drain();
                 }

@@ -217,7 +217,7 @@ impl Worker {
 
     /// The master is gone: nobody will ask for anything any more.
     pub(crate) fn end_naming(&mut self) {
-        let why: Rc<str> = Rc::from("the master is gone, and nobody else may ask");
+        let why: Rc<str> = Rc::from("the master is gone, and nobody else asks");
         for token in self.hosts.give_up() {
             self.with_session(token, |worker, session| match (session.phase, &session.host) {
                 (Phase::Naming { .. }, Some(host)) => worker.no_host(session, &host.question.host, &why),
