@@ -40,7 +40,7 @@ fn lines(file: &Path, wanted: usize) -> Vec<Value> {
     let came = within(SOON, || read().lines().count() >= wanted);
     let text = read();
     assert!(came, "{wanted} lines are wanted in {}: {text}", file.display());
-    assert!(text.ends_with('\n'));
+    assert!(text.is_empty() || text.ends_with('\n'));
     let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
     text.lines().map(parse).collect()
 }
@@ -228,10 +228,11 @@ fn rotation_under_load_loses_no_line() {
     });
     proxy.settle();
     proxy.stop();
+    // Into the last one nothing may have come.
     files.push(file);
     let mut numbers: Vec<u64> = files
         .iter()
-        .flat_map(|file| lines(file, 1))
+        .flat_map(|file| lines(file, 0))
         .map(|line| number(&line, "connection"))
         .collect();
     numbers.sort_unstable();

@@ -343,7 +343,10 @@ mod tests {
     }
 
     fn any_address() -> impl Strategy<Value = SocketAddr> {
-        (any::<IpAddr>(), any::<u16>()).prop_map(SocketAddr::from)
+        let any = (any::<IpAddr>(), any::<u16>()).prop_map(SocketAddr::from);
+        any.prop_filter("the mark of a unix socket", |address| {
+            !culvert_shared::client::is_unix(canonical(*address))
+        })
     }
 
     #[test]
