@@ -271,7 +271,11 @@ fn sessions_that_workers_of_a_refused_generation_have_taken_go_on() {
                 false => waiting.push(client),
             }
         }
-        assert!(!taken.is_empty(), "the first new worker serves nobody");
+        assert!(
+            !taken.is_empty(),
+            "the first new worker serves nobody: {}",
+            proxy.log()
+        );
         tell(last, Signal::SIGKILL);
         let refused = || proxy.log().contains("reload refused");
         assert!(within(PATIENCE, refused), "{}", proxy.log());
