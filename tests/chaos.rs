@@ -257,14 +257,14 @@ fn chaos(odd: Odd, kinds: &str) {
 /// The master has room for less than the load has: many listeners take descriptors of its, and it may not raise its limit.
 fn with_a_small_keeper(plan: Plan, echo: &Upstream<()>) -> Plan {
     crate::harness::program::need("setpriv", "util-linux");
-    let mut plan = plan.global("worker_connections = 150").launched_by(&[
+    let mut plan = plan.global("worker_connections = 110").launched_by(&[
         "setpriv",
         "--bounding-set=-sys_resource",
         "--",
         "prlimit",
-        "--nofile=494",
+        "--nofile=334",
     ]);
-    for _ in 0..60 {
+    for _ in 0..20 {
         plan.server(echo);
     }
     plan

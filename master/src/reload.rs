@@ -296,6 +296,8 @@ impl Master {
             .iter_mut()
             .filter(|worker| worker.generation == number && !worker.is_leaving())
         {
+            // It may have said in this very turn that it is ready, and serve since.
+            worker.hear(now);
             let own = worker.stores.first().map(|own| own.id);
             match worker.state() {
                 // It may have taken connections already, from sockets that both generations have.
