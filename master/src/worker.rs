@@ -76,7 +76,9 @@ pub struct Worker {
     pub access_logs: AccessLogs,
     /// Whom it may have asked for hosts, by the indexes that it uses.
     pub resolvers: Vec<Arc<Resolver>>,
-    /// What came of its questions, where it has no room to hear it.
+    /// What it is to do, with descriptors, where it has no room to hear it.
+    orders: VecDeque<(ToWorker, Vec<OwnedFd>)>,
+    /// The same for what came of its questions.
     unheard: VecDeque<ToWorker>,
     /// What it said of its sessions, with the sockets that came along; taken by [`crate::keeper`].
     pub mail: Vec<(ToMaster, Vec<OwnedFd>)>,
@@ -134,6 +136,7 @@ impl Worker {
             stores,
             access_logs,
             resolvers,
+            orders: VecDeque::new(),
             unheard: VecDeque::new(),
             mail: Vec::new(),
             to_adopt: Queue::new(),
@@ -272,23 +275,31 @@ impl Worker {
             return;
         }
         self.unheard.push_back(ToWorker::Answer(question, answer));
-        self.tell_answers();
+        self.say_on();
     }
 
     /// Whether something waits until it has room to hear it.
     pub fn has_unheard(&self) -> bool {
-        !self.to_adopt.is_empty() || !self.unheard.is_empty()
+        !self.to_adopt.is_empty() || !self.orders.is_empty() || !self.unheard.is_empty()
     }
 
-    fn tell_answers(&mut self) {
+    /// Says what it had no room to hear, orders first.
+    fn say_on(&mut self) {
         let Some(control) = &self.control else {
+            self.orders.clear();
             return self.unheard.clear();
         };
+        while let Some((order, descriptors)) = self.orders.front() {
+            let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+            match fdpass::send(control.as_fd(), &order.encode(), &descriptors) {
+                Err(errno) if is_full(errno) => return,
+                Ok(()) | Err(_) => drop(self.orders.pop_front()),
+            }
+        }
         while let Some(answer) = self.unheard.front() {
             match fdpass::send(control.as_fd(), &answer.encode(), &[]) {
                 Ok(()) => drop(self.unheard.pop_front()),
-                // Waited for by the loop.
-                Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => return,
+                Err(errno) if is_full(errno) => return,
                 // Dying; its death is reported by SIGCHLD.
                 Err(_) => return self.unheard.clear(),
             }
@@ -297,7 +308,7 @@ impl Worker {
 
     /// Does what is due.
     pub fn advance(&mut self, now: Instant) {
-        self.tell_answers();
+        self.say_on();
         if self.state.deadline().is_none_or(|deadline| now < deadline) {
             return;
         }
@@ -328,21 +339,44 @@ impl Worker {
         }
     }
 
-    fn say(&mut self, message: ToWorker, descriptors: &[BorrowedFd<'_>]) {
+    /// Gives an order, or keeps it until there is room to hear it: clients decide how many answers there are.
+    fn say(&mut self, order: ToWorker, descriptors: &[BorrowedFd<'_>]) {
         let Some(control) = &self.control else { return };
-        match fdpass::send(control.as_fd(), &message.encode(), descriptors) {
-            Ok(()) => {}
+        let sent = match self.orders.is_empty() {
+            true => fdpass::send(control.as_fd(), &order.encode(), descriptors),
+            false => Err(Errno::EAGAIN),
+        };
+        let error = match sent {
+            Ok(()) => return,
             // Dying; its death is reported by SIGCHLD.
-            Err(Errno::EPIPE | Errno::ECONNRESET) => {}
-            Err(error) => {
-                log::error!(
-                    "failed to tell worker {} (process {}) to {message:?}: {error}",
-                    self.slot,
-                    self.pid
-                );
+            Err(Errno::EPIPE | Errno::ECONNRESET) => return,
+            Err(errno) if is_full(errno) => {
+                let own = descriptors.iter().map(BorrowedFd::try_clone_to_owned);
+                match own.collect::<Result<Vec<OwnedFd>, _>>() {
+                    Ok(descriptors) => {
+                        // Of logs the last ones count.
+                        if matches!(order, ToWorker::Log(_)) {
+                            self.orders
+                                .retain(|(before, _)| !matches!(before, ToWorker::Log(_)));
+                        }
+                        return self.orders.push_back((order, descriptors));
+                    }
+                    Err(error) => error.to_string(),
+                }
             }
-        }
+            Err(errno) => errno.desc().to_owned(),
+        };
+        log::error!(
+            "failed to tell worker {} (process {}) to {order:?}: {error}",
+            self.slot,
+            self.pid
+        );
     }
+}
+
+/// Whether a control socket has no room for a message now; the loop waits until it has.
+fn is_full(errno: Errno) -> bool {
+    matches!(errno, Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM)
 }
 
 #[cfg(test)]
@@ -439,6 +473,40 @@ mod tests {
         );
         let expected: Vec<String> = (0..heard_of.len()).map(host).collect();
         assert_eq!(heard_of, expected);
+    }
+
+    #[test]
+    fn an_order_that_finds_no_room_is_given_before_what_else_waits() {
+        let (mut worker, theirs, now) = worker();
+        for n in 0..10_000 {
+            let host = format!("h{n}.test");
+            let why = String::new();
+            worker.answer(
+                Question { resolver: 0, host },
+                Answer::Nothing { why, valid_ms: 0 },
+            );
+        }
+        let (reader, log) = nix::unistd::pipe().unwrap();
+        worker.say(ToWorker::Log(None), &[reader.as_fd()]);
+        worker.say(ToWorker::Log(None), &[log.as_fd()]);
+        drop((reader, log));
+        worker.hand_over(None, now);
+        assert_eq!(worker.orders.len(), 2);
+        let mut orders = Vec::new();
+        let mut answers_between = 0;
+        loop {
+            match fdpass::receive(theirs.as_fd()) {
+                Ok(received) => match ToWorker::decode(&received.message).unwrap() {
+                    ToWorker::Answer(..) if orders.len() == 1 => answers_between += 1,
+                    ToWorker::Answer(..) => {}
+                    order => orders.push((order, received.descriptors.len())),
+                },
+                Err(_) if worker.has_unheard() => worker.advance(now),
+                Err(_) => break,
+            }
+        }
+        assert_eq!(orders, [(ToWorker::Log(None), 1), (ToWorker::HandOver, 0)]);
+        assert_eq!(answers_between, 0);
     }
 
     #[test]

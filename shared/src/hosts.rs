@@ -1,7 +1,7 @@
 //! What workers ask the master of host names that sessions lead to, and what it answers: plain values and their bytes. Who
 //! asks name servers, and how, is the master's matter (`names`); what is remembered of it, each worker's own (`hosts`).
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::is_host_name;
 
@@ -14,6 +14,14 @@ pub const BATCH: usize = 15;
 
 /// The longest reason, in bytes.
 const WHY_MAX_BYTES: usize = 500;
+
+/// Whether it can be the address of one host. A connection to `0.0.0.0` or `::` would be one to this host.
+pub fn is_of_a_host(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(ip) => !ip.is_unspecified() && !ip.is_multicast() && ip != Ipv4Addr::BROADCAST,
+        IpAddr::V6(ip) => !ip.is_unspecified() && !ip.is_multicast(),
+    }
+}
 
 /// A host whose addresses are wanted.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

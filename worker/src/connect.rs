@@ -35,7 +35,11 @@ impl Worker {
         }
         self.limit_rates(session, clock::now_ns());
         match self.router.route(target, &session.ends) {
-            Ok(Route::Host(host, port)) => self.lead_to_host(token, session, (host, port), 0),
+            Ok(Route::Host(host, port)) => {
+                // It may have waited for a group in another worker, which had another configuration.
+                session.tried = None;
+                self.lead_to_host(token, session, (host, port), 0)
+            }
             Ok(Route::Group(group)) => {
                 // One that waited in another worker goes on with what was tried there.
                 let tried = session.tried.take().filter(|(before, _)| *before == group);
@@ -50,11 +54,14 @@ impl Worker {
                 }
                 self.connect_next(token, session)
             }
-            Ok(Route::Address(address)) => match self.open(token, session, &address, None) {
-                Ok(next) => next,
-                Err(errno) if is_ours(errno) => self.out_of(session, errno),
-                Err(errno) => self.peer_failed(token, session, errno),
-            },
+            Ok(Route::Address(address)) => {
+                session.tried = None;
+                match self.open(token, session, &address, None) {
+                    Ok(next) => next,
+                    Err(errno) if is_ours(errno) => self.out_of(session, errno),
+                    Err(errno) => self.peer_failed(token, session, errno),
+                }
+            }
             Err(astray) => {
                 log::error!("session {}: proxy_pass leads to {astray}", session.number);
                 Next::Close(CloseReason::NoRoute)
@@ -116,15 +123,33 @@ impl Worker {
                 Ok(next) => return next,
                 Err(errno) => {
                     self.free_place(row);
-                    if is_ours(errno) {
-                        return self.out_of(session, errno);
-                    }
-                    self.note_failure(session, &address.to_string(), Some(row), errno);
-                    if !self.may_try_again(session) {
-                        return Next::Close(CloseReason::ConnectFailed);
+                    if let Some(next) = self.next_after(session, &address, Some(row), errno) {
+                        return next;
                     }
                 }
             }
+        }
+    }
+
+    /// What becomes of the session after an attempt that failed at once; `None`: another peer is tried.
+    pub(crate) fn next_after(
+        &self,
+        session: &mut Session,
+        address: &Address,
+        row: Option<usize>,
+        errno: Errno,
+    ) -> Option<Next> {
+        // For this peer no address of this host's is fit, or no port of it is left: that says nothing of the peer, and
+        // for another one there may be one.
+        let has_no_way = errno == Errno::EADDRNOTAVAIL;
+        if is_ours(errno) && !has_no_way {
+            return Some(self.out_of(session, errno));
+        }
+        self.note_failure(session, &address.to_string(), row.filter(|_| !has_no_way), errno);
+        match self.may_try_again(session) {
+            true => None,
+            false if has_no_way => Some(self.out_of(session, errno)),
+            false => Some(Next::Close(CloseReason::ConnectFailed)),
         }
     }
 
@@ -278,7 +303,8 @@ impl Worker {
         Next::Close(CloseReason::Resource)
     }
 
-    pub(crate) fn note_failure(&self, session: &mut Session, name: &str, row: Option<usize>, errno: Errno) {
+    /// An attempt has failed. `row`: the peer's, where it is to blame.
+    fn note_failure(&self, session: &mut Session, name: &str, row: Option<usize>, errno: Errno) {
         session.failed_peers.push(name.to_owned());
         if let Some(row) = row {
             Board::add(&self.board[0].peers[row].connect_failures, 1);
@@ -294,7 +320,8 @@ impl Worker {
             session.client(),
             errno.desc()
         );
-        if let Some((group, tried)) = &session.tried
+        if row.is_some()
+            && let Some((group, tried)) = &session.tried
             && let Some(peer) = tried.last().and_then(|row| self.groups[*group].index_of(*row))
             && self.groups[*group].failed(&self.scene(), peer) == Some(Change::TakenOut)
         {

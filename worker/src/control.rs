@@ -47,7 +47,9 @@ impl Worker {
                 }
                 Some(ToWorker::HandOver) => self.hand_over(),
                 Some(ToWorker::Adopt(sessions)) => self.adopted += self.adopt(sessions, descriptors),
-                Some(ToWorker::Answer(question, answer)) => self.take_answer(question, answer),
+                Some(ToWorker::Answer(question, answer)) => {
+                    self.hosts.take(question, answer, clock::now_ms())
+                }
                 Some(ToWorker::Stop) => self.stopping = true,
                 Some(ToWorker::Log(syslog)) => {
                     if let Some(descriptor) = descriptors.next() {

@@ -267,6 +267,7 @@ impl Worker {
             for timer in due.drain(..) {
                 self.fire(timer);
             }
+            self.go_on_named();
             self.tell_master();
             self.tell_questions();
             self.tell_load();
@@ -286,7 +287,7 @@ impl Worker {
 
     /// How long the poll may sleep.
     fn patience(&self) -> Option<Duration> {
-        if !self.again.is_empty() {
+        if !self.again.is_empty() || self.hosts.has_ready() {
             return Some(Duration::ZERO);
         }
         self.wheel

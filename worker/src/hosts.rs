@@ -14,8 +14,15 @@ use crate::table::Token;
 /// Hosts that are remembered. With the most addresses and the longest names, 6 MiB.
 const KNOWN_MAX: usize = 4096;
 
+/// Of those, how many are forgotten at once where there is no room for another.
+const FORGOTTEN: usize = KNOWN_MAX / 16;
+
 /// Hosts that are asked for at once.
 const ASKED_MAX: usize = 1024;
+
+/// Sessions that go on in one turn of the event loop after their host was answered for, so that one name that
+/// thousands have waited for does not make the others wait.
+const TURN_BUDGET: usize = 64;
 
 /// The host that a session leads to by its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +76,8 @@ pub struct Hosts {
     asked: HashMap<Question, Asked>,
     /// What the master was not told yet.
     untold: VecDeque<Question>,
+    /// Who has waited and may go on, with what was answered.
+    ready: VecDeque<(Token, Rc<(Question, Answer)>)>,
     /// Which of a host's addresses comes first; another one each time.
     turn: usize,
 }
@@ -76,6 +85,8 @@ pub struct Hosts {
 struct Known {
     outcome: Result<Vec<IpAddr>, Rc<str>>,
     until_ms: u64,
+    /// When a session last led there.
+    used_ms: u64,
 }
 
 struct Asked {
@@ -95,11 +106,14 @@ impl Hosts {
 
     /// What is known for a session; if nothing is, it waits from now on. `patience_ms`: how long the master may take.
     pub fn look(&mut self, question: &Question, token: Token, now_ms: u64, patience_ms: u64) -> Look {
-        if let Some(known) = self.known.get(question).filter(|known| now_ms < known.until_ms) {
-            return match &known.outcome {
-                Ok(addresses) => Look::Addresses(rotated(addresses, &mut self.turn)),
-                Err(why) => Look::Nothing(Rc::clone(why)),
-            };
+        if let Some(known) = self.known.get_mut(question) {
+            known.used_ms = now_ms;
+            if now_ms < known.until_ms {
+                return match &known.outcome {
+                    Ok(addresses) => Look::Addresses(rotated(addresses, &mut self.turn)),
+                    Err(why) => Look::Nothing(Rc::clone(why)),
+                };
+            }
         }
         let until_ms = now_ms + patience_ms;
         if let Some(asked) = self.asked.get_mut(question) {
@@ -112,11 +126,15 @@ impl Hosts {
             return Look::Asked;
         }
         if self.asked.len() >= ASKED_MAX {
-            self.asked
-                .retain(|_, asked| now_ms < asked.until_ms || !asked.waiting.is_empty());
+            // Whoever makes names up need not wait for an answer.
+            self.asked.retain(|_, asked| !asked.waiting.is_empty());
         }
         if self.asked.len() >= ASKED_MAX {
-            return Look::Full;
+            // What made-up names take is not to be missing for a host that is known.
+            return match self.known.get(question).map(|known| &known.outcome) {
+                Some(Ok(addresses)) => Look::Addresses(rotated(addresses, &mut self.turn)),
+                _ => Look::Full,
+            };
         }
         let waiting = HashSet::from([token]);
         self.asked.insert(question.clone(), Asked { waiting, until_ms });
@@ -131,19 +149,36 @@ impl Hosts {
         }
     }
 
-    /// The answer to a question; says who has waited for it.
-    pub fn take(&mut self, question: Question, answer: &Answer, now_ms: u64) -> Vec<Token> {
+    /// The answer to a question; [`Hosts::ready`] says who has waited for it.
+    pub fn take(&mut self, question: Question, answer: Answer, now_ms: u64) {
         let waiting = self.asked.remove(&question).map(|asked| asked.waiting);
-        let (outcome, valid_ms) = match answer {
+        let (outcome, valid_ms) = match &answer {
             Answer::Addresses { addresses, valid_ms } => (Ok(addresses.clone()), *valid_ms),
             Answer::Nothing { why, valid_ms } => (Err(Rc::from(why.as_str())), *valid_ms),
         };
         if valid_ms > 0 {
-            self.make_room(now_ms);
-            let until_ms = now_ms.saturating_add(valid_ms);
-            self.known.insert(question, Known { outcome, until_ms });
+            self.make_room();
+            let known = Known {
+                outcome,
+                until_ms: now_ms.saturating_add(valid_ms),
+                used_ms: now_ms,
+            };
+            self.known.insert(question.clone(), known);
         }
-        waiting.into_iter().flatten().collect()
+        let said = Rc::new((question, answer));
+        let waiting = waiting.into_iter().flatten();
+        self.ready.extend(waiting.map(|token| (token, Rc::clone(&said))));
+    }
+
+    /// The next ones who may go on, as many as one turn is for.
+    pub fn ready(&mut self) -> Vec<(Token, Rc<(Question, Answer)>)> {
+        let count = self.ready.len().min(TURN_BUDGET);
+        self.ready.drain(..count).collect()
+    }
+
+    /// Whether there are more of them.
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
     }
 
     /// The addresses of an answer in the order in which the next session is to try them.
@@ -168,19 +203,22 @@ impl Hosts {
         self.untold.drain(..count.min(self.untold.len()));
     }
 
-    /// Forgets what counts no more, or else what would so first, if too much is remembered.
-    fn make_room(&mut self, now_ms: u64) {
+    /// If too much is remembered, forgets what leads nowhere first, and then what nobody has asked for for longest: names
+    /// that somebody makes up must not drive out those that are served.
+    fn make_room(&mut self) {
         if self.known.len() < KNOWN_MAX {
             return;
         }
-        self.known.retain(|_, known| now_ms < known.until_ms);
-        if self.known.len() < KNOWN_MAX {
-            return;
-        }
-        let first = self.known.iter().min_by_key(|(_, known)| known.until_ms);
-        if let Some(question) = first.map(|(question, _)| question.clone()) {
-            self.known.remove(&question);
-        }
+        let order = |known: &Known| (known.outcome.is_ok(), known.used_ms);
+        let mut orders: Vec<_> = self.known.values().map(order).collect();
+        let (_, last, _) = orders.select_nth_unstable(FORGOTTEN - 1);
+        let last = *last;
+        let mut left = FORGOTTEN;
+        self.known.retain(|_, known| {
+            let goes = left > 0 && order(known) <= last;
+            left -= usize::from(goes);
+            !goes
+        });
     }
 }
 
@@ -231,8 +269,10 @@ mod tests {
         hosts.told(1);
         assert_eq!(hosts.untold(9), []);
         hosts.leave(&question(1), gone);
-        let told = hosts.take(question(1), &found(&[1], 500), 100);
+        hosts.take(question(1), found(&[1], 500), 100);
+        let told = hosts.ready().into_iter().map(|(token, _)| token);
         assert_eq!(HashSet::from_iter(told), HashSet::from([one, two]));
+        assert!(!hosts.has_ready());
         first(hosts.look(&question(1), late, 599, PATIENCE_MS));
         assert_eq!(hosts.look(&question(1), late, 600, PATIENCE_MS), Look::Asked);
         assert_eq!(hosts.untold(9), [question(1)]);
@@ -242,7 +282,7 @@ mod tests {
     fn each_session_begins_with_another_address_and_tries_each_once() {
         let mut hosts = Hosts::new(7);
         let [token] = tokens();
-        hosts.take(question(1), &found(&[1, 2, 3], 500), 0);
+        hosts.take(question(1), found(&[1, 2, 3], 500), 0);
         let mut begun: Vec<IpAddr> = (0..6)
             .map(|_| first(hosts.look(&question(1), token, 1, PATIENCE_MS)))
             .collect();
@@ -269,12 +309,12 @@ mod tests {
             why: "so".to_owned(),
             valid_ms,
         };
-        hosts.take(question(1), &nothing(10), 0);
+        hosts.take(question(1), nothing(10), 0);
         assert_eq!(
             hosts.look(&question(1), token, 9, PATIENCE_MS),
             Look::Nothing("so".into())
         );
-        hosts.take(question(2), &nothing(0), 0);
+        hosts.take(question(2), nothing(0), 0);
         assert_eq!(hosts.look(&question(2), token, 0, PATIENCE_MS), Look::Asked);
     }
 
@@ -303,20 +343,60 @@ mod tests {
         );
         // A session more for a host that is asked for costs nothing.
         assert_eq!(hosts.look(&question(0), token, 0, PATIENCE_MS), Look::Asked);
-        // Those that nobody waits for and that will not be answered any more make room.
-        (0..ASKED_MAX).for_each(|n| hosts.leave(&question(n), token));
-        let late = hosts.look(&question(ASKED_MAX), token, PATIENCE_MS, PATIENCE_MS);
+        // A host that was known is served as before.
+        hosts.take(question(0), found(&[1], 10), 0);
+        hosts.look(&question(ASKED_MAX + 1), token, 5, PATIENCE_MS);
+        assert!(matches!(
+            hosts.look(&question(0), token, 20, PATIENCE_MS),
+            Look::Addresses(_)
+        ));
+        // Those that nobody waits for make room.
+        (0..=ASKED_MAX + 1).for_each(|n| hosts.leave(&question(n), token));
+        let late = hosts.look(&question(ASKED_MAX), token, 0, PATIENCE_MS);
         assert_eq!(late, Look::Asked);
         assert_eq!(hosts.asked.len(), 1);
+    }
 
-        for n in 0..=KNOWN_MAX {
-            let valid_ms = if n == 5 { 100 } else { 200 };
-            hosts.take(question(n), &found(&[1], valid_ms), 0);
+    #[test]
+    fn names_that_somebody_makes_up_do_not_drive_out_those_that_are_used() {
+        let mut hosts = Hosts::new(0);
+        let [token] = tokens();
+        let nothing = || Answer::Nothing {
+            why: "so".to_owned(),
+            valid_ms: 1_000_000,
+        };
+        hosts.take(question(0), found(&[1], 10), 0);
+        for n in 1..3 * KNOWN_MAX {
+            let answer = if n % 2 == 0 {
+                nothing()
+            } else {
+                found(&[2], 1_000_000)
+            };
+            hosts.take(question(n), answer, n as u64);
+            // Its time is over again and again: it is asked for anew.
+            hosts.look(&question(0), token, n as u64, PATIENCE_MS);
+            assert!(hosts.known.len() <= KNOWN_MAX);
         }
-        assert_eq!(hosts.known.len(), KNOWN_MAX);
-        assert!(
-            !hosts.known.contains_key(&question(5)),
-            "it would have gone first"
-        );
+        assert!(hosts.known.contains_key(&question(0)));
+        let of_nothing = hosts.known.values().filter(|known| known.outcome.is_err());
+        assert!(of_nothing.count() <= KNOWN_MAX / 16, "they go first");
+    }
+
+    #[test]
+    fn of_thousands_who_waited_for_one_name_some_go_on_in_each_turn() {
+        let mut hosts = Hosts::new(0);
+        for token in tokens::<200>() {
+            hosts.look(&question(1), token, 0, PATIENCE_MS);
+        }
+        hosts.take(question(1), found(&[1], 0), 100);
+        let mut turns = 0;
+        let mut gone_on = HashSet::new();
+        while hosts.has_ready() {
+            let some = hosts.ready();
+            assert!(some.len() <= TURN_BUDGET);
+            gone_on.extend(some.into_iter().map(|(token, _)| token));
+            turns += 1;
+        }
+        assert_eq!((turns, gone_on.len()), (4, 200));
     }
 }

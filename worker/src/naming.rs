@@ -14,7 +14,6 @@ use culvert_shared::sys::fdpass;
 use nix::errno::Errno;
 
 use crate::clock;
-use crate::connect::is_ours;
 use crate::drive::Next;
 use crate::event_loop::{NAMING_TIMER, Worker};
 use crate::hosts::{Host, Look};
@@ -97,17 +96,17 @@ impl Worker {
         }
     }
 
-    /// The master's answer to a question: lets those go on who have waited for it.
-    pub(crate) fn take_answer(&mut self, question: Question, answer: Answer) {
-        let waiting = self.hosts.take(question.clone(), &answer, clock::now_ms());
-        for token in waiting {
+    /// Lets some of those go on whose question is answered.
+    pub(crate) fn go_on_named(&mut self) {
+        for (token, said) in self.hosts.ready() {
+            let (question, answer) = &*said;
             self.with_session(token, |worker, session| {
                 let waits = matches!(session.phase, Phase::Naming { .. });
                 let asks = session
                     .host
                     .as_ref()
-                    .is_some_and(|host| host.question == question);
-                match &answer {
+                    .is_some_and(|host| host.question == *question);
+                match answer {
                     // Another one's by now.
                     _ if !waits || !asks => worker.drive(token, session),
                     Answer::Addresses { addresses, .. } => {
@@ -140,15 +139,14 @@ impl Worker {
             let Some(address) = session.host.as_mut().and_then(|host| host.next()) else {
                 return Next::Close(CloseReason::ConnectFailed);
             };
-            match self.open(token, session, &Address::Tcp(address), None) {
-                Ok(next) => return next,
-                Err(errno) if is_ours(errno) => return self.out_of(session, errno),
-                Err(errno) => {
-                    self.note_failure(session, &address.to_string(), None, errno);
-                    if !self.may_try_again(session) {
-                        return Next::Close(CloseReason::ConnectFailed);
-                    }
-                }
+            let address = Address::Tcp(address);
+            let tried = self.open(token, session, &address, None);
+            let next = match tried {
+                Ok(next) => Some(next),
+                Err(errno) => self.next_after(session, &address, None, errno),
+            };
+            if let Some(next) = next {
+                return next;
             }
         }
     }

@@ -8,6 +8,7 @@ use culvert_shared::client;
 use culvert_shared::config::{
     Address, Part, Target, Template, Upstream, Variable, VariableMap, is_host_name,
 };
+use culvert_shared::hosts::is_of_a_host;
 
 use regex::Captures;
 
@@ -132,8 +133,11 @@ impl Router {
         if let Some(path) = value.strip_prefix("unix:").filter(|path| !path.is_empty()) {
             return Ok(Route::Address(Address::Unix(PathBuf::from(path))));
         }
-        if let Ok(address) = value.parse() {
-            return Ok(Route::Address(Address::Tcp(address)));
+        if let Ok(address) = value.parse::<SocketAddr>() {
+            return match is_of_a_host(address.ip()) {
+                true => Ok(Route::Address(Address::Tcp(address))),
+                false => Err("which is no host's address"),
+            };
         }
         if value.is_empty() {
             return Err("which is empty");
@@ -318,7 +322,13 @@ mod tests {
             &format!("{long}bc:1"),
         ])
         .chain([&format!("{}.example:1", "a".repeat(64))[..]])
-        {
+        .chain([
+            "0.0.0.0:80",
+            "[::]:80",
+            "[::ffff:0.0.0.0]:80",
+            "224.0.0.1:80",
+            "[ff02::1]:80",
+        ]) {
             let said = route_text(text).expect_err(text);
             assert!(said.contains(", which "), "{said}");
         }

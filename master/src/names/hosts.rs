@@ -28,8 +28,14 @@ const OPEN_MAX: usize = 1024;
 /// would only be more to look at; each takes a socket for each kind of address.
 pub const RUNNING_MAX: usize = 256;
 
+/// How long a host that is asked for may keep others from their turn.
+const CROWDED: Duration = Duration::from_secs(5);
+
 /// Hosts that are remembered.
 const KNOWN_MAX: usize = 4096;
+
+/// Of those, how many are forgotten at once where there is no room for another.
+const FORGOTTEN: usize = KNOWN_MAX / 16;
 
 /// How long the addresses of one kind wait for those of the other. Some name servers never answer for IPv6, and the
 /// session is better off without than after `resolver_timeout`.
@@ -77,6 +83,8 @@ struct Open {
     askers: Vec<(Owner, u16)>,
     /// Empty until it is its turn.
     kinds: Vec<Asked>,
+    /// When that was.
+    begun_at: Option<Instant>,
     /// When addresses of one kind were there.
     found_at: Option<Instant>,
     /// The addresses that it had.
@@ -99,6 +107,8 @@ struct Known {
     until: Instant,
     /// The last lookup failed: the addresses are those of one before.
     is_stale: bool,
+    /// When a worker last asked for it.
+    used: Instant,
 }
 
 impl Hosts {
@@ -117,6 +127,7 @@ impl Hosts {
         };
         let (before, was_stale) = match self.hosts.get_mut(&key) {
             Some(Host::Known(known)) if now < known.until => {
+                known.used = now;
                 let answer = known.answer(now);
                 return self.answers.push((owner, question, answer));
             }
@@ -143,10 +154,11 @@ impl Hosts {
             };
             return self.answers.push((owner, question, answer));
         }
-        self.make_room(now);
+        self.make_room();
         let open = Open {
             askers: vec![(owner, question.resolver)],
             kinds: Vec::new(),
+            begun_at: None,
             found_at: None,
             before,
             was_stale,
@@ -189,13 +201,15 @@ impl Hosts {
 
     /// When to look even if nothing is heard.
     pub fn deadline(&self) -> Option<Instant> {
+        let is_crowded = self.is_crowded();
         let opens = self.open.iter().filter_map(|key| self.open_of(key));
-        opens.map(Open::deadline).min()
+        opens.map(|open| open.deadline(is_crowded)).min()
     }
 
     /// Reads what has come, and begins what has room.
     pub fn advance(&mut self, now: Instant, counters: &HostCounters) {
         let mut ended = 0;
+        let is_crowded = self.is_crowded();
         for key in std::mem::take(&mut self.open) {
             let Some(Host::Open(open)) = self.hosts.get_mut(&key) else {
                 continue;
@@ -219,7 +233,7 @@ impl Hosts {
                     (owner, Question { resolver, host }, answer.clone())
                 }));
             };
-            if open.is_running() && now < open.patience() {
+            if open.is_running() && now < open.patience(is_crowded) {
                 if let Some(answer) = open.stale(now) {
                     tell(std::mem::take(&mut open.askers), answer);
                 }
@@ -257,11 +271,17 @@ impl Hosts {
             return;
         }
         counters.lookups.fetch_add(1, Relaxed);
+        open.begun_at = Some(now);
         let server = self.servers.get(&key.resolver).copied().unwrap_or(0);
         open.kinds = host_questions(&key.host, &key.resolver)
             .map(|asked| Lookup::begin(asked.question, &key.resolver, server, now))
             .map(|lookup| Asked::Running(Box::new(lookup)))
             .collect();
+    }
+
+    /// Whether some wait for their turn.
+    fn is_crowded(&self) -> bool {
+        self.open.len() > RUNNING_MAX
     }
 
     fn open_of(&self, key: &Key) -> Option<&Open> {
@@ -276,23 +296,25 @@ impl Hosts {
         first.filter_map(|key| self.open_of(key))
     }
 
-    /// Forgets what is not valid any more, or else what will be so first, if too much is remembered.
-    fn make_room(&mut self, now: Instant) {
+    /// If too much is remembered, forgets what leads nowhere first, and then what nobody has asked for for longest: names
+    /// that somebody makes up must not drive out those that are served, nor their old addresses.
+    fn make_room(&mut self) {
         if self.hosts.len() < KNOWN_MAX + self.open.len() {
             return;
         }
-        self.hosts
-            .retain(|_, host| !matches!(host, Host::Known(known) if known.until <= now));
-        if self.hosts.len() < KNOWN_MAX + self.open.len() {
-            return;
-        }
-        let known = self.hosts.iter().filter_map(|(key, host)| match host {
-            Host::Known(known) => Some((known.until, key)),
+        let order = |host: &Host| match host {
+            Host::Known(known) => Some((known.outcome.is_ok(), known.used)),
             Host::Open(_) => None,
+        };
+        let mut orders: Vec<_> = self.hosts.values().filter_map(order).collect();
+        let mut left = FORGOTTEN.min(orders.len());
+        let Some(last) = left.checked_sub(1) else { return };
+        let last = *orders.select_nth_unstable(last).1;
+        self.hosts.retain(|_, host| {
+            let goes = left > 0 && order(host).is_some_and(|order| order <= last);
+            left -= usize::from(goes);
+            !goes
         });
-        if let Some(key) = known.min_by_key(|(until, _)| *until).map(|(_, key)| key.clone()) {
-            self.hosts.remove(&key);
-        }
     }
 }
 
@@ -309,18 +331,19 @@ impl Open {
         self.kinds.is_empty() || self.lookups().next().is_some()
     }
 
-    /// Until when that is waited for.
-    fn patience(&self) -> Instant {
+    /// Until when that is waited for. `is_crowded`: others wait for their turn.
+    fn patience(&self, is_crowded: bool) -> Instant {
         let other = self.found_at.map(|at| at + OTHER_KIND);
-        other.map_or(self.until, |other| other.min(self.until))
+        let turn = self.begun_at.filter(|_| is_crowded).map(|at| at + CROWDED);
+        other.into_iter().chain(turn).fold(self.until, Instant::min)
     }
 
-    fn deadline(&self) -> Instant {
+    fn deadline(&self, is_crowded: bool) -> Instant {
         let lookups = self.lookups().map(Lookup::deadline);
         let stale = self.before.is_some() && !self.askers.is_empty();
         lookups
             .chain(stale.then_some(self.stale_at))
-            .fold(self.patience(), Instant::min)
+            .fold(self.patience(is_crowded), Instant::min)
     }
 
     /// The old answer, if it is time for it.
@@ -331,7 +354,7 @@ impl Open {
 
     /// What is known from now on.
     fn settle(&mut self, key: &Key, now: Instant, counters: &HostCounters) -> Known {
-        let summary = sum_up(self, &key.resolver);
+        let summary = sum_up(self, &key.resolver, now);
         if summary.outcome.is_err() {
             counters.failed.fetch_add(1, Relaxed);
         }
@@ -344,6 +367,7 @@ impl Open {
                     outcome: Ok(before),
                     until: now + Duration::from_secs(NOTHING_MAX.into()),
                     is_stale: true,
+                    used: now,
                 };
             }
             _ if self.was_stale => log::info!("{} is answered again", key.host),
@@ -353,6 +377,7 @@ impl Open {
             outcome: summary.outcome,
             until: now + summary.valid,
             is_stale: false,
+            used: now,
         }
     }
 }
@@ -387,7 +412,7 @@ struct Summary {
     is_failure: bool,
 }
 
-fn sum_up(open: &Open, resolver: &Resolver) -> Summary {
+fn sum_up(open: &Open, resolver: &Resolver, now: Instant) -> Summary {
     let seconds = |ttl: u32| Duration::from_secs(ttl.into());
     let (mut addresses, mut ttl) = (Vec::new(), TTL_MAX);
     let mut nothing_ttl = NOTHING_MAX;
@@ -422,7 +447,8 @@ fn sum_up(open: &Open, resolver: &Resolver) -> Summary {
     let why = match trouble {
         Some(why) => why,
         None if open.kinds.is_empty() => "too many other names are being looked up".to_owned(),
-        None if !is_whole => format!("no answer within {:?}", resolver.timeout),
+        None if !is_whole && open.until <= now => format!("no answer within {:?}", resolver.timeout),
+        None if !is_whole => format!("no answer within {CROWDED:?}, and other names wait"),
         None => {
             let why = "there is no such host, or it has no address".to_owned();
             return Summary {

@@ -279,19 +279,59 @@ fn the_next_in_line_is_asked_for_when_one_has_ended() {
 }
 
 #[test]
-fn what_is_remembered_is_bounded_and_the_first_to_go_is_what_counts_for_the_least_time() {
+fn what_is_remembered_is_bounded_and_names_that_are_made_up_go_before_those_that_are_used() {
     let mut scene = Scene::new(|_| {});
-    for n in 0..=KNOWN_MAX {
+    let known = addresses(&[[10, 0, 0, 1]], 1_000);
+    scene.ask(OWNERS[0], 0, "served.test");
+    scene.answer(&scene.heard(), 1, Some([10, 0, 0, 1]));
+    assert_eq!(scene.told()[0].2, known);
+    for n in 0..2 * KNOWN_MAX {
+        scene.pass(1);
         scene.ask(OWNERS[0], 0, &format!("h{n}.test"));
-        let ttl = if n == 7 { 20 } else { 200 };
-        scene.answer(&scene.heard(), ttl, Some([10, 0, 0, 1]));
+        let ip = (n % 2 == 0).then_some([10, 0, 0, 2]);
+        scene.answer(&scene.heard(), 200, ip);
         assert_eq!(scene.told().len(), 1);
+        // Its time is over after each second.
+        if n % 500 == 0 {
+            scene.ask(OWNERS[0], 0, "served.test");
+            let again = scene.hosts.answers();
+            if again.is_empty() {
+                scene.answer(&scene.heard(), 1, Some([10, 0, 0, 1]));
+                scene.told();
+            }
+        }
+        assert!(scene.hosts.hosts.len() <= KNOWN_MAX);
     }
-    assert_eq!(scene.hosts.hosts.len(), KNOWN_MAX);
-    scene.ask(OWNERS[0], 0, "h8.test");
-    assert!(!scene.is_asked());
-    scene.ask(OWNERS[0], 0, "h7.test");
-    assert!(scene.is_asked());
+    let is_known = |name: &str| scene.hosts.hosts.keys().any(|key| key.host == name);
+    assert!(is_known("served.test"));
+    assert!(is_known(&format!("h{}.test", 2 * KNOWN_MAX - 2)));
+    assert!(!is_known("h0.test") && !is_known("h1.test"));
+    let of_nothing = scene.hosts.hosts.values().filter(|host| match host {
+        Host::Known(known) => known.outcome.is_err(),
+        Host::Open(_) => false,
+    });
+    assert!(of_nothing.count() <= 2 * FORGOTTEN);
+}
+
+#[test]
+fn a_name_that_nobody_answers_for_does_not_keep_others_from_their_turn_for_long() {
+    let mut scene = Scene::new(|_| {});
+    for n in 0..RUNNING_MAX {
+        scene.ask(OWNERS[0], 0, &format!("h{n}.test"));
+    }
+    // Nobody else waits.
+    scene.pass(6_000);
+    assert_eq!(scene.told(), []);
+    while scene.is_asked() {}
+    scene.ask(OWNERS[1], 0, "next.test");
+    assert!(scene.hosts.deadline() <= Some(scene.now));
+    let told = scene.told();
+    assert_eq!(told.len(), RUNNING_MAX);
+    assert!(
+        matches!(&told[0].2, Answer::Nothing { why, .. } if why.contains("other names wait")),
+        "{told:?}"
+    );
+    assert_eq!(scene.heard().name, "next.test");
 }
 
 #[test]

@@ -2,8 +2,9 @@
 //! answer is a value of [`Answer`], never a panic, and of bounded size.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
+use culvert_shared::hosts::is_of_a_host;
 use domain::base::iana::{Class, Opcode, Rcode, Rtype};
 use domain::base::name::ToLabelIter;
 use domain::base::record::ParsedRecord;
@@ -201,7 +202,7 @@ fn read_answer(message: &Message<&[u8]>, question: &Question) -> Option<Answer> 
                 found.dedup();
                 (Records::Services(found), ttl)
             }),
-            _ => collect(&addresses, &name, |address| is_a_host(*address)).map(|(mut found, ttl)| {
+            _ => collect(&addresses, &name, |address| is_usable(*address)).map(|(mut found, ttl)| {
                 found.sort();
                 found.dedup();
                 (Records::Addresses(found), ttl)
@@ -244,16 +245,10 @@ where
 }
 
 /// An address that a connection can be made to.
-fn is_a_host(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(ip) => !ip.is_unspecified() && !ip.is_multicast() && ip != Ipv4Addr::BROADCAST,
-        // A connection to it is one to the IPv4 address.
-        IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some() => is_a_host(ip.to_canonical()),
-        IpAddr::V6(ip) => {
-            // Link-local ones need a scope, which a record has not.
-            ip != Ipv6Addr::UNSPECIFIED && !ip.is_multicast() && !ip.is_unicast_link_local()
-        }
-    }
+fn is_usable(address: IpAddr) -> bool {
+    // Link-local ones need a scope, which a record has not.
+    let is_local = matches!(address, IpAddr::V6(ip) if ip.is_unicast_link_local());
+    is_of_a_host(address) && !is_local
 }
 
 /// How long it is to be believed that there is nothing (RFC 2308, section 5).

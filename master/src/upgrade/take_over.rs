@@ -130,7 +130,8 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
     master.keeper = take_keeper(state, &stores)?;
     for worker in &state.workers {
         let mut worker = take_worker(worker, &stores, now)?;
-        if worker.generation == master.current.number {
+        // One that is leaving may be of a generation that was refused, which had the same number.
+        if worker.generation == master.current.number && !worker.is_leaving() {
             worker.resolvers = master.current.config.resolvers();
         }
         master.workers.push(worker);
