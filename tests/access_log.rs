@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::harness::pattern::{ping, receive_from};
 use crate::harness::{Flag, Plan, Port, Proxy, Received, Upstream, connect, process, receive, send, within};
+use crate::reload::{half_a_reload, tell};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -259,6 +260,40 @@ fn a_worker_that_drains_writes_to_the_new_file() {
     let lines = lines(&file, 1);
     assert_eq!(number(&lines[0], "pid"), worker as u64);
     assert_eq!(number(&lines[0], "bytes_sent"), 48);
+}
+
+#[test]
+fn logs_that_are_rotated_during_a_reload_are_new_for_the_next_generation_too() {
+    let upstream = Upstream::echo("127.0.0.1");
+    let begin = || {
+        let mut plan = Plan::new().workers(2);
+        let file = plan.file("access.log");
+        let front = plan.server_with("127.0.0.1", &upstream, &json_log(&file));
+        let proxy = plan.start();
+        half_a_reload(&proxy).map(|half| (file, front, proxy, half))
+    };
+    let (file, front, proxy, (old, last)) = (0..5).find_map(|_| begin()).expect("a worker that is not ready");
+    let moved = proxy.dir().join("moved");
+    std::fs::rename(&file, &moved).expect("moving the log away");
+    proxy.signal(Signal::SIGUSR1);
+    assert!(within(SOON, || file.exists()));
+    old.iter()
+        .chain([&last])
+        .for_each(|&pid| tell(pid, Signal::SIGCONT));
+    let status = proxy.wait("the next generation serves", |s| s.generation() == 2);
+    // Those that replace its workers get what the master has.
+    for worker in status.workers().iter().filter(|worker| !worker.draining) {
+        tell(worker.pid, Signal::SIGKILL);
+    }
+    proxy.wait("others have come", |s| {
+        let new = |pid: i32| status.workers().iter().all(|worker| worker.pid != pid);
+        s.workers().len() == 2 && s.workers().iter().all(|worker| new(worker.pid))
+    });
+    for _ in 0..6 {
+        ping(&mut connect(front), 1, 1).expect("an echo");
+    }
+    assert_eq!(lines(&file, 6).len(), 6);
+    assert_eq!(lines(&moved, 0).len(), 0);
 }
 
 #[test]

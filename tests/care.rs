@@ -82,7 +82,8 @@ fn sessions_of_a_refused_generation_outlive_their_worker() {
 #[test]
 fn sessions_of_a_paused_program_outlive_their_worker() {
     let echo = Upstream::echo("127.0.0.1");
-    let mut plan = Plan::new();
+    // Their listener is not gone, though nobody takes connections from it.
+    let mut plan = Plan::new().stream("on_reload = \"close\"");
     let front = plan.server(&echo);
     let proxy = plan.start();
     let mut clients: Vec<_> = (0..8).map(|_| connect(front)).collect();

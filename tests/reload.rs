@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::harness::pattern::{pause, ping};
 use crate::harness::sockets::try_connect;
 use crate::harness::{
-    Bytes, Flag, PATIENCE, Plan, Proxy, Status, Upstream, connect, exchange, process, within,
+    Bytes, Flag, PATIENCE, Plan, Port, Proxy, Status, Upstream, connect, exchange, process, within,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -211,7 +211,8 @@ fn a_bad_file_changes_nothing_and_is_reported() {
     ping(&mut client, 4, 3).expect("the old session after the good file");
 }
 
-fn tell(pid: i32, signal: Signal) {
+/// Signals a worker.
+pub fn tell(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).expect("signalling a worker");
 }
 
@@ -292,6 +293,52 @@ fn sessions_that_workers_of_a_refused_generation_have_taken_go_on() {
         drop((taken, waiting));
         assert_eq!(proxy.settle().number("/closes/shutdown"), 0);
     }
+}
+
+#[test]
+fn sessions_of_a_listener_that_was_refused_are_never_another_listeners() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (refused, next) = (Port::claim(), Port::claim());
+    let [refused, next] = [&refused, &next].map(|port| port.on("127.0.0.1"));
+    let begin = || {
+        let mut plan = Plan::new().workers(2);
+        let front = plan.server(&echo);
+        let proxy = plan.start();
+        let listen = |address| {
+            format!(
+                "[[server]]\nlisten = \"{address}\"\nproxy_pass = \"{}\"\n",
+                echo.address
+            )
+        };
+        let text = std::fs::read_to_string(proxy.file()).expect("the configuration");
+        std::fs::write(proxy.file(), text + &listen(refused)).expect("another listener");
+        half_a_reload(&proxy).map(|half| (front, proxy, half))
+    };
+    let (_front, proxy, (old, last)) = (0..5).find_map(|_| begin()).expect("a worker that is not ready");
+    let mut new = process::children(proxy.pid());
+    new.retain(|pid| !old.contains(pid) && *pid != last);
+    // So many at once that each slot has some, on whatever CPU they come.
+    let clients: Vec<_> = (0..48).map(|_| connect(refused)).collect();
+    let taken = || process::connections(new[0]).len() >= 2;
+    assert!(within(PATIENCE, taken), "it takes nobody: {}", proxy.log());
+    tell(last, Signal::SIGKILL);
+    let is_refused = || proxy.log().contains("reload refused");
+    assert!(within(PATIENCE, is_refused), "{}", proxy.log());
+    old.iter().for_each(|&pid| tell(pid, Signal::SIGCONT));
+    proxy.wait("they are kept", |s| s.number("/sessions/kept") > 0);
+    proxy.edit(&refused.to_string(), &next.to_string());
+    proxy.reload();
+    let active = |status: &Status| {
+        let listeners = status.json()["listeners"].as_array().expect("listeners");
+        let found = listeners
+            .iter()
+            .find(|listener| listener["address"] == next.to_string());
+        found.and_then(|listener| listener["active"].as_u64())
+    };
+    let status = proxy.wait("a worker that knows it answers", |s| active(s).is_some());
+    assert_eq!(active(&status), Some(0), "{:#}", status.json());
+    drop(clients);
+    proxy.settle();
 }
 
 #[test]

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use culvert_shared::busy::Lookout;
-use culvert_shared::config::{Config, User};
+use culvert_shared::config::{Config, Listen, User};
 use culvert_shared::counters::MAX_WORKERS;
 use culvert_shared::limits::Limits;
 use culvert_shared::members::{Member, MemberSet};
 use culvert_shared::sys::shm::Shared;
-use culvert_worker::{Listener, Store};
+use culvert_worker::{Listener, Served, Store};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::accepting::Groups;
@@ -174,29 +174,39 @@ impl Generation {
     /// # Errors
     /// No more descriptors are to be had.
     pub fn worker_listeners(&self, slot: usize) -> Result<Vec<Listener>> {
-        let mut listeners = Vec::new();
-        for (server, (configured, rows)) in self
-            .config
-            .servers
-            .iter()
-            .zip(&self.assigned.listeners)
-            .enumerate()
-        {
-            for (listen, row) in configured.listen.iter().zip(rows) {
-                let socket = self
-                    .listeners
-                    .duplicate(listen, slot)
-                    .context("failed to hand over a listener")?;
-                listeners.push(Listener {
-                    socket,
-                    address: listen.address.clone(),
-                    server,
-                    row: *row,
-                    proxy_protocol: listen.proxy_protocol,
-                });
-            }
-        }
-        Ok(listeners)
+        let duplicated = self.listens().map(|(server, listen, row)| {
+            let socket = self
+                .listeners
+                .duplicate(listen, slot)
+                .context("failed to hand over a listener")?;
+            Ok(Listener {
+                socket,
+                address: listen.address.clone(),
+                server,
+                row,
+                proxy_protocol: listen.proxy_protocol,
+            })
+        });
+        duplicated.collect()
+    }
+
+    /// The listeners as sessions know them.
+    pub fn served(&self) -> Vec<Served> {
+        let served = self.listens().map(|(server, listen, row)| Served {
+            row,
+            server,
+            address: listen.address.clone(),
+        });
+        served.collect()
+    }
+
+    /// Each listener with its server's index and its own row on the board.
+    fn listens(&self) -> impl Iterator<Item = (usize, &Listen, usize)> {
+        let servers = self.config.servers.iter().zip(&self.assigned.listeners);
+        servers.enumerate().flat_map(|(server, (configured, rows))| {
+            let listens = configured.listen.iter().zip(rows);
+            listens.map(move |(listen, row)| (server, listen, *row))
+        })
     }
 }
 

@@ -68,13 +68,12 @@ impl Keeper {
 
     /// The stores of those that no worker cares for, as far as `wanted`.
     pub fn unheld_stores(&self, wanted: impl Fn(u32) -> bool) -> Vec<Arc<Store>> {
-        let mut stores: Vec<Arc<Store>> = Vec::new();
+        let mut stores: HashMap<u32, &Arc<Store>> = HashMap::new();
         for kept in self.unheld.iter().filter_map(|id| self.sessions.get(id)) {
-            if stores.iter().all(|store| store.id != kept.store.id) && wanted(kept.store.id) {
-                stores.push(Arc::clone(&kept.store));
-            }
+            stores.entry(kept.store.id).or_insert(&kept.store);
         }
-        stores
+        stores.retain(|id, _| wanted(*id));
+        stores.into_values().cloned().collect()
     }
 
     /// The stores of all of them.

@@ -216,7 +216,9 @@ impl Master {
             serving: self
                 .workers
                 .iter()
-                .filter(|worker| worker.generation == number && serving(worker.state()))
+                .filter(|worker| {
+                    worker.generation == number && serving(worker.state()) && !worker.is_leaving()
+                })
                 .count(),
             sessions: board
                 .live_workers()

@@ -12,6 +12,7 @@ use culvert_shared::counters::Board;
 use culvert_shared::logging;
 use culvert_worker::Store;
 
+use crate::access_log::Files;
 use crate::building::{Building, Built, Step};
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
@@ -38,6 +39,16 @@ pub struct Pending {
 }
 
 impl Pending {
+    /// Opens its logs anew; says its number, and the error log that its workers write to.
+    pub fn reopen_logs(&mut self, files: &mut Files) -> (u64, &ErrorLog) {
+        self.generation.access_logs.reopen(files);
+        match ErrorLog::open(&self.generation.config.error_log) {
+            Ok(log) => self.log = log,
+            Err(error) => log::error!("failed to open the next log anew, the old one goes on: {error:#}"),
+        }
+        (self.generation.number, &self.log)
+    }
+
     /// Until when the switch-over waits for first answers about names; `None`: it does not any more.
     pub fn waits_for_names(&self, now: Instant) -> Option<Instant> {
         (now < self.names_until).then_some(self.names_until)
@@ -291,6 +302,8 @@ impl Master {
         };
         let number = pending.generation.number;
         let limit = self.current.config.worker_shutdown_timeout;
+        // Sessions that its workers have taken go on under its rows, so nobody else may be given these.
+        self.current.rows = pending.generation.rows;
         for worker in self
             .workers
             .iter_mut()
@@ -323,7 +336,12 @@ impl Master {
     pub fn abandon_reload(&mut self) {
         self.reload_again = false;
         let built = self.building.take().is_some();
-        if self.pending.take().is_some() || built {
+        let pending = self.pending.take();
+        let has_begun = pending.is_some() || built;
+        if let Some(pending) = pending {
+            self.current.rows = pending.generation.rows;
+        }
+        if has_begun {
             self.count_refused("the program was told to stop or to pause meanwhile");
             if !self.is_ending() {
                 self.go_back_to_names(Instant::now());

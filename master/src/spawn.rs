@@ -198,6 +198,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
         config: Arc::clone(&generation.config),
         access_logs,
         lookout,
+        served: generation.served(),
         listeners,
         peer_rows: generation.assigned.peers.clone(),
         group_rows: generation.assigned.groups.clone(),

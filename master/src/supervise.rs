@@ -312,6 +312,8 @@ impl Master {
         self.reload_again(now);
         self.advance_upgrade(now);
         self.steer();
+        // Sessions that a death or a switch-over has left to somebody, and what was heard meanwhile.
+        self.take_mail();
     }
 
     /// Gives each slot a worker.
@@ -432,7 +434,7 @@ impl Master {
     }
 
     fn pause(&mut self, now: Instant) {
-        if self.phase != Phase::Serving {
+        if self.is_ending() || (self.phase == Phase::Paused && !self.is_reloading()) {
             return;
         }
         log::info!("SIGWINCH: workers drain, connections wait until SIGHUP");
@@ -451,6 +453,10 @@ impl Master {
         for worker in &mut self.workers {
             worker.access_logs.reopen(&mut files);
         }
+        let next = self
+            .pending
+            .as_mut()
+            .map(|pending| pending.reopen_logs(&mut files));
         let opened = ErrorLog::open(&self.current.config.error_log).and_then(|log| {
             log.install()?;
             Ok(log)
@@ -463,7 +469,9 @@ impl Master {
             Err(error) => log::error!("failed to open the log anew, the old one goes on: {error:#}"),
         }
         for worker in &mut self.workers {
-            worker.write_logs_to(&self.log);
+            let of_next =
+                next.filter(|(generation, _)| *generation == worker.generation && !worker.is_leaving());
+            worker.write_logs_to(of_next.map_or(&self.log, |(_, log)| log));
         }
     }
 

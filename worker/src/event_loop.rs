@@ -163,16 +163,9 @@ impl Worker {
         if let Some(maps) = wards.first().and_then(|own| own.store.maps.as_ref()) {
             start.board[0].workers[start.row].set_slot_number(maps.number());
         }
-        let rows = start
-            .listeners
-            .iter()
-            .map(|listener| (listener.row, listener.server))
-            .collect();
-        let addresses = start
-            .listeners
-            .iter()
-            .map(|listener| listener.address.clone())
-            .collect();
+        let rows = start.served.iter().map(|served| (served.row, served.server));
+        let rows = rows.collect();
+        let addresses = start.served.into_iter().map(|served| served.address).collect();
         let listeners = Listening::open_all(start.listeners)?;
         let hostname =
             nix::unistd::gethostname().map_or(String::new(), |name| name.to_string_lossy().into_owned());

@@ -56,5 +56,5 @@ mod tally;
 mod timer;
 
 pub use confine::Confinement;
-pub use start::{Listener, WorkerStart, run};
+pub use start::{Listener, Served, WorkerStart, run};
 pub use store::Store;

@@ -29,7 +29,9 @@ pub struct WorkerStart {
     pub config: Arc<Config>,
     /// The files of the access logs, in the order of [`Config::access_logs`].
     pub access_logs: Vec<OwnedFd>,
-    /// One listening socket for each listener of the configuration.
+    /// The listeners of the configuration, which the sessions that it holds belong to.
+    pub served: Vec<Served>,
+    /// The sockets of those that it takes connections from.
     pub listeners: Vec<Listener>,
     /// Rows on the board: for each upstream, for each of its peers.
     pub peer_rows: Vec<Vec<usize>>,
@@ -57,6 +59,16 @@ pub struct WorkerStart {
     pub bell: Arc<EventFd>,
     /// The worker's end of the pair to the master.
     pub control: OwnedFd,
+}
+
+/// A listener as sessions know it, whoever accepted them.
+pub struct Served {
+    /// Its row on the board.
+    pub row: usize,
+    /// The index of its server in [`Config::servers`].
+    pub server: usize,
+    /// The address that it is bound to.
+    pub address: Address,
 }
 
 /// One listening socket.
