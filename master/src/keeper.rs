@@ -153,6 +153,7 @@ impl Keeper {
                 // Waited for by the loop; a worker that is gone is buried.
                 Err(Errno::EAGAIN | Errno::EPIPE | Errno::ECONNRESET) => return,
                 Err(error) => {
+                    worker.rest();
                     return log::warn!(
                         "worker {} (process {}) has to wait for sessions of an earlier one: {error}",
                         worker.slot,

@@ -230,7 +230,7 @@ impl Master {
         let now = Instant::now();
         let mut sources = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         sources.extend(self.workers.iter().filter_map(|worker| {
-            let wanted = match worker.has_unheard() {
+            let wanted = match worker.waits_for_room(now) {
                 false => PollFlags::POLLIN,
                 true => PollFlags::POLLIN | PollFlags::POLLOUT,
             };
@@ -241,10 +241,12 @@ impl Master {
         let replacements = self.slots.iter().filter_map(|slot| slot.replace_at);
         let carers = Some(self.care_from).filter(|_| !self.uncared().is_empty());
         let building = self.building.iter().map(Building::due);
+        let rests = self.workers.iter().filter_map(|worker| worker.rest_until(now));
         let pending = self.pending.iter().map(|pending| pending.deadline);
         let sleep = deadlines
             .chain(replacements)
             .chain(carers)
+            .chain(rests)
             .chain(building)
             .chain(pending)
             .chain(

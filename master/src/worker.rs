@@ -22,6 +22,9 @@ use crate::keeper::Queue;
 /// How long a worker has to obey [`ToWorker::Stop`]: it only resets what is open.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a worker is told nothing more after the host had no memory for it.
+const REST: Duration = Duration::from_millis(20);
+
 /// Answers that wait for a worker to listen: more than it may have asked for at once.
 const UNHEARD_MAX: usize = 2048;
 
@@ -80,6 +83,8 @@ pub struct Worker {
     orders: VecDeque<(ToWorker, Vec<OwnedFd>)>,
     /// The same for what came of its questions.
     unheard: VecDeque<ToWorker>,
+    /// The host had no memory for a message: until when none is tried. Its socket says nothing of that.
+    rest_until: Option<Instant>,
     /// What it said of its sessions, with the sockets that came along; taken by [`crate::keeper`].
     pub mail: Vec<(ToMaster, Vec<OwnedFd>)>,
     /// Sessions that it is to adopt and was not yet told of.
@@ -138,6 +143,7 @@ impl Worker {
             resolvers,
             orders: VecDeque::new(),
             unheard: VecDeque::new(),
+            rest_until: None,
             mail: Vec::new(),
             to_adopt: Queue::new(),
             started: now,
@@ -283,27 +289,50 @@ impl Worker {
         !self.to_adopt.is_empty() || !self.orders.is_empty() || !self.unheard.is_empty()
     }
 
+    /// Until when it is told nothing, because the host has no memory for it.
+    pub fn rest_until(&self, now: Instant) -> Option<Instant> {
+        self.rest_until.filter(|until| *until > now && self.has_unheard())
+    }
+
+    /// The host had no memory for what it was to be told.
+    pub fn rest(&mut self) {
+        self.rest_until = Some(Instant::now() + REST);
+    }
+
+    /// Whether to wait until its socket has room.
+    pub fn waits_for_room(&self, now: Instant) -> bool {
+        self.has_unheard() && self.rest_until(now).is_none()
+    }
+
     /// Says what it had no room to hear, orders first.
     fn say_on(&mut self) {
+        if let Err(Errno::ENOBUFS | Errno::ENOMEM) = self.try_to_say_on() {
+            self.rest();
+        }
+    }
+
+    fn try_to_say_on(&mut self) -> Result<(), Errno> {
         let Some(control) = &self.control else {
             self.orders.clear();
-            return self.unheard.clear();
+            self.unheard.clear();
+            return Ok(());
         };
         while let Some((order, descriptors)) = self.orders.front() {
             let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
             match fdpass::send(control.as_fd(), &order.encode(), &descriptors) {
-                Err(errno) if is_full(errno) => return,
+                Err(errno) if is_full(errno) => return Err(errno),
                 Ok(()) | Err(_) => drop(self.orders.pop_front()),
             }
         }
         while let Some(answer) = self.unheard.front() {
             match fdpass::send(control.as_fd(), &answer.encode(), &[]) {
                 Ok(()) => drop(self.unheard.pop_front()),
-                Err(errno) if is_full(errno) => return,
+                Err(errno) if is_full(errno) => return Err(errno),
                 // Dying; its death is reported by SIGCHLD.
-                Err(_) => return self.unheard.clear(),
+                Err(_) => self.unheard.clear(),
             }
         }
+        Ok(())
     }
 
     /// Does what is due.
