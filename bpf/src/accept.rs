@@ -156,7 +156,8 @@ impl AcceptSlot {
         }
         if !serves && before != accept_state::WAITING {
             self.sessions.store(0, Relaxed);
-            self.room.store(0, Relaxed);
+            // Not the room: the next worker may have told it already, and tells it again only when something has woken it,
+            // which is nothing as long as it gets no connection. Before it is shown to serve it has told it in any case.
         }
         let state = if serves {
             accept_state::LIVE
@@ -381,6 +382,22 @@ mod tests {
         loads[1].publish(0, 1000);
         loads[0].publish(0, 5);
         assert_eq!(connect(), [5, 35], "the first slot has room for 5");
+    }
+
+    #[test]
+    fn a_worker_that_tells_its_room_before_its_slot_is_shown_gets_connections() {
+        let steering = Steering::open().expect("loading (needs CAP_BPF)");
+        let (address, sockets) = pair();
+        let _group = group(&steering, &sockets);
+        let no_cpu: &[usize] = &[];
+        let loads = [0, 1].map(|slot| steering.load_of(slot).unwrap());
+        loads[0].publish(0, 1000);
+        steering.show([(false, no_cpu), (false, no_cpu)].into_iter());
+        loads[1].publish(0, 1000);
+        steering.show([(true, no_cpu), (true, no_cpu)].into_iter());
+        let clients: Vec<TcpStream> = (0..40).map(|_| TcpStream::connect(address).unwrap()).collect();
+        assert_eq!([accepted(&sockets[0]), accepted(&sockets[1])], [20, 20]);
+        drop(clients);
     }
 
     #[test]

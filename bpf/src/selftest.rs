@@ -237,6 +237,8 @@ fn pause_and_resume(bench: &mut Bench<'_>) -> Result<()> {
     // Beyond the backlog: a window of the source that was open when it was decided, and what the server's
     // own buffer has taken. The kernel doubles the buffers' sizes.
     const BOUND: u64 = BACKLOG_BYTES as u64 + 2 * 2 * BUFFER_BYTES as u64 + 64 * 1024;
+    /// How often it is looked for a target that has drained and did not say so; as workers do.
+    const ASKED_EVERY: Duration = Duration::from_millis(100);
     /// How long nothing may move before the writer counts as stopped.
     const STILL: Duration = Duration::from_millis(3);
     let way = Direction::ToUpstream;
@@ -270,6 +272,7 @@ fn pause_and_resume(bench: &mut Bench<'_>) -> Result<()> {
     let mut received = 0;
     let mut drained = 0;
     moved = Instant::now();
+    let mut looked = moved;
     while received < up.len() {
         let (came, gone) = (
             session.server.take(&up[received..])?,
@@ -292,6 +295,14 @@ fn pause_and_resume(bench: &mut Bench<'_>) -> Result<()> {
                 EventKind::Trouble => bail!("the program met flags {:#x}", session.flow(way).flags),
                 EventKind::Paused | EventKind::Room | EventKind::Lost => {}
             }
+        }
+        // A target that had to send something again reports no sample of the round trip.
+        if looked.elapsed() >= ASKED_EVERY {
+            looked = Instant::now();
+            ensure!(
+                !session.is_due() || session.resume(way),
+                "the kernel does not take a source again that was held back"
+            );
         }
         // Buffers this small let the sender wait for its probe timer now and then (see `SEGMENT_BYTES`).
         if moved.elapsed() >= bench.step_time {

@@ -83,6 +83,12 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Whether the source of to_upstream is held back although its target has drained: what workers ask by the clock.
+    pub(super) fn is_due(&self) -> bool {
+        let target = self.upstream.stream.as_fd();
+        self.maps.is_due(self.place, Direction::ToUpstream, target)
+    }
+
     /// Lets the source of a direction go that was held back.
     pub(super) fn resume(&self, direction: Direction) -> bool {
         let source = match direction {
