@@ -317,7 +317,8 @@ fn pause_and_resume(bench: &mut Bench<'_>) -> Result<()> {
     let pauses = session.flow(way).pauses;
     ensure!(
         drained > 0 && pauses > 0,
-        "the source was held back {pauses} times and let go {drained} times, both were expected"
+        "the source was held back {pauses} times and the program said {drained} times that the target had drained, \
+         both were expected"
     );
     bench.finish(session)
 }
