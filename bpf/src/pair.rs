@@ -347,15 +347,18 @@ impl SlotMaps {
                 continue;
             }
             let key = (index as u32).to_ne_bytes();
+            let was_held_back = flow.pause.load(SeqCst) == flow_pause::ON;
+            // It takes the socket's lock: a pause that has just begun is over with it, and the map says so.
+            let _ = socket::set_receive_low_water(fd, 1);
             let is_source = self
                 .sources
                 .lookup(&key, MapFlags::ANY)
                 .is_ok_and(|found| found.is_some());
-            if is_source {
+            if is_source && was_held_back {
                 let _ = flow
                     .pause
                     .compare_exchange(flow_pause::ON, flow_pause::OFF, AcqRel, Relaxed);
-            } else {
+            } else if !is_source {
                 flow.pause.store(flow_pause::ON, SeqCst);
             }
             let _ = socket::set_receive_low_water(fd, 1);

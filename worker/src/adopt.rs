@@ -182,12 +182,11 @@ impl Worker {
     }
 
     fn count_in(&mut self, token: Token, session: &Session, died: bool) {
-        if let Some(seat) = session.seat {
+        // Of what is not joined the programs say nothing.
+        if let Some(seat) = session.seat.filter(|seat| seat.joined) {
             self.wards[seat.ward].tokens[seat.id.place.0 as usize] = Some(token);
-            if seat.joined {
-                WorkerRow::up(&self.gauges().pairs);
-                WorkerRow::up(&self.gauges().offloaded);
-            }
+            WorkerRow::up(&self.gauges().pairs);
+            WorkerRow::up(&self.gauges().offloaded);
         }
         if !session.is_status {
             WorkerRow::up(&self.gauges().sessions);

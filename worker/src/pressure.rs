@@ -148,7 +148,7 @@ impl Worker {
     /// A flow is held back, from now on or since before this worker had it.
     pub(crate) fn note_paused(&mut self, token: Token, direction: Direction) {
         if self.pressure.paused.is_empty() && self.pressure.narrow.is_empty() {
-            self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
+            self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
         if !self.pressure.paused.contains(&(token, direction)) {
             self.pressure.paused.push((token, direction));
@@ -274,7 +274,7 @@ impl Worker {
             });
         }
         if !self.pressure.paused.is_empty() || !self.pressure.narrow.is_empty() {
-            self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
+            self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
         self.arm_untold();
     }
@@ -283,7 +283,8 @@ impl Worker {
     pub(crate) fn arm_untold(&mut self) {
         let untold = |ward: &Ward| ward.reader.events.is_none() && ward.tokens.iter().any(Option::is_some);
         if self.wards.iter().any(untold) {
-            self.wheel.set(PRESSURE_TIMER, clock::now_ms() + LOOK_UNTOLD_MS);
+            self.wheel
+                .set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_UNTOLD_MS);
         }
     }
 

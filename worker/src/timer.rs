@@ -67,6 +67,14 @@ impl Wheel {
         self.link(id, due_ms);
     }
 
+    /// The same, unless it is set for an earlier time: what asks again and again does not put it off for ever.
+    pub fn set_earlier(&mut self, id: u32, due_ms: u64) {
+        let node = self.nodes.get(id as usize);
+        if node.is_none_or(|node| node.place.is_none() || node.due_ms > due_ms) {
+            self.set(id, due_ms);
+        }
+    }
+
     /// Clears the timer of an id, if it is set.
     pub fn cancel(&mut self, id: u32) {
         if self
@@ -173,6 +181,20 @@ impl Wheel {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_timer_that_is_asked_for_again_and_again_is_not_put_off() {
+        let mut wheel = Wheel::new(0);
+        for now_ms in 0..5 {
+            wheel.set_earlier(3, now_ms + 5);
+        }
+        assert_eq!(wheel.next_ms(), Some(5));
+        wheel.set_earlier(3, 4);
+        assert_eq!(wheel.next_ms(), Some(4));
+        let mut due = Vec::new();
+        wheel.turn(4, &mut due);
+        assert_eq!(due, [3]);
+    }
     use proptest::prelude::*;
     use std::collections::HashMap;
 
