@@ -4,36 +4,9 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use crate::harness::pattern::{fill, ping};
-use crate::harness::{PATIENCE, Plan, Port, Proxy, Status, Upstream, connect, send, within};
-
-/// A server that greets with eight bytes of its own, then waits for its client's end.
-fn greeter(seed: u64) -> Upstream<()> {
-    Upstream::serve("127.0.0.1", move |stream| greet(stream, seed))
-}
-
-fn greet(mut stream: TcpStream, seed: u64) {
-    if send(&mut stream, seed, 0, 8).is_ok() {
-        let _ = stream.read_to_end(&mut Vec::new());
-    }
-}
-
-/// Connects, and tells which greeter answered; `None`: none did.
-fn visit(front: SocketAddr) -> Option<(TcpStream, u64)> {
-    let mut greeting = [0u8; 8];
-    // A session for which there is no peer may be reset before this end has returned from connecting.
-    let mut stream = TcpStream::connect(front).ok()?;
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .expect("setting a timeout");
-    stream.read_exact(&mut greeting).ok()?;
-    let seed = (1..10).find(|seed| {
-        let mut expected = [0u8; 8];
-        fill(*seed, 0, &mut expected);
-        greeting == expected
-    });
-    Some((stream, seed.expect("a greeting")))
-}
+use crate::harness::greeter::{greet, greeter, visit};
+use crate::harness::pattern::ping;
+use crate::harness::{Plan, Port, Proxy, Status, Upstream, connect, send, within};
 
 fn group(balance: &str, servers: &[String]) -> String {
     let servers: Vec<String> = servers

@@ -1,14 +1,17 @@
 //! Workers die where no slot's worker can go on with their sessions: there is always another who does.
 
 use std::net::TcpStream;
+use std::time::Duration;
 
 use crate::harness::pattern::ping;
-use crate::harness::{PATIENCE, Plan, Proxy, Upstream, connect, exchange, process, within};
+use crate::harness::{PATIENCE, Plan, Proxy, Upstream, connect, exchange, patient, process, within};
 use crate::reload::half_a_reload;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const STREAM: u64 = 1 << 20;
+/// Within that a session that was left is gone on with.
+const SOON: Duration = Duration::from_secs(3);
 
 fn tell(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).expect("signalling a worker");
@@ -100,5 +103,32 @@ fn sessions_of_a_paused_program_outlive_their_worker() {
     let gone = || !process::is_alive(second);
     assert!(within(PATIENCE, gone), "it stays for nothing: {}", proxy.log());
     proxy.signal(Signal::SIGHUP);
+    assert_eq!(proxy.settle().number("/closes/worker_died"), 0);
+}
+
+#[test]
+fn sessions_of_a_worker_that_dies_while_it_leaves_go_to_the_one_that_serves_at_once() {
+    let echo = Upstream::echo("127.0.0.1");
+    // Copied: without a worker no byte of them moves.
+    let mut plan = Plan::new().stream("ebpf_enable = false");
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    let mut clients: Vec<_> = (0..8).map(|_| connect(front)).collect();
+    for client in &mut clients {
+        ping(client, 1, 2).expect("a session");
+    }
+    proxy.wait("all are kept", |s| s.number("/sessions/kept") == 8);
+    let worker = proxy.worker();
+    tell(worker, Signal::SIGSTOP);
+    proxy.signal(Signal::SIGHUP);
+    let serves = || proxy.log().contains("generation 2 serves");
+    assert!(within(PATIENCE, serves), "{}", proxy.log());
+    tell(worker, Signal::SIGKILL);
+    // Nobody else speaks to the master meanwhile.
+    for client in &mut clients {
+        client.set_read_timeout(Some(patient(SOON))).expect("a timeout");
+        ping(client, 2, 2).expect("a session after its worker's death");
+    }
+    end_well(clients);
     assert_eq!(proxy.settle().number("/closes/worker_died"), 0);
 }

@@ -6,7 +6,8 @@ use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::harness::dns::{DnsServer, OK, a_record, fake, greeter, reply, resolver, seed, visit};
+use crate::harness::dns::{DnsServer, OK, a_record, fake, reply, resolver};
+use crate::harness::greeter::{greeter_on, seed, visit};
 use crate::harness::pattern::ping;
 use crate::harness::{Plan, Port, Proxy, Scratch, Status, connect, within};
 use nix::sys::signal::{Signal, kill};
@@ -54,7 +55,7 @@ fn failing(status: &Status) -> bool {
 #[test]
 fn addresses_that_change_count_after_their_time_without_a_reload_and_sessions_go_on() {
     let port = Port::claim().number;
-    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
     let server = DnsServer::started("127.0.0.2 backend.test");
     let mut plan = Plan::new()
         .workers(2)
@@ -106,7 +107,7 @@ fn addresses_that_change_count_after_their_time_without_a_reload_and_sessions_go
 #[test]
 fn both_kinds_of_addresses_are_peers_and_each_can_be_left_out() {
     let port = Port::claim().number;
-    let (_two, _six) = (greeter("127.0.0.2", port, 2), greeter("::1", port, 6));
+    let (_two, _six) = (greeter_on("127.0.0.2", port, 2), greeter_on("::1", port, 6));
     let server = DnsServer::started("127.0.0.2 backend.test\n::1 backend.test");
     let one = |host: &str| format!("{{ address = \"{host}:{port}\", resolve = true }}");
     let mut plan = Plan::new()
@@ -131,9 +132,9 @@ fn both_kinds_of_addresses_are_peers_and_each_can_be_left_out() {
 #[test]
 fn records_of_a_service_say_ports_and_weights_and_who_is_a_backup() {
     let ports = [Port::claim().number, Port::claim().number, Port::claim().number];
-    let one = greeter("127.0.0.2", ports[0], 1);
-    let two = greeter("127.0.0.3", ports[1], 2);
-    let _three = greeter("127.0.0.3", ports[2], 3);
+    let one = greeter_on("127.0.0.2", ports[0], 1);
+    let two = greeter_on("127.0.0.3", ports[1], 2);
+    let _three = greeter_on("127.0.0.3", ports[2], 3);
     let mut server = DnsServer::new();
     server.write("127.0.0.2 one.test\n127.0.0.3 two.test");
     let record = |host: &str, port: u16, priority: u8, weight: u8| {
@@ -176,7 +177,7 @@ fn records_of_a_service_say_ports_and_weights_and_who_is_a_backup() {
 #[test]
 fn when_no_server_answers_the_last_addresses_stay_until_one_does_again() {
     let port = Port::claim().number;
-    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
     let mut server = DnsServer::started("127.0.0.2 backend.test");
     let mut plan = Plan::new().stream(&server.resolver("")).tables(&group(&format!(
         "{{ address = \"backend.test:{port}\", resolve = true }}"
@@ -215,7 +216,7 @@ fn when_no_server_answers_the_last_addresses_stay_until_one_does_again() {
 #[test]
 fn a_name_that_does_not_exist_any_more_keeps_its_addresses_for_a_while_and_loses_them_then() {
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let server = DnsServer::started("127.0.0.2 backend.test");
     let mut plan = Plan::new()
         .stream(&server.resolver(", hold = \"3s\""))
@@ -260,7 +261,7 @@ fn an_answer_that_has_no_room_in_a_datagram_comes_over_tcp() {
 #[test]
 fn the_program_starts_without_a_name_server_and_serves_when_there_is_one() {
     let port = Port::claim().number;
-    let (_two, other) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.5", 0, 5));
+    let (_two, other) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.5", 0, 5));
     let mut server = DnsServer::new();
     server.write("127.0.0.2 backend.test");
     let mut plan = Plan::new().stream(&server.resolver("")).tables(&group(&format!(
@@ -314,7 +315,7 @@ fn a_name_must_be_known_at_the_start_only_where_it_is_not_looked_up_later() {
 #[test]
 fn a_reload_brings_a_new_name_with_its_addresses_and_keeps_sessions_of_peers_that_are_gone() {
     let port = Port::claim().number;
-    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
     let server = DnsServer::started("127.0.0.2 backend.test\n127.0.0.3 other.test");
     let mut plan = Plan::new()
         .workers(2)
@@ -353,7 +354,7 @@ fn a_reload_brings_a_new_name_with_its_addresses_and_keeps_sessions_of_peers_tha
 #[test]
 fn a_worker_that_takes_the_place_of_a_dead_one_has_the_present_addresses() {
     let port = Port::claim().number;
-    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
     let server = DnsServer::started("127.0.0.2 backend.test");
     let mut plan = Plan::new().stream(&server.resolver("")).tables(&group(&format!(
         "{{ address = \"backend.test:{port}\", resolve = true }}"
@@ -373,7 +374,7 @@ fn a_worker_that_takes_the_place_of_a_dead_one_has_the_present_addresses() {
 #[test]
 fn answers_that_are_not_to_the_question_are_passed_over_and_what_makes_no_sense_harms_nobody() {
     let port = Port::claim().number;
-    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
     let (address, asked) = fake(|n, question| {
         let good = reply(question, OK, &[&a_record([127, 0, 0, 2])]);
         let evil = reply(question, OK, &[&a_record([127, 0, 0, 3])]);
@@ -449,7 +450,7 @@ fn answers_that_are_not_to_the_question_are_passed_over_and_what_makes_no_sense_
 #[test]
 fn a_server_that_fails_keeps_the_last_addresses_and_another_one_is_asked() {
     let port = Port::claim().number;
-    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
     // Answers once, then fails.
     let (bad, _) = fake(|n, question| match n {
         0 => vec![reply(question, OK, &[&a_record([127, 0, 0, 2])])],
@@ -479,7 +480,7 @@ fn a_server_that_fails_keeps_the_last_addresses_and_another_one_is_asked() {
 #[test]
 fn an_alias_of_which_the_answer_says_no_more_is_asked_for_in_turn_and_a_circle_ends() {
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let (address, asked) = fake(|_, question| {
         let alias = |name: &[u8]| {
             let mut bytes = vec![0xc0, 12, 0, 5, 0, 1, 0, 0, 0, 1, 0, name.len() as u8];
@@ -520,7 +521,7 @@ fn an_alias_of_which_the_answer_says_no_more_is_asked_for_in_turn_and_a_circle_e
 #[test]
 fn a_hostile_flood_of_answers_costs_the_master_nothing_but_that_lookup() {
     let port = Port::claim().number;
-    let other = greeter("127.0.0.5", 0, 5);
+    let other = greeter_on("127.0.0.5", 0, 5);
     let (address, asked) = fake(|_, question| {
         let mut bytes = reply(question, OK, &[&a_record([127, 0, 0, 3])]);
         bytes[0] ^= 0xff;

@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use crate::harness::greeter::{greeter, visit};
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run, shell};
 use crate::harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send, within};
@@ -187,6 +188,36 @@ fn an_address_that_the_host_lacks_fails_the_session_and_is_said() {
         let is_said = within(Duration::from_secs(5), || proxy.log().contains(said));
         assert!(is_said, "{said} is not in the log: {}", proxy.log());
     }
+}
+
+#[test]
+fn a_peer_to_which_no_port_is_left_costs_an_attempt_and_is_not_blamed() {
+    let (one, two) = (greeter(1), greeter(2));
+    let port = Port::claim();
+    let server = |upstream: &Upstream<()>, weight| {
+        format!(
+            "{{ address = \"{}\", weight = {weight}, max_fails = 1 }}",
+            upstream.address
+        )
+    };
+    let table = format!(
+        "[[upstream]]\nname = \"app\"\nserver = [{}, {}]\n",
+        server(&one, 1000),
+        server(&two, 1)
+    );
+    let mut plan = Plan::new().tables(&table);
+    // One port: a connection to each peer, and no more.
+    let bind = format!("proxy_bind = \"127.0.0.11:{}\"", port.number);
+    let front = plan.server_with("127.0.0.1", "app", &bind);
+    let proxy = plan.start();
+    let (first, by_one) = visit(front).expect("a greeting");
+    let (second, by_two) = visit(front).expect("a greeting of the other peer");
+    assert_eq!((by_one, by_two), (1, 2));
+    assert!(visit(front).is_none(), "neither has a port left");
+    drop((first, second));
+    let status = proxy.settle();
+    assert_eq!(status.number("/closes/resource"), 1, "{:#}", status.json());
+    assert_eq!(visit(front).expect("a greeting").1, 1, "nobody was taken out");
 }
 
 /// The addresses of one family: client, proxy's side to it, server.

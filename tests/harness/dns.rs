@@ -1,8 +1,6 @@
-//! Name servers: dnsmasq, and servers of the test's own that answer as it says; and upstreams that tell which address was
-//! connected to.
+//! Name servers: dnsmasq, and servers of the test's own that answer as it says.
 
-use std::io::Read;
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -11,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::pattern::fill;
 use super::program::{Running, need};
 use super::{PATIENCE, Port, Scratch, Upstream, send};
 
@@ -108,37 +105,6 @@ impl DnsServer {
 /// The line that names a resolver, with further keys.
 pub fn resolver(address: SocketAddr, more: &str) -> String {
     format!("resolver = {{ addresses = [\"{address}\"]{more} }}")
-}
-
-/// Greets with eight bytes of its own, then echoes nothing and waits for its client's end.
-pub fn greeter(ip: &str, port: u16, seed: u64) -> Upstream<()> {
-    let listener = TcpListener::bind((ip, port)).expect("binding an upstream");
-    Upstream::on(listener, move |mut stream| {
-        if send(&mut stream, seed, 0, 8).is_ok() {
-            super::upstream::echo(stream);
-        }
-    })
-}
-
-/// Connects, and tells which greeter answered; `None`: none did.
-pub fn visit(front: SocketAddr) -> Option<(TcpStream, u64)> {
-    let mut greeting = [0u8; 8];
-    let mut stream = TcpStream::connect(front).ok()?;
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .expect("setting a timeout");
-    stream.read_exact(&mut greeting).ok()?;
-    let seed = (1..10).find(|seed| {
-        let mut expected = [0u8; 8];
-        fill(*seed, 0, &mut expected);
-        greeting == expected
-    });
-    Some((stream, seed.expect("a greeting")))
-}
-
-/// Which greeter answers.
-pub fn seed(front: SocketAddr) -> Option<u64> {
-    visit(front).map(|(_, seed)| seed)
 }
 
 /// A name server of the test's own: gives each question to `answer`, and sends what that returns. Counts questions.

@@ -33,6 +33,7 @@
 pub mod cramped;
 pub mod dns;
 pub mod end;
+pub mod greeter;
 pub mod hello;
 pub mod load;
 pub mod memory;

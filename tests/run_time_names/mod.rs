@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::harness::dns::{DnsServer, OK, a_record, fake, greeter, reply, resolver};
+use crate::harness::dns::{DnsServer, OK, a_record, fake, reply, resolver};
+use crate::harness::greeter::greeter_on;
 use crate::harness::hello::hello;
 use crate::harness::pattern::fill;
 use crate::harness::program::{Running, need};
@@ -116,7 +117,7 @@ fn a_name_in_a_hello_is_looked_up_and_the_kernel_carries_the_session() {
         let _ = stream.write_all(&line);
         crate::harness::upstream::echo(stream);
     });
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let server = DnsServer::started("127.0.0.2 app.test\n127.0.0.3 told.test");
     let mut plan = Plan::new().workers(2).stream(&server.resolver("")).tables(FORMAT);
     let (log_lines, log) = access_log(&plan);
@@ -164,9 +165,9 @@ fn a_name_in_a_hello_is_looked_up_and_the_kernel_carries_the_session() {
 #[test]
 fn all_addresses_of_a_name_are_used_in_turn_and_one_that_refuses_is_followed_by_the_next() {
     let port = Port::claim().number;
-    let two = greeter("127.0.0.2", port, 2);
-    let _three = greeter("127.0.0.3", port, 3);
-    let _six = greeter("::1", port, 6);
+    let two = greeter_on("127.0.0.2", port, 2);
+    let _three = greeter_on("127.0.0.3", port, 3);
+    let _six = greeter_on("::1", port, 6);
     let server = DnsServer::started("127.0.0.2 app.test\n127.0.0.3 app.test\n::1 app.test");
     let valid = ", valid = \"1m\"";
     let mut plan = Plan::new().stream(&server.resolver(valid)).tables(FORMAT);
@@ -223,7 +224,7 @@ fn all_addresses_of_a_name_are_used_in_turn_and_one_that_refuses_is_followed_by_
 #[test]
 fn an_answer_counts_for_its_time_and_is_asked_for_again_then() {
     let port = Port::claim().number;
-    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
     let answers = |_: usize| {
         fake(|n, question| {
             vec![reply(
@@ -296,7 +297,7 @@ fn a_host_that_does_not_exist_ends_the_session_with_nginxs_status_and_says_so() 
 #[test]
 fn a_host_that_was_known_is_served_while_its_name_server_is_away() {
     let port = Port::claim().number;
-    let (_two, _three) = (greeter("127.0.0.2", port, 2), greeter("127.0.0.3", port, 3));
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
     let mut server = DnsServer::started("127.0.0.2 app.test");
     let mut plan = Plan::new().workers(2).stream(&server.resolver(""));
     let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
@@ -360,7 +361,7 @@ fn a_silent_name_server_is_given_up_after_resolver_timeout_and_a_client_that_lea
 fn many_sessions_that_lead_to_one_name_share_one_question_and_what_they_sent_early_is_carried() {
     const CLIENTS: usize = 40;
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let ready = Arc::new(Flag::default());
     let _end = ready.raise_at_the_end();
     let (address, asked) = slow(&ready, [127, 0, 0, 2]);
@@ -408,7 +409,7 @@ fn questions_to(server: SocketAddr) -> usize {
 fn made_up_names_find_bounds_and_a_name_that_is_remembered_is_served_all_the_while() {
     const ASKED_MAX: usize = 1024;
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let (address, _) = fake(|_, question| match &question[13..16] {
         b"app" => vec![reply(question, OK, &[&a_record([127, 0, 0, 2])])],
         _ => Vec::new(),
@@ -450,7 +451,7 @@ fn made_up_names_find_bounds_and_a_name_that_is_remembered_is_served_all_the_whi
 #[test]
 fn what_is_no_host_s_name_is_not_asked_for_and_not_written_as_it_is() {
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let (address, asked) = fake(|_, question| vec![reply(question, OK, &[&a_record([127, 0, 0, 2])])]);
     let mut plan = Plan::new().stream(&resolver(address, ""));
     let front = plan.server_with("127.0.0.1", &by_sni(port)[..], TLS);
@@ -495,7 +496,7 @@ fn what_is_no_host_s_name_is_not_asked_for_and_not_written_as_it_is() {
 #[test]
 fn an_answer_of_no_host_s_address_leads_nowhere() {
     let port = Port::claim().number;
-    let _here = greeter("127.0.0.1", port, 1);
+    let _here = greeter_on("127.0.0.1", port, 1);
     let (address, _) = fake(|_, question| {
         let is_v6 = question[question.len() - 3] == 28;
         let six = |ip: [u8; 16]| {
@@ -532,7 +533,7 @@ fn without_a_resolver_a_name_leads_nowhere_and_the_log_says_what_to_write() {
 #[test]
 fn nginx_and_this_program_log_the_same_of_such_sessions_from_one_file() {
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let server = DnsServer::started("127.0.0.2 app.test\n127.0.0.3 refuses.test");
     let ports: Vec<Port> = (0..4).map(|_| Port::claim()).collect();
     let fronts: Vec<SocketAddr> = ports.iter().map(|port| port.on("127.0.0.1")).collect();

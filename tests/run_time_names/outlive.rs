@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{TLS, answer_of, ask_for, by_sni, echoes, hosts, must_say, name_failed, slow};
-use crate::harness::dns::{OK, a_record, fake, greeter, reply, resolver};
+use crate::harness::dns::{OK, a_record, fake, reply, resolver};
+use crate::harness::greeter::greeter_on;
 use crate::harness::hello::hello;
 use crate::harness::load::KEPT_AFTER;
 use crate::harness::sockets::Deaf;
@@ -40,7 +41,7 @@ fn replace(proxy: &Proxy, event: Event) {
 
 fn waiting_comes_through(event: Event) {
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let ready = Arc::new(Flag::default());
     let _end = ready.raise_at_the_end();
     let (address, _) = slow(&ready, [127, 0, 0, 2]);
@@ -141,7 +142,7 @@ fn a_session_that_waits_in_several_workers_waits_no_longer_than_in_one() {
 #[test]
 fn a_session_that_waits_for_a_name_is_finished_by_a_program_that_quits() {
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let ready = Arc::new(Flag::default());
     let _end = ready.raise_at_the_end();
     let (address, _) = slow(&ready, [127, 0, 0, 2]);
@@ -169,7 +170,7 @@ fn a_session_that_was_taken_over_while_it_was_connecting_tries_the_other_address
         panic!("IPv4")
     };
     let silent = ip.ip().octets();
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let (address, _) = fake(move |_, question| {
         vec![reply(
             question,
@@ -228,7 +229,7 @@ fn a_session_whose_question_the_master_has_not_read_ends_with_it_too() {
 #[test]
 fn a_session_whose_listener_goes_while_its_name_is_looked_up_is_led_on_by_the_worker_that_knows_where_to() {
     let port = Port::claim().number;
-    let _two = greeter("127.0.0.2", port, 2);
+    let _two = greeter_on("127.0.0.2", port, 2);
     let ready = Arc::new(Flag::default());
     let _end = ready.raise_at_the_end();
     let (address, _) = slow(&ready, [127, 0, 0, 2]);

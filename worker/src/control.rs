@@ -1,4 +1,5 @@
-//! What the master says: drain, stop, write the log elsewhere, these are the addresses of a host. And what its silence means: it is gone.
+//! What the master says: drain, stop, write the log elsewhere, these are the addresses of a host. And what its silence
+//! means: it is gone.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::Relaxed;
