@@ -353,26 +353,52 @@ fn a_stream_in_full_flow_both_ways_at_the_takeover_keeps_its_bytes() {
 }
 
 #[test]
-fn what_follows_urgent_data_in_the_same_burst_is_copied() {
-    let mut plan = Plan::new();
-    let front = Front::new(&mut plan, "127.0.0.1", "ebpf_enable = false");
-    let proxy = plan.start();
-    let (mut client, mut upstream) = front.open();
-    ping_through(&mut client, &mut upstream);
-    // All of it is there when the worker looks next. A read of TCP ends where urgent data stands.
-    let worker = Pid::from_raw(proxy.worker());
-    kill(worker, Signal::SIGSTOP).expect("stopping the worker");
-    pause(200);
-    client.write_all(b"before").expect("sending");
-    nix::sys::socket::send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).expect("sending urgent data");
-    client.write_all(b"behind").expect("sending");
-    pause(100);
-    kill(worker, Signal::SIGCONT).expect("letting the worker go on");
-    let mut text = [0; 12];
-    upstream.read_exact(&mut text).expect("what is not urgent");
-    assert_eq!(&text, b"beforebehind");
-    drop((client, upstream));
-    proxy.settle();
+fn urgent_data_arrives_where_it_was_sent_however_it_is_carried() {
+    for (lines, in_kernel) in [
+        ("", [true, true]),
+        ("ebpf_enable = false", [false, false]),
+        ("ebpf_offload_after = \"1m\"", [false, false]),
+        ("proxy_upload_rate = \"1m\"", [false, true]),
+        ("proxy_download_rate = \"1m\"", [true, false]),
+    ] {
+        let mut plan = Plan::new();
+        let front = Front::new(&mut plan, "127.0.0.1", lines);
+        let proxy = plan.start();
+        let (mut client, mut upstream) = front.open();
+        ping_through(&mut client, &mut upstream);
+        // All of it is there when the worker looks next, if it does: a read of TCP ends where urgent data stands.
+        let worker = Pid::from_raw(proxy.worker());
+        kill(worker, Signal::SIGSTOP).expect("stopping the worker");
+        pause(50);
+        for end in [&mut client, &mut upstream] {
+            end.write_all(b"before").expect("sending");
+            nix::sys::socket::send(end.as_raw_fd(), b"!", MsgFlags::MSG_OOB).expect("sending urgent data");
+            end.write_all(b"behind").expect("sending");
+            end.shutdown(Shutdown::Write).expect("ending a direction");
+        }
+        pause(50);
+        kill(worker, Signal::SIGCONT).expect("letting the worker go on");
+        for end in [&mut upstream, &mut client] {
+            let mut text = Vec::new();
+            end.read_to_end(&mut text).expect("a stream that ends in order");
+            assert_eq!(text.escape_ascii().to_string(), "before!behind", "{lines}");
+        }
+        let status = proxy.settle();
+        let each_way = Bytes {
+            to_upstream: 14,
+            to_downstream: 14,
+        };
+        assert_eq!(
+            (status.carried(), status.number("/closes/finished")),
+            (each_way, 1)
+        );
+        let sockmap = status.sockmap();
+        assert_eq!(
+            [sockmap.to_upstream > 0, sockmap.to_downstream > 0],
+            in_kernel,
+            "{lines}"
+        );
+    }
 }
 
 fn ping_through(client: &mut TcpStream, upstream: &mut TcpStream) {

@@ -4,6 +4,9 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::harness::pattern::{pause, ping};
 use crate::harness::sockets::{Deaf, try_connect};
 use crate::harness::{Bytes, Ending, Plan, Port, Upstream, connect, receive, send};
@@ -135,6 +138,45 @@ fn an_upstream_that_does_not_answer_is_given_up_at_proxy_connect_timeout() {
         "given up after {took:?}"
     );
     proxy.settle();
+}
+
+#[test]
+fn a_peer_that_answers_too_late_is_not_taken_for_the_next_one() {
+    let (late, next) = (Deaf::new(), Deaf::new());
+    let mut plan = Plan::new()
+        .stream("proxy_connect_timeout = \"2500ms\"")
+        .tables(&format!(
+            "[[upstream]]\nname = \"group\"\nserver = [{{ address = \"{}\" }}, {{ address = \"{}\" }}]\n",
+            late.address, next.address
+        ));
+    let front = plan.server("group");
+    let proxy = plan.start();
+    let mut client = connect(front);
+    proxy.wait("the master has the sockets too", |s| {
+        s.number("/sessions/kept") == 1
+    });
+    // It goes on having the first attempt's.
+    let master = Pid::from_raw(proxy.pid());
+    kill(master, Signal::SIGSTOP).expect("stopping the master");
+    proxy.wait("the second peer is tried", |s| {
+        s.number("/upstreams/0/peers/1/active") == 1
+    });
+    let _late = late.hear();
+    // Its SYN is repeated every second.
+    pause(1200);
+    let upstream = Upstream::on(next.hear(), crate::harness::upstream::echo);
+    let echoed = ping(&mut client, UP, 3);
+    kill(master, Signal::SIGCONT).expect("letting the master go on");
+    echoed.expect("the second peer's answer");
+    drop(client);
+    let status = proxy.settle();
+    assert_eq!(status.number("/closes/finished"), 1);
+    assert!(
+        status.sockmap().to_upstream > 0 && status.relay().sum() == 0,
+        "{:#}",
+        status.json()
+    );
+    drop(upstream);
 }
 
 #[test]

@@ -37,6 +37,8 @@ pub fn tune(socket: &OwnedFd, server: &Server, listen_on: &Listen) -> Result<()>
     size_buffers(socket, options).map_err(what)?;
     if listen_on.address.tcp().is_some() {
         setsockopt(socket, sockopt::TcpNoDelay, &server.stream.tcp_nodelay).map_err(what)?;
+        // As workers have it on the other side (`sockets::urgent_inline`).
+        setsockopt(socket, sockopt::OobInline, &true).map_err(what)?;
         keep_alive(socket, options.keepalive).map_err(what)?;
         control_congestion(socket, server, listen_on)?;
         let defer = if options.deferred { DEFER_S } else { 0 };

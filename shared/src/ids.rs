@@ -1,7 +1,7 @@
 //! Indices that cross process or crate boundaries. Numbers only: nothing here owns anything.
 
 /// The way of a byte through a session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(usize)]
 pub enum Direction {
     /// From the downstream socket (client) to the upstream socket (server).

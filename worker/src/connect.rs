@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use culvert_shared::config::{Action, Address, Target};
 use culvert_shared::counters::{Board, CloseReason};
 use culvert_shared::ids::Direction;
+use culvert_shared::sys::socket;
 use nix::errno::Errno;
 
 use crate::balance::{Change, Pick, Scene};
@@ -227,6 +228,7 @@ impl Worker {
         let settings = std::rc::Rc::clone(&session.settings);
         if tcp {
             sockets::reset_on_close(socket.as_fd(), true)?;
+            sockets::urgent_inline(socket.as_fd())?;
             if settings.tcp_nodelay {
                 sockets::no_delay(socket.as_fd())?;
             }
@@ -258,12 +260,17 @@ impl Worker {
     }
 
     /// An attempt has ended, one way or the other.
-    pub(crate) fn connect_ended(&mut self, token: Token, session: &mut Session) -> Next {
+    pub(crate) fn connect_ended(&mut self, token: Token, session: &mut Session, deadline_ms: u64) -> Next {
         let Some(upstream) = &session.upstream else {
             return Next::Close(CloseReason::ConnectFailed);
         };
         match sockets::pending_error(upstream.socket.as_fd()) {
-            None => self.connected(token, session),
+            None if sockets::is_connected(upstream.socket.as_fd()) => self.connected(token, session),
+            // What was reported was not that.
+            None => {
+                session.ready[Side::Upstream.index()] = Default::default();
+                Next::Wait(deadline_ms)
+            }
             Some(errno) => self.peer_failed(token, session, errno),
         }
     }
@@ -274,6 +281,13 @@ impl Worker {
             Some(upstream) => {
                 if let Some(row) = upstream.row {
                     self.free_place(row);
+                }
+                if session.seat.is_some_and(|seat| seat.kept) {
+                    // The master has it too, and what it reports from now on is not the next one's.
+                    if session.watched[Side::Upstream.index()].take().is_some() {
+                        self.sockets.unwatch(&upstream.socket);
+                    }
+                    let _ = socket::reset(upstream.socket.as_fd());
                 }
                 (upstream.name, upstream.row)
             }

@@ -61,7 +61,7 @@ impl Worker {
                 }
                 let upstream = session.ready[Side::Upstream.index()];
                 if upstream.writable || upstream.failed || upstream.ended {
-                    return self.connect_ended(token, session);
+                    return self.connect_ended(token, session, deadline_ms);
                 }
                 Next::Wait(deadline_ms)
             }
@@ -101,6 +101,8 @@ impl Worker {
             if !std::mem::take(&mut session.ready[side.index()].failed) {
                 continue;
             }
+            // Asking takes the error from the socket, and whoever goes on after this process would not see it.
+            self.begin_copying(session);
             let errno = session
                 .socket(side)
                 .and_then(|socket| sockets::pending_error(socket.as_fd()));

@@ -408,7 +408,8 @@ impl Worker {
             self.with_session(token, |worker, session| match session.phase {
                 Phase::Waiting { .. } => worker.wait_again(token, session),
                 Phase::Naming { .. } => worker.name_again(token, session),
-                _ => worker.drive(token, session),
+                // What the programs told of it meanwhile went to nobody.
+                _ => worker.catch_up(token, session),
             });
         }
     }

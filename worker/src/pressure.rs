@@ -1,6 +1,7 @@
 //! Back-pressure on offloaded sessions. The programs hold a source back when its target has too much
 //! outstanding, and say when that has drained; this file lets it go again. No byte is touched here.
 
+use std::collections::HashSet;
 use std::os::fd::AsFd;
 
 use anyhow::Result;
@@ -68,9 +69,9 @@ impl Reader {
 #[derive(Default)]
 pub struct Pressure {
     /// Flows that are held back, or were when they were last looked at.
-    paused: Vec<(Token, Direction)>,
+    paused: HashSet<(Token, Direction)>,
     /// Flows whose source may gather less than it should, because many were held back at once.
-    narrow: Vec<(Token, Direction)>,
+    narrow: HashSet<(Token, Direction)>,
 }
 
 impl Worker {
@@ -117,16 +118,22 @@ impl Worker {
             }
             let tokens: Vec<Token> = self.wards[ward].tokens.iter().flatten().copied().collect();
             for token in tokens {
-                for direction in Direction::BOTH {
-                    self.with_session(token, |worker, session| {
-                        if worker.flow(session, direction).paused {
-                            worker.size_buffers(token, session, direction);
-                        }
-                        worker.look_at_flow(token, session, direction)
-                    });
-                }
+                self.with_session(token, |worker, session| worker.catch_up(token, session));
             }
         }
+    }
+
+    /// Looks at all of a session of which some events were lost.
+    pub(crate) fn catch_up(&mut self, token: Token, session: &mut Session) -> Next {
+        for direction in Direction::BOTH {
+            if self.flow(session, direction).paused {
+                self.size_buffers(token, session, direction);
+            }
+            if let Next::Close(reason) = self.look_at_flow(token, session, direction) {
+                return Next::Close(reason);
+            }
+        }
+        self.drive(token, session)
     }
 
     /// Looks at a flow of which it is not known what has happened.
@@ -150,9 +157,7 @@ impl Worker {
         if self.pressure.paused.is_empty() && self.pressure.narrow.is_empty() {
             self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
-        if !self.pressure.paused.contains(&(token, direction)) {
-            self.pressure.paused.push((token, direction));
-        }
+        self.pressure.paused.insert((token, direction));
     }
 
     /// Sizes the buffers of a direction that is fast enough to be held back. The target's send buffer must
@@ -218,9 +223,8 @@ impl Worker {
             true if held_back => Buffers::Narrow,
             true => Buffers::Own,
         };
-        let looked_at = session.stream(direction).buffers == Buffers::Narrow;
-        if looked_at && !self.pressure.narrow.contains(&(token, direction)) {
-            self.pressure.narrow.push((token, direction));
+        if session.stream(direction).buffers == Buffers::Narrow {
+            self.pressure.narrow.insert((token, direction));
         }
     }
 

@@ -132,6 +132,12 @@ impl Sockets {
             .modify(fd, &mut EpollEvent::new(interest.flags(), token.encode(side)))
     }
 
+    /// Watches a socket no more; closing it is not enough while another process has it too.
+    pub fn unwatch(&self, fd: &OwnedFd) {
+        // It cannot fail: it is watched.
+        let _ = self.epoll.delete(fd);
+    }
+
     /// Waits until something has happened, for so long at most (`None`: without end), and says how much: see
     /// [`Sockets::event`]. If it is more than one turn takes, the rest comes first the next time.
     pub fn wait(&mut self, patience: Option<Duration>) -> Result<usize, Errno> {
@@ -247,6 +253,12 @@ pub fn reset_on_close(fd: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
 /// Sends small segments at once.
 pub fn no_delay(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     setsockopt(&fd, sockopt::TcpNoDelay, &true)
+}
+
+/// Has urgent data stand among the rest, where it was sent: a proxy knows no other use for it, and what a read leaves out
+/// would be lost (tcp_recvmsg_locked, SO_OOBINLINE in socket(7)).
+pub fn urgent_inline(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    setsockopt(&fd, sockopt::OobInline, &true)
 }
 
 /// The address that an accepted connection was made to; a wildcard listener does not tell.
