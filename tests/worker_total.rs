@@ -5,12 +5,13 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use crate::harness::pattern::{pause, ping, receive_from};
+use crate::harness::process::voluntary_switches;
 use crate::harness::slow::{
     DOWN, MIB, PIECE, UP, finish, must_be_sound, must_have_stayed_in_the_kernel, standstill,
 };
 use crate::harness::sockets::reset;
 use crate::harness::turns::beside_others;
-use crate::harness::{Ending, Front, Plan, Proxy, Status, Towards, Writer, within};
+use crate::harness::{Ending, Front, Plan, Proxy, Status, Towards, Writer, send, within};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::RcvBuf;
@@ -92,6 +93,44 @@ fn finish_all(sessions: Vec<Held>, from: u64, bytes: u64) {
     for (number, reader) in readers.into_iter().enumerate() {
         assert!(reader.join().is_ok(), "session {number} failed");
     }
+}
+
+#[test]
+fn a_session_that_is_held_back_is_looked_at_by_the_clock_after_a_reload_too() {
+    let _beside = beside_others();
+    // Less than what a source gathers, so that its buffer is sized by its share.
+    let (proxy, front) = proxy_of("4m");
+    let Held {
+        mut writing,
+        mut reading,
+        writer,
+    } = push(&proxy, &front, 1, 12 * MIB).remove(0);
+    proxy.wait("it is held back", |s| s.number("/pauses") > 0);
+    assert_eq!(receive_from(&mut reading, UP, 0, 12 * MIB).bytes, 12 * MIB);
+    writer.join().expect("writing the first part");
+    proxy.wait("it rests, and the master keeps it", |s| {
+        held_bytes(s) == 0 && s.number("/sessions/kept") == 1
+    });
+    let old = proxy.worker();
+    let pauses = proxy.reload().number("/pauses");
+    proxy.wait("another worker has it", |s| {
+        let workers = s.workers();
+        workers.len() == 1 && workers[0].pid != old && workers[0].sessions == 1
+    });
+    let writer = std::thread::spawn(move || send(&mut writing, UP, 12 * MIB, 32 * MIB).map(|()| writing));
+    proxy.wait("it is held back again", |s| s.number("/pauses") > pauses);
+    pause(500);
+    let before = voluntary_switches(proxy.worker());
+    pause(1000);
+    // Ten times a second; asking for the status wakes it too.
+    let looks = voluntary_switches(proxy.worker()) - before;
+    assert!(looks >= 6, "it was looked at {looks} times");
+    assert_eq!(receive_from(&mut reading, UP, 12 * MIB, 32 * MIB).bytes, 20 * MIB);
+    let writing = writer.join().expect("the writer").expect("writing the rest");
+    drop(writing);
+    receive_from(&mut reading, UP, 32 * MIB, u64::MAX).must_be_whole(0);
+    drop(reading);
+    must_be_sound(&proxy.settle());
 }
 
 #[test]

@@ -12,6 +12,7 @@ enum flow_flag {
 	FLOW_GAP = 2,		/* a segment began after next_seq: bytes are missing */
 	FLOW_NO_TARGET = 4,	/* the other socket was not in the map: bytes were left to user space */
 	FLOW_TRIM_FAILED = 8,	/* bytes that were forwarded before could not be cut off */
+	FLOW_RUNAWAY = 16,	/* the source should have been held back long ago, and still sends */
 };
 
 /* Whether a flow's source is held back. */
@@ -42,7 +43,7 @@ struct flow {
 	__u32 largest_outstanding_bytes;
 	__u32 lane;		/* user: the ring buffer of its worker; none there: the worker looks by itself */
 	__u32 held_bytes;	/* what it stands for in the slot's sum (struct slot_total) */
-	__u32 pad;
+	__u32 runaway_bytes;	/* user: outstanding bytes that no source reaches that can be held back; 0 = not known */
 	__u64 indexed_cookie;	/* what stands for it in `indices`; a stale one is replaced by the next `join` */
 	__u64 reserved[3];
 };

@@ -30,10 +30,15 @@ struct inet_connection_sock {
 	struct inet_sock icsk_inet;
 };
 
+struct tcp_options_received {
+	__u8 num_sacks;
+};
+
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u32 copied_seq;
 	__u64 bytes_acked;
+	struct tcp_options_received rx_opt;
 };
 
 #pragma clang attribute pop

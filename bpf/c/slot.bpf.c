@@ -240,8 +240,16 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 	if (!shared)
 		return SK_PASS;
 	count_held(flow, index, behind, shared);
-	if (flow->pause != PAUSE_OFF)
+	if (flow->pause != PAUSE_OFF) {
+		/*
+		 * What it may still send until it hears from us is one receive window. Far more says that `hold_back` is not
+		 * called for it: another program has taken its callback flags away, or the kernel has a way of answering that
+		 * we do not know.
+		 */
+		if (flow->runaway_bytes && behind > (__s32)flow->runaway_bytes && !(flow->flags & FLOW_RUNAWAY))
+			trouble(flow, index, FLOW_RUNAWAY);
 		return SK_PASS;
+	}
 	if (behind > (__s32)flow->high_bytes || (behind > FLOW_FLOOR && is_full(shared))) {
 		flow->wake = 1;
 		flow->pause = PAUSE_WANTED;
@@ -288,6 +296,11 @@ int verdict(struct __sk_buff *skb)
  * elsewhere; and where this call is nested in tcp_read_skb (tcp_eat_skb -> tcp_cleanup_rbuf -> ACK) the
  * verdict on the present skb is made, and with an empty receive queue there is no next one that could
  * find its program gone and be dropped.
+ *
+ * An ACK with timestamps and three SACK blocks has no room for an option, and nobody is asked for one: a sender that
+ * leaves three holes open would never be held back. So a segment that arrives while there are any is such a moment
+ * too: bpf_skops_parse_hdr has the lock as well, and its data is not queued yet. Holes keep the receiver off the
+ * fast path (tcp_fast_path_check), where options are not looked at.
  */
 static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, __u32 index, struct slot_total *shared)
 {
@@ -349,8 +362,10 @@ int pressure(struct bpf_sock_ops *ops)
 	flow = bpf_map_lookup_elem(&flows, &index);
 	if (!flow || flow->cookie != bpf_get_socket_cookie(ops))
 		return 1;
-	if (ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+	if (ops->op != BPF_SOCK_OPS_RTT_CB)
 		hold_back(self, flow, index, shared);
+	if (ops->op == BPF_SOCK_OPS_PARSE_HDR_OPT_CB)
+		return 1;
 	index ^= 1;
 	flow = bpf_map_lookup_elem(&flows, &index);
 	if (flow)

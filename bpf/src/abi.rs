@@ -27,7 +27,7 @@ pub struct Flow {
     pub largest_outstanding_bytes: AtomicU32,
     pub lane: AtomicU32,
     pub held_bytes: AtomicU32,
-    pub pad: AtomicU32,
+    pub runaway_bytes: AtomicU32,
     pub indexed_cookie: AtomicU64,
     pub reserved: [AtomicU64; 3],
 }
@@ -150,6 +150,7 @@ const _: () = {
     assert!(offset_of!(Flow, acked_base) == offset_of!(types::flow, acked_base));
     assert!(offset_of!(Flow, high_bytes) == offset_of!(types::flow, high_bytes));
     assert!(offset_of!(Flow, low_bytes) == offset_of!(types::flow, low_bytes));
+    assert!(offset_of!(Flow, runaway_bytes) == offset_of!(types::flow, runaway_bytes));
     assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));
     assert!(offset_of!(Flow, wake) == offset_of!(types::flow, wake));
     assert!(offset_of!(Flow, pauses) == offset_of!(types::flow, pauses));
@@ -181,6 +182,26 @@ pub mod flow_flag {
     pub const NO_TARGET: u32 = flow_flag::FLOW_NO_TARGET.0;
     /// Bytes that were forwarded before could not be cut off.
     pub const TRIM_FAILED: u32 = flow_flag::FLOW_TRIM_FAILED.0;
+    /// The source should have been held back long ago, and still sends.
+    pub const RUNAWAY: u32 = flow_flag::FLOW_RUNAWAY.0;
+
+    /// What no flow must have met that is to end cleanly.
+    pub const FATAL: u32 = GAP | NO_TARGET | TRIM_FAILED | RUNAWAY;
+
+    /// What the fatal ones among them mean, for people.
+    pub fn describe(flags: u32) -> String {
+        let meanings = [
+            (GAP, "bytes were missing"),
+            (NO_TARGET, "the other socket was not in the map"),
+            (TRIM_FAILED, "bytes that came twice could not be cut off"),
+            (
+                RUNAWAY,
+                "its source could not be held back (has another BPF program changed the socket's callback flags?)",
+            ),
+        ];
+        let met = meanings.iter().filter(|(flag, _)| flags & flag != 0);
+        met.map(|(_, meaning)| *meaning).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// Whether a flow's source is held back (`enum flow_pause`, where they are explained).

@@ -64,8 +64,23 @@ pub struct Terms {
     pub now_ns: u64,
     /// Bytes that may be outstanding towards one target before its source is held back.
     pub backlog_bytes: u32,
+    /// The largest receive window that the host gives a socket; `None`: not known.
+    pub window_bytes: Option<u32>,
     /// Where the worker is told what happens.
     pub lane: LaneNumber,
+}
+
+impl Terms {
+    fn set_limits(&self, flow: &Flow) {
+        flow.high_bytes.store(self.backlog_bytes, Relaxed);
+        flow.low_bytes.store(self.backlog_bytes / 2, Relaxed);
+        // A source that is let go may have gathered one window, and gets no further than another.
+        let runaway = self.window_bytes.map_or(0, |window| {
+            self.backlog_bytes.saturating_add(window.saturating_mul(2))
+        });
+        // What is outstanding is a difference of 32-bit counters.
+        flow.runaway_bytes.store(runaway.min(i32::MAX as u32), Relaxed);
+    }
 }
 
 /// A worker's ring buffer of its slot.
@@ -253,8 +268,7 @@ impl SlotMaps {
             flow.last_active_ns.store(terms.now_ns, Relaxed);
             // Its low bits, as in the program.
             flow.acked_base.store(sent_bytes[side] as u32, Relaxed);
-            flow.high_bytes.store(terms.backlog_bytes, Relaxed);
-            flow.low_bytes.store(terms.backlog_bytes / 2, Relaxed);
+            terms.set_limits(flow);
             flow.lane.store(terms.lane.0, Relaxed);
             flow.pause.store(flow_pause::OFF, Relaxed);
             for counter in [&flow.wake, &flow.pauses, &flow.largest_outstanding_bytes] {
@@ -339,8 +353,7 @@ impl SlotMaps {
         for (side, fd) in sockets.into_iter().enumerate() {
             let index = self.index(place, side);
             let flow = &self.flows[index];
-            flow.high_bytes.store(terms.backlog_bytes, Relaxed);
-            flow.low_bytes.store(terms.backlog_bytes / 2, Relaxed);
+            terms.set_limits(flow);
             // Before `pause` is read by the caller: either it sees a pause, or the program sees the lane.
             flow.lane.store(terms.lane.0, SeqCst);
             if !died || !carried[side] {

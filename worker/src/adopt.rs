@@ -106,6 +106,7 @@ impl Worker {
             let terms = Terms {
                 now_ns: clock::now_ns(),
                 backlog_bytes: settings.ebpf_backlog_size,
+                window_bytes: self.limits.window_bytes,
                 lane: self.wards[ward].reader.lane(),
             };
             let carried = saved.streams.map(|stream| way_of(stream.way) == Way::Kernel);

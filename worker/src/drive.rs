@@ -30,7 +30,7 @@ pub enum Next {
 pub enum Trouble {
     /// A socket failed.
     Socket(Failed),
-    /// The kernel's counters do not add up.
+    /// The kernel's counters do not add up, or its program has met what it must not.
     Integrity(String),
 }
 
@@ -178,6 +178,8 @@ impl Worker {
             // Closing it, which comes next, says the same, unless the master has the socket too.
             return Ok(());
         }
+        // Whoever takes it over may end it once more, but must not take the end itself for a byte too many.
+        self.save(session);
         let side = target(direction);
         match session
             .socket(side)
@@ -266,7 +268,7 @@ impl Worker {
             }
             Trouble::Integrity(what) => {
                 log::error!(
-                    "session {}: resetting both ends, the kernel's counters do not add up: {what}",
+                    "session {}: resetting both ends, what the kernel has forwarded is in doubt: {what}",
                     session.number
                 );
                 CloseReason::Integrity

@@ -20,9 +20,6 @@ use crate::session::{Datapath, Failed, Session, source, target};
 use crate::store::{Seat, Ward};
 use crate::table::{Side, Token};
 
-/// What the program must never have met on a flow that is to end cleanly.
-pub(crate) const FATAL_FLAGS: u32 = flow_flag::GAP | flow_flag::TRIM_FAILED | flow_flag::NO_TARGET;
-
 impl Worker {
     /// Both ends are there: the kernel takes the session, or user space copies it.
     pub(crate) fn begin_streaming(&mut self, token: Token, session: &mut Session) -> Next {
@@ -126,6 +123,7 @@ impl Worker {
         let terms = Terms {
             now_ns: clock::now_ns(),
             backlog_bytes: session.settings.ebpf_backlog_size,
+            window_bytes: self.limits.window_bytes,
             lane: self.wards[ward].reader.lane(),
         };
         let sent_bytes = Direction::BOTH.map(|way| sent_by_us(session, way));
@@ -202,14 +200,19 @@ impl Worker {
         let flow = self.flow(session, direction);
         let read = session.streams[direction.index()].read_bytes;
         // The end of the stream counts as a byte (tcp_fin, tcp_rcv_nxt_update).
-        if flow.flags & FATAL_FLAGS == 0 && received == read + flow.forwarded_bytes + 1 {
+        if flow.flags & flow_flag::FATAL == 0 && received == read + flow.forwarded_bytes + 1 {
             return Ok(());
         }
         Err(Trouble::Integrity(format!(
-            "{}: {received} bytes received with the end of stream, {read} read, {} forwarded, flags {:#x}",
+            "{}: {received} bytes received with the end of stream, {read} read, {} forwarded{}{}",
             direction.name(),
             flow.forwarded_bytes,
-            flow.flags
+            if flow.flags & flow_flag::FATAL == 0 {
+                ""
+            } else {
+                "; "
+            },
+            flow_flag::describe(flow.flags),
         )))
     }
 

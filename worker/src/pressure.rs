@@ -5,13 +5,12 @@ use std::collections::HashSet;
 use std::os::fd::AsFd;
 
 use anyhow::Result;
-use culvert_bpf::{Event, EventKind, Events, LaneNumber, SlotMaps};
+use culvert_bpf::{Event, EventKind, Events, LaneNumber, SlotMaps, flow_flag};
 use culvert_shared::ids::{Direction, Owner};
 
 use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::{PRESSURE_TIMER, Worker};
-use crate::offload::FATAL_FLAGS;
 use crate::session::{Buffers, Session, source, target};
 use crate::sockets;
 use crate::store::Ward;
@@ -139,8 +138,8 @@ impl Worker {
     /// Looks at a flow of which it is not known what has happened.
     pub(crate) fn look_at_flow(&mut self, token: Token, session: &mut Session, direction: Direction) -> Next {
         let flags = self.flow(session, direction).flags;
-        if flags & FATAL_FLAGS != 0 {
-            let what = format!("{}: the program met flags {flags:#x}", direction.name());
+        if flags & flow_flag::FATAL != 0 {
+            let what = format!("{}: {}", direction.name(), flow_flag::describe(flags));
             return Next::Close(self.explain(session, Trouble::Integrity(what)));
         }
         if self.is_due(session, direction) {
@@ -154,10 +153,8 @@ impl Worker {
 
     /// A flow is held back, from now on or since before this worker had it.
     pub(crate) fn note_paused(&mut self, token: Token, direction: Direction) {
-        if self.pressure.paused.is_empty() && self.pressure.narrow.is_empty() {
-            self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
-        }
         self.pressure.paused.insert((token, direction));
+        self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
     }
 
     /// Sizes the buffers of a direction that is fast enough to be held back. The target's send buffer must
@@ -225,6 +222,7 @@ impl Worker {
         };
         if session.stream(direction).buffers == Buffers::Narrow {
             self.pressure.narrow.insert((token, direction));
+            self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
     }
 
@@ -276,9 +274,6 @@ impl Worker {
                 worker.size_buffers(token, session, direction);
                 worker.wait(session)
             });
-        }
-        if !self.pressure.paused.is_empty() || !self.pressure.narrow.is_empty() {
-            self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
         self.arm_untold();
     }

@@ -290,18 +290,26 @@ pub struct BufferLimits {
     pub send_bytes: usize,
     /// `net.core.rmem_max`.
     pub receive_bytes: usize,
+    /// The largest receive buffer that a socket of the host may have, grown by itself or asked for.
+    pub window_bytes: Option<u32>,
 }
 
 impl BufferLimits {
     /// Reads them; what cannot be read is taken for zero, and buffers are left to the kernel.
     pub fn read() -> BufferLimits {
-        let read = |name: &str| {
-            let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}"));
-            text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+        // The last of its numbers.
+        let read = |name: &str| -> Option<usize> {
+            let text = std::fs::read_to_string(format!("/proc/sys/net/{name}")).ok()?;
+            text.split_whitespace().next_back()?.parse().ok()
         };
+        let grown = read("ipv4/tcp_rmem");
+        let asked_for = read("core/rmem_max");
+        // The kernel doubles what is asked for.
+        let largest = grown.zip(asked_for).map(|(grown, bytes)| grown.max(2 * bytes));
         BufferLimits {
-            send_bytes: read("wmem_max"),
-            receive_bytes: read("rmem_max"),
+            send_bytes: read("core/wmem_max").unwrap_or(0),
+            receive_bytes: asked_for.unwrap_or(0),
+            window_bytes: largest.map(|bytes| u32::try_from(bytes).unwrap_or(u32::MAX)),
         }
     }
 }

@@ -1,18 +1,20 @@
 //! `TCP_REPAIR` (linux/tcp.h): a connection whose place in the stream is set by hand, to act as a peer
 //! that sends again what the other end has already. Needs CAP_NET_ADMIN.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::sockopt::TcpRepair;
+use nix::sys::socket::sockopt::{TcpMaxSeg, TcpRepair};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getpeername, getsockname, getsockopt,
     setsockopt, socket,
 };
 use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
+
+use super::socket::tcp_info;
 
 sockopt_impl!(
     /// Which queue [`QueueSequence`] is of.
@@ -39,11 +41,23 @@ sockopt_impl!(
     [u32; 5]
 );
 
+sockopt_impl!(
+    /// Two of `struct tcp_repair_opt`: the number of a TCP option, and its value.
+    RepairOptions,
+    SetOnly,
+    libc::IPPROTO_TCP,
+    libc::TCP_REPAIR_OPTIONS,
+    [u32; 4]
+);
+
 // Values of TCP_REPAIR and TCP_REPAIR_QUEUE.
 const ON: u32 = 1;
 const OFF_WITHOUT_PROBE: u32 = u32::MAX;
 const RECEIVE_QUEUE: u32 = 1;
 const SEND_QUEUE: u32 = 2;
+// Numbers of TCP options (RFC 9293, RFC 7323).
+const MAXIMUM_SEGMENT: u32 = 2;
+const WINDOW_SCALE: u32 = 3;
 /// The window that both ends are taken to have granted.
 const WINDOW: u32 = 60_000;
 /// How long somebody else may hold the old socket.
@@ -63,6 +77,13 @@ pub fn rewind(old: OwnedFd, bytes: u32) -> Result<OwnedFd> {
     let places = [SEND_QUEUE, RECEIVE_QUEUE].map(sequence);
     let [send, receive] = [places[0], places[1]].map(|place| place.context("failed to read TCP_QUEUE_SEQ"));
     let (send, receive) = (send?.wrapping_sub(bytes), receive?);
+    let segment = getsockopt(&old, TcpMaxSeg).context("failed to read TCP_MAXSEG")?;
+    let scales = u32::from(
+        tcp_info(old.as_fd())
+            .context("failed to read TCP_INFO")?
+            .window_scales,
+    );
+    let scales = (scales & 0xf) | (scales >> 4) << 16;
     // A socket under repair is closed without a word to its peer (__tcp_close).
     drop(old);
 
@@ -80,6 +101,8 @@ pub fn rewind(old: OwnedFd, bytes: u32) -> Result<OwnedFd> {
     }
     bind(new.as_raw_fd(), &local).context("failed to bind to the old connection's address")?;
     connect_again(&new, &peer).context("failed to connect under TCP_REPAIR")?;
+    let options = [MAXIMUM_SEGMENT, segment, WINDOW_SCALE, scales];
+    setsockopt(&new, RepairOptions, &options).context("failed to set TCP_REPAIR_OPTIONS")?;
     let window = [receive, WINDOW, WINDOW, WINDOW, receive];
     setsockopt(&new, RepairWindow, &window)
         .and_then(|()| setsockopt(&new, TcpRepair, &OFF_WITHOUT_PROBE))

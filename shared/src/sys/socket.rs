@@ -17,6 +17,8 @@ pub struct TcpInfo {
     pub established: bool,
     /// Bytes that the last ACK allowed the peer to send (`tcpi_rcv_wnd`); `None` before Linux 6.2.
     pub receive_window: Option<u32>,
+    /// By how many bits windows are shifted: those that the peer tells in the lower four, our own in the others.
+    pub window_scales: u8,
 }
 
 /// `TCP_ESTABLISHED` of the kernel's tcp_states.h.
@@ -46,6 +48,7 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
         established: info.tcpi_state == ESTABLISHED,
         receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
             .then_some(info.tcpi_rcv_wnd),
+        window_scales: info.tcpi_snd_rcv_wscale,
     })
 }
 
