@@ -328,21 +328,24 @@ impl Group {
             return Pick::Full;
         }
         // Nobody is left but those that have failed: rather than refuse everybody for fail_timeout, they are
-        // all taken for alive.
-        for (index, peer) in self.peers.iter().enumerate() {
-            if self.is_out(scene, index) && !self.is_away(scene, index) && !tried.contains(&peer.row) {
+        // all taken for alive, the backups only if that brings no other.
+        for backup in [false, true] {
+            for (index, peer) in self.peers.iter().enumerate() {
+                let is_out = self.is_out(scene, index) && !self.is_away(scene, index);
+                if peer.backup != backup || tried.contains(&peer.row) || !is_out {
+                    continue;
+                }
                 self.board_row(scene, index).fails.store(0, Relaxed);
                 match active.get(index) {
                     Some(active) if *active >= u64::from(peer.max_conns) => full = true,
                     _ => ready.push(index),
                 }
             }
+            if let Some(peer) = self.choose(scene, &ready, &active, key, random) {
+                return self.take(scene, peer);
+            }
         }
-        match self.choose(scene, &ready, &active, key, random) {
-            Some(peer) => self.take(scene, peer),
-            None if full => Pick::Full,
-            None => Pick::Nobody,
-        }
+        if full { Pick::Full } else { Pick::Nobody }
     }
 
     /// A session waits for a place from now on; `None`: too many do. `is_first`: none of its worker's waits already.
