@@ -3,8 +3,9 @@
 //! reloads and deaths of workers come.
 //!
 //! A key is known by its hash, 64 bits with a secret of this run. A session that counts has a hold, which says who
-//! cares for it and what it counts in: when a worker dies, the master gives back what its sessions held. A bucket
-//! is changed under its lock, which names its holder, for a few instructions without a system call.
+//! cares for it and what it counts in: when a worker dies, the master gives back what its sessions held. What a bucket
+//! counts is raised under its lock, which names its holder, for a few instructions without a system call; it is lowered
+//! without, because that may not fail: a holder can be stopped for longer than anybody waits.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
@@ -18,7 +19,7 @@ use crate::ids::Owner;
 use crate::sys::shm::{Shareable, Shared};
 
 /// The version of this layout; change it whenever something changes its place or meaning.
-const LAYOUT: &str = "culvert limits, layout 1";
+const LAYOUT: &str = "culvert limits, layout 2";
 
 /// How the counts are laid out and how keys are hashed, for two binaries to compare.
 pub fn layout() -> String {
@@ -37,6 +38,9 @@ const CELLS: usize = 16;
 const HOLDS: usize = 1 << 20;
 /// Holds that are asked at most before there is none.
 const ASK: usize = 4096;
+/// From one that is taken to the next that is asked: those beside it are most likely another worker's as well. It shares
+/// no divisor with their number, so none is asked twice.
+const LEAP: usize = 40_503;
 /// Tries for a lock, all but the first few with a chance for its holder to run: some ten milliseconds, in which
 /// the master has freed the lock of a holder that died.
 const TRIES: usize = 20_000;
@@ -110,7 +114,7 @@ impl Desk {
     /// A worker's own.
     pub fn new(owner: Owner) -> Desk {
         // Workers begin in different places.
-        let next = (owner.0 as usize).wrapping_mul(40_503) * 16 % HOLDS;
+        let next = (owner.0 as usize).wrapping_mul(LEAP) * 16 % HOLDS;
         Desk {
             owner,
             free: Vec::new(),
@@ -219,7 +223,7 @@ impl Limits {
 
     /// A session is over.
     pub fn release(&self, desk: &mut Desk, held: Held) {
-        if self.uncount(desk.owner, held) {
+        if self.uncount(held) {
             desk.free.push(held.0 - 1);
         }
     }
@@ -231,15 +235,15 @@ impl Limits {
         }
     }
 
-    /// A worker is gone: what its sessions held is given back, except for those that live on. `by` is whoever asks.
-    pub fn bury(&self, owner: Owner, lives_on: &HashSet<u32>, by: Owner) {
+    /// A worker is gone: what its sessions held is given back, except for those that live on.
+    pub fn bury(&self, owner: Owner, lives_on: &HashSet<u32>) {
         for bucket in self.buckets.iter() {
             let _ = bucket.lock.compare_exchange(owner.0, 0, Release, Relaxed);
         }
         for (index, hold) in self.holds.iter().enumerate() {
             let held = index as u32 + 1;
             if hold.owner.load(Acquire) == owner.0 && !lives_on.contains(&held) {
-                self.uncount(by, Held(held));
+                self.uncount(Held(held));
             }
         }
     }
@@ -266,15 +270,16 @@ impl Limits {
         }
         for _ in 0..ASK {
             let index = desk.next;
-            desk.next = (desk.next + 1) % HOLDS;
-            if let Some(index) = claim(index) {
-                return Some(index);
+            let claimed = claim(index);
+            desk.next = (index + if claimed.is_some() { 1 } else { LEAP }) % HOLDS;
+            if claimed.is_some() {
+                return claimed;
             }
         }
         None
     }
 
-    fn uncount(&self, by: Owner, held: Held) -> bool {
+    fn uncount(&self, held: Held) -> bool {
         let Some(hold) = self.holds.get((held.0 as usize).wrapping_sub(1)) else {
             return false;
         };
@@ -282,10 +287,8 @@ impl Limits {
             .checked_sub(1)
             .filter(|cell| *cell < BUCKETS * CELLS)
         {
-            self.change(by, cell / CELLS, |bucket| {
-                let count = &bucket.cells[cell % CELLS].count;
-                count.store(count.load(Relaxed).saturating_sub(1), Relaxed);
-            });
+            let count = &self.buckets[cell / CELLS].cells[cell % CELLS].count;
+            let _ = count.fetch_update(Relaxed, Relaxed, |count| count.checked_sub(1));
         }
         hold.cell.store(0, Relaxed);
         hold.owner.store(0, Release);
@@ -367,14 +370,39 @@ mod tests {
         limits.pass_to(held[0], Owner(2));
         // It died in the middle of a change.
         limits.buckets[bucket_of(key)].lock.store(1, Relaxed);
-        limits.bury(Owner(1), &HashSet::from([held[1].0]), Owner(u32::MAX));
+        limits.bury(Owner(1), &HashSet::from([held[1].0]));
         assert_eq!(limits.count(key), 2);
         limits.pass_to(held[1], Owner(2));
         limits.release(&mut heir, held[0]);
         limits.release(&mut heir, held[1]);
         assert_eq!(limits.count(key), 0);
-        limits.bury(Owner(1), &HashSet::new(), Owner(u32::MAX));
+        limits.bury(Owner(1), &HashSet::new());
         assert_eq!(limits.count(key), 0);
+    }
+
+    #[test]
+    fn a_session_that_ends_is_not_counted_any_more_though_a_worker_was_stopped_while_it_counted_another() {
+        let limits = Limits::new().unwrap();
+        let mut desk = Desk::new(Owner(1));
+        let key = limits.print("z", "a");
+        let held = limits.hold(&mut desk, key, 9, 0).unwrap();
+        let lock = &limits.buckets[bucket_of(key)].lock;
+        lock.store(2, Relaxed);
+        limits.release(&mut desk, held);
+        lock.store(0, Relaxed);
+        assert_eq!(limits.count(key), 0);
+    }
+
+    #[test]
+    fn a_worker_finds_a_hold_though_it_begins_to_look_where_another_has_many() {
+        let limits = Limits::new().unwrap();
+        let (mut one, mut two) = (Desk::new(Owner(1)), Desk::new(Owner(2)));
+        two.next = one.next + 10;
+        let key = limits.print("z", "a");
+        for _ in 0..2 * ASK {
+            limits.hold(&mut one, key, u32::MAX, 0).unwrap();
+        }
+        limits.hold(&mut two, key, u32::MAX, 0).unwrap();
     }
 
     #[test]
