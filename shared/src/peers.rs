@@ -48,44 +48,50 @@ pub struct PeerRow {
     pub transit: Transit,
 }
 
-/// Sessions that are between two workers: for an instant one counts here and there, never nowhere.
+/// Sessions that are between two workers: for an instant one counts here and there, never nowhere. So whoever lets go of
+/// one begins before its own gauge goes down, and whoever takes it in ends after its own went up.
 #[derive(Debug, Default)]
 #[repr(C)]
 pub struct Transit {
-    /// Until when they count.
-    until_ms: AtomicU64,
-    sessions: AtomicU32,
-    padding: AtomicU32,
+    /// How many (24 bits), above that until when they count (40 bits: 34 years). One word, because all workers let go
+    /// of their sessions at the same time.
+    word: AtomicU64,
+}
+
+const TRANSIT_BITS: u32 = 24;
+
+fn transit_of(word: u64) -> (u64, u32) {
+    (word >> TRANSIT_BITS, word as u32 & ((1 << TRANSIT_BITS) - 1))
 }
 
 impl Transit {
     /// Sessions are on their way from one worker to another.
     pub fn begin(&self, sessions: u32, now_ms: u64) {
-        if self.until_ms.swap(now_ms + TRANSIT_MS, Relaxed) <= now_ms {
-            self.sessions.store(0, Relaxed);
-        }
-        self.sessions.fetch_add(sessions, Relaxed);
+        let raised = |word| {
+            let (until_ms, before) = transit_of(word);
+            let before = if now_ms < until_ms { before } else { 0 };
+            let sessions = before.saturating_add(sessions).min((1 << TRANSIT_BITS) - 1);
+            Some((now_ms + TRANSIT_MS) << TRANSIT_BITS | u64::from(sessions))
+        };
+        let _ = self.word.fetch_update(Release, Relaxed, raised);
     }
 
     /// Nothing is known of any.
     fn forget(&self) {
-        self.until_ms.store(0, Relaxed);
-        self.sessions.store(0, Relaxed);
+        self.word.store(0, Relaxed);
     }
 
     /// One of them has arrived.
     pub fn end(&self) {
-        let lower = |sessions: u32| sessions.checked_sub(1);
         // Nothing is lowered where it has lapsed.
-        let _ = self.sessions.fetch_update(Relaxed, Relaxed, lower);
+        let lowered = |word| (transit_of(word).1 > 0).then(|| word - 1);
+        let _ = self.word.fetch_update(Release, Relaxed, lowered);
     }
 
     /// How many are on their way.
     pub fn count(&self, now_ms: u64) -> u32 {
-        match now_ms < self.until_ms.load(Relaxed) {
-            true => self.sessions.load(Relaxed),
-            false => 0,
-        }
+        let (until_ms, sessions) = transit_of(self.word.load(Acquire));
+        if now_ms < until_ms { sessions } else { 0 }
     }
 }
 
@@ -249,6 +255,30 @@ mod tests {
         std::mem::forget(lock.take(3));
         drop(lock.take(3));
         assert_eq!(lock.0.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn workers_that_let_go_of_sessions_at_once_lose_none_of_each_others() {
+        const WORKERS: u32 = 3;
+        let transit = Transit::default();
+        let round = std::sync::Barrier::new(WORKERS as usize);
+        let wrong = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for worker in 0..WORKERS {
+                let (transit, round, wrong) = (&transit, &round, &wrong);
+                scope.spawn(move || {
+                    for now_ms in (1..5_000).map(|n| n * 2 * TRANSIT_MS) {
+                        round.wait();
+                        transit.begin(1, now_ms);
+                        round.wait();
+                        if worker == 0 && transit.count(now_ms) != WORKERS {
+                            wrong.fetch_add(1, Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(wrong.load(Relaxed), 0, "rounds in which sessions were lost");
     }
 
     #[test]
