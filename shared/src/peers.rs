@@ -42,6 +42,8 @@ pub struct PeerRow {
     pub turn: AtomicI64,
     /// How long connecting takes: a moving average in microseconds; 0: never connected.
     pub connect_us: AtomicU64,
+    /// Sessions since then that another peer got because it was faster.
+    pub passed_over: AtomicU64,
     /// What checks found.
     pub check: CheckRow,
     /// Its sessions that are between two workers.
@@ -103,14 +105,15 @@ impl PeerRow {
         self.live_since_ms.store(now_ms, Relaxed);
     }
 
-    /// Takes a connection's duration into the average: an eighth of it counts at once, as with TCP's round trips.
-    pub fn note_connect_time(&self, took_us: u64) {
+    /// Takes a connection's duration into the average so far: an eighth of it counts at once, as with TCP's round trips.
+    pub fn note_connect_time(&self, mean_us: u64, took_us: u64) {
         let took = took_us.max(1);
-        let mean = match self.connect_us.load(Relaxed) {
+        let mean = match mean_us {
             0 => took,
             mean => (7 * mean + took).div_ceil(8),
         };
         self.connect_us.store(mean, Relaxed);
+        self.passed_over.store(0, Relaxed);
     }
 }
 
@@ -156,13 +159,14 @@ impl Former {
             live_since_ms,
             turn,
             connect_us,
+            passed_over,
             check,
             transit,
         } = peer;
         for number in [fails, penalty] {
             number.store(0, Relaxed);
         }
-        for number in [failed_ms, checked_ms, live_since_ms, connect_us] {
+        for number in [failed_ms, checked_ms, live_since_ms, connect_us, passed_over] {
             number.store(0, Relaxed);
         }
         turn.store(0, Relaxed);

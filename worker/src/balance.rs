@@ -386,7 +386,7 @@ impl Group {
     /// An attempt has succeeded, after so long.
     pub fn connected(&self, scene: &Scene<'_>, index: usize, took_us: u64) -> Option<Change> {
         let row = self.board_row(scene, index);
-        row.note_connect_time(took_us);
+        row.note_connect_time(self.connect_us(scene, index), took_us);
         let fails = row.fails.load(Relaxed);
         // As with nginx, a success counts once the peer was let in for a try after the failure's time was over.
         if fails == 0 || row.failed_ms.load(Relaxed) >= row.checked_ms.load(Relaxed) {

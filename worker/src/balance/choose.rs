@@ -10,6 +10,10 @@ use super::{Group, Method, Scene, ring};
 /// What a unit of weight counts, so that a part of it can be told: slow starts take many small steps.
 const SCALE: u64 = 256;
 
+/// How often each peer of a group could have had a session before one that got none, as too slow, is taken for twice as
+/// fast. Nothing else would ever tell that it is slow no more: one lost SYN is a thousand times what connecting takes nearby.
+const FADE: u64 = 64;
+
 impl Group {
     /// One of `ready`, which are indices in ascending order; `None` only if there is none.
     pub(super) fn choose(
@@ -30,7 +34,11 @@ impl Group {
         match &self.method {
             Method::RoundRobin => self.smooth(scene, ready),
             Method::LeastConn => self.least(scene, ready, |peer| u128::from(active[peer])),
-            Method::LeastTime => self.least(scene, ready, |peer| self.time(scene, active, peer)),
+            Method::LeastTime => {
+                let fastest = self.least(scene, ready, |peer| self.time(scene, active, peer));
+                self.pass_over(scene, ready, fastest);
+                fastest
+            }
             Method::Random => self.by_chance(ready, random),
             Method::RandomTwo(metric) => self.of_two(scene, ready, active, random, *metric),
             Method::Hash(_) | Method::Ring(..) if in_turn => self.smooth(scene, ready),
@@ -108,9 +116,22 @@ impl Group {
 
     /// The time to connect, as many times as there are sessions to share the peer with.
     fn time(&self, scene: &Scene<'_>, active: &[u64], index: usize) -> u128 {
-        let mean = self.board_row(scene, index).connect_us.load(Relaxed);
         // One that has never been connected to is tried.
-        u128::from(mean) * (u128::from(active[index]) + 1)
+        u128::from(self.connect_us(scene, index)) * (u128::from(active[index]) + 1)
+    }
+
+    /// How long connecting takes, as far as that still counts.
+    pub(super) fn connect_us(&self, scene: &Scene<'_>, index: usize) -> u64 {
+        let row = self.board_row(scene, index);
+        let halvings = row.passed_over.load(Relaxed) / (FADE * self.peers.len() as u64);
+        row.connect_us.load(Relaxed) >> halvings.min(63)
+    }
+
+    /// Notes that one of these was preferred because it is faster.
+    fn pass_over(&self, scene: &Scene<'_>, ready: &[usize], fastest: Option<usize>) {
+        for index in ready.iter().filter(|index| Some(**index) != fastest) {
+            self.board_row(scene, *index).passed_over.fetch_add(1, Relaxed);
+        }
     }
 
     fn by_chance(&self, ready: &[usize], random: u64) -> Option<usize> {
@@ -140,9 +161,13 @@ impl Group {
             Metric::Connections => u128::from(active[index]),
             Metric::Time => self.time(scene, active, index),
         };
-        match self.compare(scene, (other, load(other)), (one, load(one))) {
-            Ordering::Less => Some(other),
-            _ => Some(one),
+        let better = match self.compare(scene, (other, load(other)), (one, load(one))) {
+            Ordering::Less => other,
+            _ => one,
+        };
+        if metric == Metric::Time {
+            self.pass_over(scene, &[one, other], Some(better));
         }
+        Some(better)
     }
 }

@@ -340,6 +340,28 @@ fn the_least_time_wins_and_an_unknown_one_is_tried() {
 }
 
 #[test]
+fn a_peer_that_was_slow_once_is_tried_again_and_one_that_is_slow_gets_little() {
+    for balance in [Balance::LeastTime, Balance::RandomTwo(Metric::Time)] {
+        let mut world = World::new(balance, peers(&[1, 1]));
+        world.group.connected(&world.scene(0), 0, 100);
+        // Its SYN was lost.
+        world.group.connected(&world.scene(0), 1, 1_000_000);
+        let mut visit = |slow_us: u64| {
+            let peer = world.next(0, "");
+            let took_us = if peer == 0 { 100 } else { slow_us };
+            world.group.connected(&world.scene(0), peer, took_us);
+            world.end(0, peer);
+            peer
+        };
+        let slow = (0..4_000).filter(|_| visit(1_000_000) == 1).count();
+        assert!((1..40).contains(&slow), "{slow} of 4000 to a slow peer");
+        (0..4_000).for_each(|_| _ = visit(100));
+        let held = (0..100).filter(|_| world.next(0, "") == 1).count();
+        assert!((40..=60).contains(&held), "{held} of 100");
+    }
+}
+
+#[test]
 fn the_fewest_sessions_for_the_weight_win_wherever_the_sessions_are() {
     let mut world = World::new(Balance::LeastConn, peers(&[3, 1]));
     let mut held = [0; 2];
