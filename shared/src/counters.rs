@@ -368,6 +368,7 @@ impl Board {
             }
             peer.check.bury(row);
         }
+        self.groups.iter().for_each(|group| group.lock.bury(row));
         worker.clear();
     }
 }

@@ -12,6 +12,7 @@ use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -41,9 +42,9 @@ const ASK: usize = 4096;
 /// From one that is taken to the next that is asked: those beside it are most likely another worker's as well. It shares
 /// no divisor with their number, so none is asked twice.
 const LEAP: usize = 40_503;
-/// Tries for a lock, all but the first few with a chance for its holder to run: some ten milliseconds, in which
-/// the master has freed the lock of a holder that died.
-const TRIES: usize = 20_000;
+/// How long a lock is waited for: a host that has more to do than it can leaves its holder without its CPU for some
+/// milliseconds, and so long the master may need to free that of a holder that died.
+const LOCK_PATIENCE: Duration = Duration::from_millis(50);
 
 /// `limit_conn` entries that one session can count in.
 pub const MAX_HOLDS: usize = 4;
@@ -298,22 +299,22 @@ impl Limits {
     /// Does something with a bucket that nobody else does meanwhile; `None`: it was not done.
     fn change<T>(&self, by: Owner, bucket: usize, work: impl FnOnce(&Bucket) -> T) -> Option<T> {
         let bucket = &self.buckets[bucket];
-        for attempt in 0..TRIES {
-            if bucket
-                .lock
-                .compare_exchange_weak(0, by.0, Acquire, Relaxed)
-                .is_ok()
-            {
-                let done = work(bucket);
-                bucket.lock.store(0, Release);
-                return Some(done);
+        let mut tries = 0u32;
+        let mut since: Option<Instant> = None;
+        while bucket.lock.compare_exchange(0, by.0, Acquire, Relaxed).is_err() {
+            tries = tries.wrapping_add(1);
+            if !tries.is_multiple_of(64) {
+                std::hint::spin_loop();
+                continue;
             }
-            match attempt {
-                0..64 => std::hint::spin_loop(),
-                _ => std::thread::yield_now(),
+            std::thread::yield_now();
+            if since.get_or_insert_with(Instant::now).elapsed() > LOCK_PATIENCE {
+                return None;
             }
         }
-        None
+        let done = work(bucket);
+        bucket.lock.store(0, Release);
+        Some(done)
     }
 }
 
@@ -391,6 +392,26 @@ mod tests {
         limits.release(&mut desk, held);
         lock.store(0, Relaxed);
         assert_eq!(limits.count(key), 0);
+    }
+
+    #[test]
+    fn a_client_is_not_refused_because_a_worker_waits_for_its_cpu_while_it_counts_another() {
+        let limits = Limits::new().unwrap();
+        let key = limits.print("z", "a");
+        let lock = &limits.buckets[bucket_of(key)].lock;
+        lock.store(2, Relaxed);
+        let begun = Instant::now();
+        let counted = std::thread::scope(|scope| {
+            let other = scope.spawn(|| limits.hold(&mut Desk::new(Owner(1)), key, 9, 0));
+            std::thread::sleep(LOCK_PATIENCE / 5);
+            lock.store(0, Release);
+            other.join().unwrap()
+        });
+        let took = begun.elapsed();
+        assert!(
+            counted.is_ok() || took > LOCK_PATIENCE,
+            "{counted:?} after {took:?}"
+        );
     }
 
     #[test]

@@ -6,13 +6,14 @@
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
+use std::time::{Duration, Instant};
 
 use crate::health::CheckRow;
 use crate::queue::QueueCounters;
 
-/// How often a lock is tried, with a turn for others between, before its holder is taken for stopped: it is held
-/// for about a microsecond, so this is thousands of times too long.
-const LOCK_PATIENCE: u32 = 20_000;
+/// How long a lock is waited for before its holder is taken for stopped. It is held for about a microsecond, but a host that
+/// has more to do than it can leaves a holder without its CPU for some milliseconds; the master frees that of a dead one.
+const LOCK_PATIENCE: Duration = Duration::from_millis(50);
 
 /// For how long a session that is between two workers counts: adopting takes milliseconds. It lapses, so that
 /// one that nobody adopts does not count for ever.
@@ -199,18 +200,28 @@ impl Lock {
     /// Takes it for the worker with this row, and holds it as long as the value lives.
     pub fn take(&self, worker_row: usize) -> Held<'_> {
         let own = worker_row as u32 + 1;
-        let mut tries = 0;
+        let mut tries = 0u32;
+        let mut since: Option<Instant> = None;
         while let Err(holder) = self.0.compare_exchange(0, own, Acquire, Relaxed) {
-            tries += 1;
-            if tries > LOCK_PATIENCE && self.0.compare_exchange(holder, own, Acquire, Relaxed).is_ok() {
-                break;
+            tries = tries.wrapping_add(1);
+            if !tries.is_multiple_of(64) {
+                std::hint::spin_loop();
+                continue;
             }
-            match tries % 64 {
-                0 => std::thread::yield_now(),
-                _ => std::hint::spin_loop(),
+            std::thread::yield_now();
+            let is_over = since.get_or_insert_with(Instant::now).elapsed() > LOCK_PATIENCE;
+            if is_over && self.0.compare_exchange(holder, own, Acquire, Relaxed).is_ok() {
+                break;
             }
         }
         Held { lock: self, own }
+    }
+
+    /// The worker with this row is gone: it holds it no more.
+    pub fn bury(&self, worker_row: usize) {
+        let _ = self
+            .0
+            .compare_exchange(worker_row as u32 + 1, 0, Release, Relaxed);
     }
 }
 
@@ -247,6 +258,31 @@ mod tests {
             }
         });
         assert_eq!(sum.load(Relaxed), 40_000);
+    }
+
+    #[test]
+    fn a_lock_whose_holder_waits_for_its_cpu_stays_its_own_and_that_of_a_dead_one_is_free_at_once() {
+        let lock = Lock::default();
+        let is_held = AtomicU32::new(1);
+        std::thread::scope(|scope| {
+            let held = lock.take(3);
+            let begun = Instant::now();
+            let other = scope.spawn(|| {
+                let _own = lock.take(5);
+                is_held.load(Relaxed) == 1
+            });
+            std::thread::sleep(LOCK_PATIENCE / 5);
+            is_held.store(0, Relaxed);
+            drop(held);
+            let took = begun.elapsed();
+            let was_taken_away = other.join().expect("the other one");
+            assert!(!was_taken_away || took > LOCK_PATIENCE, "after {took:?}");
+        });
+        std::mem::forget(lock.take(3));
+        lock.bury(5);
+        assert_eq!(lock.0.load(Relaxed), 4);
+        lock.bury(3);
+        assert_eq!(lock.0.load(Relaxed), 0);
     }
 
     #[test]
