@@ -279,12 +279,9 @@ impl Master {
                 }
             }
         }
-        self.current.limits.bury(worker.owner, &lives_on, MASTER);
+        self.current.limits.bury(worker.owner, &lives_on);
     }
 }
-
-/// The master's own mark on what it changes for a worker that is gone; no worker gets it.
-const MASTER: Owner = Owner(u32::MAX);
 
 /// Sessions on their way to a worker.
 pub type Queue = VecDeque<SessionId>;

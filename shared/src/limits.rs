@@ -3,14 +3,16 @@
 //! reloads and deaths of workers come.
 //!
 //! A key is known by its hash, 64 bits with a secret of this run. A session that counts has a hold, which says who
-//! cares for it and what it counts in: when a worker dies, the master gives back what its sessions held. A bucket
-//! is changed under its lock, which names its holder, for a few instructions without a system call.
+//! cares for it and what it counts in: when a worker dies, the master gives back what its sessions held. What a bucket
+//! counts is raised under its lock, which names its holder, for a few instructions without a system call; it is lowered
+//! without, because that may not fail: a holder can be stopped for longer than anybody waits.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -18,7 +20,7 @@ use crate::ids::Owner;
 use crate::sys::shm::{Shareable, Shared};
 
 /// The version of this layout; change it whenever something changes its place or meaning.
-const LAYOUT: &str = "culvert limits, layout 1";
+const LAYOUT: &str = "culvert limits, layout 2";
 
 /// How the counts are laid out and how keys are hashed, for two binaries to compare.
 pub fn layout() -> String {
@@ -37,9 +39,12 @@ const CELLS: usize = 16;
 const HOLDS: usize = 1 << 20;
 /// Holds that are asked at most before there is none.
 const ASK: usize = 4096;
-/// Tries for a lock, all but the first few with a chance for its holder to run: some ten milliseconds, in which
-/// the master has freed the lock of a holder that died.
-const TRIES: usize = 20_000;
+/// From one that is taken to the next that is asked: those beside it are most likely another worker's as well. It shares
+/// no divisor with their number, so none is asked twice.
+const LEAP: usize = 40_503;
+/// How long a lock is waited for: a host that has more to do than it can leaves its holder without its CPU for some
+/// milliseconds, and so long the master may need to free that of a holder that died.
+const LOCK_PATIENCE: Duration = Duration::from_millis(50);
 
 /// `limit_conn` entries that one session can count in.
 pub const MAX_HOLDS: usize = 4;
@@ -110,7 +115,7 @@ impl Desk {
     /// A worker's own.
     pub fn new(owner: Owner) -> Desk {
         // Workers begin in different places.
-        let next = (owner.0 as usize).wrapping_mul(40_503) * 16 % HOLDS;
+        let next = (owner.0 as usize).wrapping_mul(LEAP) * 16 % HOLDS;
         Desk {
             owner,
             free: Vec::new(),
@@ -219,7 +224,7 @@ impl Limits {
 
     /// A session is over.
     pub fn release(&self, desk: &mut Desk, held: Held) {
-        if self.uncount(desk.owner, held) {
+        if self.uncount(held) {
             desk.free.push(held.0 - 1);
         }
     }
@@ -231,15 +236,15 @@ impl Limits {
         }
     }
 
-    /// A worker is gone: what its sessions held is given back, except for those that live on. `by` is whoever asks.
-    pub fn bury(&self, owner: Owner, lives_on: &HashSet<u32>, by: Owner) {
+    /// A worker is gone: what its sessions held is given back, except for those that live on.
+    pub fn bury(&self, owner: Owner, lives_on: &HashSet<u32>) {
         for bucket in self.buckets.iter() {
             let _ = bucket.lock.compare_exchange(owner.0, 0, Release, Relaxed);
         }
         for (index, hold) in self.holds.iter().enumerate() {
             let held = index as u32 + 1;
             if hold.owner.load(Acquire) == owner.0 && !lives_on.contains(&held) {
-                self.uncount(by, Held(held));
+                self.uncount(Held(held));
             }
         }
     }
@@ -266,15 +271,16 @@ impl Limits {
         }
         for _ in 0..ASK {
             let index = desk.next;
-            desk.next = (desk.next + 1) % HOLDS;
-            if let Some(index) = claim(index) {
-                return Some(index);
+            let claimed = claim(index);
+            desk.next = (index + if claimed.is_some() { 1 } else { LEAP }) % HOLDS;
+            if claimed.is_some() {
+                return claimed;
             }
         }
         None
     }
 
-    fn uncount(&self, by: Owner, held: Held) -> bool {
+    fn uncount(&self, held: Held) -> bool {
         let Some(hold) = self.holds.get((held.0 as usize).wrapping_sub(1)) else {
             return false;
         };
@@ -282,10 +288,8 @@ impl Limits {
             .checked_sub(1)
             .filter(|cell| *cell < BUCKETS * CELLS)
         {
-            self.change(by, cell / CELLS, |bucket| {
-                let count = &bucket.cells[cell % CELLS].count;
-                count.store(count.load(Relaxed).saturating_sub(1), Relaxed);
-            });
+            let count = &self.buckets[cell / CELLS].cells[cell % CELLS].count;
+            let _ = count.fetch_update(Relaxed, Relaxed, |count| count.checked_sub(1));
         }
         hold.cell.store(0, Relaxed);
         hold.owner.store(0, Release);
@@ -295,22 +299,22 @@ impl Limits {
     /// Does something with a bucket that nobody else does meanwhile; `None`: it was not done.
     fn change<T>(&self, by: Owner, bucket: usize, work: impl FnOnce(&Bucket) -> T) -> Option<T> {
         let bucket = &self.buckets[bucket];
-        for attempt in 0..TRIES {
-            if bucket
-                .lock
-                .compare_exchange_weak(0, by.0, Acquire, Relaxed)
-                .is_ok()
-            {
-                let done = work(bucket);
-                bucket.lock.store(0, Release);
-                return Some(done);
+        let mut tries = 0u32;
+        let mut since: Option<Instant> = None;
+        while bucket.lock.compare_exchange(0, by.0, Acquire, Relaxed).is_err() {
+            tries = tries.wrapping_add(1);
+            if !tries.is_multiple_of(64) {
+                std::hint::spin_loop();
+                continue;
             }
-            match attempt {
-                0..64 => std::hint::spin_loop(),
-                _ => std::thread::yield_now(),
+            std::thread::yield_now();
+            if since.get_or_insert_with(Instant::now).elapsed() > LOCK_PATIENCE {
+                return None;
             }
         }
-        None
+        let done = work(bucket);
+        bucket.lock.store(0, Release);
+        Some(done)
     }
 }
 
@@ -367,14 +371,59 @@ mod tests {
         limits.pass_to(held[0], Owner(2));
         // It died in the middle of a change.
         limits.buckets[bucket_of(key)].lock.store(1, Relaxed);
-        limits.bury(Owner(1), &HashSet::from([held[1].0]), Owner(u32::MAX));
+        limits.bury(Owner(1), &HashSet::from([held[1].0]));
         assert_eq!(limits.count(key), 2);
         limits.pass_to(held[1], Owner(2));
         limits.release(&mut heir, held[0]);
         limits.release(&mut heir, held[1]);
         assert_eq!(limits.count(key), 0);
-        limits.bury(Owner(1), &HashSet::new(), Owner(u32::MAX));
+        limits.bury(Owner(1), &HashSet::new());
         assert_eq!(limits.count(key), 0);
+    }
+
+    #[test]
+    fn a_session_that_ends_is_not_counted_any_more_though_a_worker_was_stopped_while_it_counted_another() {
+        let limits = Limits::new().unwrap();
+        let mut desk = Desk::new(Owner(1));
+        let key = limits.print("z", "a");
+        let held = limits.hold(&mut desk, key, 9, 0).unwrap();
+        let lock = &limits.buckets[bucket_of(key)].lock;
+        lock.store(2, Relaxed);
+        limits.release(&mut desk, held);
+        lock.store(0, Relaxed);
+        assert_eq!(limits.count(key), 0);
+    }
+
+    #[test]
+    fn a_client_is_not_refused_because_a_worker_waits_for_its_cpu_while_it_counts_another() {
+        let limits = Limits::new().unwrap();
+        let key = limits.print("z", "a");
+        let lock = &limits.buckets[bucket_of(key)].lock;
+        lock.store(2, Relaxed);
+        let begun = Instant::now();
+        let counted = std::thread::scope(|scope| {
+            let other = scope.spawn(|| limits.hold(&mut Desk::new(Owner(1)), key, 9, 0));
+            std::thread::sleep(LOCK_PATIENCE / 5);
+            lock.store(0, Release);
+            other.join().unwrap()
+        });
+        let took = begun.elapsed();
+        assert!(
+            counted.is_ok() || took > LOCK_PATIENCE,
+            "{counted:?} after {took:?}"
+        );
+    }
+
+    #[test]
+    fn a_worker_finds_a_hold_though_it_begins_to_look_where_another_has_many() {
+        let limits = Limits::new().unwrap();
+        let (mut one, mut two) = (Desk::new(Owner(1)), Desk::new(Owner(2)));
+        two.next = one.next + 10;
+        let key = limits.print("z", "a");
+        for _ in 0..2 * ASK {
+            limits.hold(&mut one, key, u32::MAX, 0).unwrap();
+        }
+        limits.hold(&mut two, key, u32::MAX, 0).unwrap();
     }
 
     #[test]

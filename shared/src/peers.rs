@@ -6,13 +6,14 @@
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
+use std::time::{Duration, Instant};
 
 use crate::health::CheckRow;
 use crate::queue::QueueCounters;
 
-/// How often a lock is tried, with a turn for others between, before its holder is taken for stopped: it is held
-/// for about a microsecond, so this is thousands of times too long.
-const LOCK_PATIENCE: u32 = 20_000;
+/// How long a lock is waited for before its holder is taken for stopped. It is held for about a microsecond, but a host that
+/// has more to do than it can leaves a holder without its CPU for some milliseconds; the master frees that of a dead one.
+const LOCK_PATIENCE: Duration = Duration::from_millis(50);
 
 /// For how long a session that is between two workers counts: adopting takes milliseconds. It lapses, so that
 /// one that nobody adopts does not count for ever.
@@ -42,50 +43,58 @@ pub struct PeerRow {
     pub turn: AtomicI64,
     /// How long connecting takes: a moving average in microseconds; 0: never connected.
     pub connect_us: AtomicU64,
+    /// Sessions since then that another peer got because it was faster.
+    pub passed_over: AtomicU64,
     /// What checks found.
     pub check: CheckRow,
     /// Its sessions that are between two workers.
     pub transit: Transit,
 }
 
-/// Sessions that are between two workers: for an instant one counts here and there, never nowhere.
+/// Sessions that are between two workers: for an instant one counts here and there, never nowhere. So whoever lets go of
+/// one begins before its own gauge goes down, and whoever takes it in ends after its own went up.
 #[derive(Debug, Default)]
 #[repr(C)]
 pub struct Transit {
-    /// Until when they count.
-    until_ms: AtomicU64,
-    sessions: AtomicU32,
-    padding: AtomicU32,
+    /// How many (24 bits), above that until when they count (40 bits: 34 years). One word, because all workers let go
+    /// of their sessions at the same time.
+    word: AtomicU64,
+}
+
+const TRANSIT_BITS: u32 = 24;
+
+fn transit_of(word: u64) -> (u64, u32) {
+    (word >> TRANSIT_BITS, word as u32 & ((1 << TRANSIT_BITS) - 1))
 }
 
 impl Transit {
     /// Sessions are on their way from one worker to another.
     pub fn begin(&self, sessions: u32, now_ms: u64) {
-        if self.until_ms.swap(now_ms + TRANSIT_MS, Relaxed) <= now_ms {
-            self.sessions.store(0, Relaxed);
-        }
-        self.sessions.fetch_add(sessions, Relaxed);
+        let raised = |word| {
+            let (until_ms, before) = transit_of(word);
+            let before = if now_ms < until_ms { before } else { 0 };
+            let sessions = before.saturating_add(sessions).min((1 << TRANSIT_BITS) - 1);
+            Some((now_ms + TRANSIT_MS) << TRANSIT_BITS | u64::from(sessions))
+        };
+        let _ = self.word.fetch_update(Release, Relaxed, raised);
     }
 
     /// Nothing is known of any.
     fn forget(&self) {
-        self.until_ms.store(0, Relaxed);
-        self.sessions.store(0, Relaxed);
+        self.word.store(0, Relaxed);
     }
 
     /// One of them has arrived.
     pub fn end(&self) {
-        let lower = |sessions: u32| sessions.checked_sub(1);
         // Nothing is lowered where it has lapsed.
-        let _ = self.sessions.fetch_update(Relaxed, Relaxed, lower);
+        let lowered = |word| (transit_of(word).1 > 0).then(|| word - 1);
+        let _ = self.word.fetch_update(Release, Relaxed, lowered);
     }
 
     /// How many are on their way.
     pub fn count(&self, now_ms: u64) -> u32 {
-        match now_ms < self.until_ms.load(Relaxed) {
-            true => self.sessions.load(Relaxed),
-            false => 0,
-        }
+        let (until_ms, sessions) = transit_of(self.word.load(Acquire));
+        if now_ms < until_ms { sessions } else { 0 }
     }
 }
 
@@ -97,14 +106,15 @@ impl PeerRow {
         self.live_since_ms.store(now_ms, Relaxed);
     }
 
-    /// Takes a connection's duration into the average: an eighth of it counts at once, as with TCP's round trips.
-    pub fn note_connect_time(&self, took_us: u64) {
+    /// Takes a connection's duration into the average so far: an eighth of it counts at once, as with TCP's round trips.
+    pub fn note_connect_time(&self, mean_us: u64, took_us: u64) {
         let took = took_us.max(1);
-        let mean = match self.connect_us.load(Relaxed) {
+        let mean = match mean_us {
             0 => took,
             mean => (7 * mean + took).div_ceil(8),
         };
         self.connect_us.store(mean, Relaxed);
+        self.passed_over.store(0, Relaxed);
     }
 }
 
@@ -150,13 +160,14 @@ impl Former {
             live_since_ms,
             turn,
             connect_us,
+            passed_over,
             check,
             transit,
         } = peer;
         for number in [fails, penalty] {
             number.store(0, Relaxed);
         }
-        for number in [failed_ms, checked_ms, live_since_ms, connect_us] {
+        for number in [failed_ms, checked_ms, live_since_ms, connect_us, passed_over] {
             number.store(0, Relaxed);
         }
         turn.store(0, Relaxed);
@@ -189,18 +200,28 @@ impl Lock {
     /// Takes it for the worker with this row, and holds it as long as the value lives.
     pub fn take(&self, worker_row: usize) -> Held<'_> {
         let own = worker_row as u32 + 1;
-        let mut tries = 0;
+        let mut tries = 0u32;
+        let mut since: Option<Instant> = None;
         while let Err(holder) = self.0.compare_exchange(0, own, Acquire, Relaxed) {
-            tries += 1;
-            if tries > LOCK_PATIENCE && self.0.compare_exchange(holder, own, Acquire, Relaxed).is_ok() {
-                break;
+            tries = tries.wrapping_add(1);
+            if !tries.is_multiple_of(64) {
+                std::hint::spin_loop();
+                continue;
             }
-            match tries % 64 {
-                0 => std::thread::yield_now(),
-                _ => std::hint::spin_loop(),
+            std::thread::yield_now();
+            let is_over = since.get_or_insert_with(Instant::now).elapsed() > LOCK_PATIENCE;
+            if is_over && self.0.compare_exchange(holder, own, Acquire, Relaxed).is_ok() {
+                break;
             }
         }
         Held { lock: self, own }
+    }
+
+    /// The worker with this row is gone: it holds it no more.
+    pub fn bury(&self, worker_row: usize) {
+        let _ = self
+            .0
+            .compare_exchange(worker_row as u32 + 1, 0, Release, Relaxed);
     }
 }
 
@@ -240,6 +261,31 @@ mod tests {
     }
 
     #[test]
+    fn a_lock_whose_holder_waits_for_its_cpu_stays_its_own_and_that_of_a_dead_one_is_free_at_once() {
+        let lock = Lock::default();
+        let is_held = AtomicU32::new(1);
+        std::thread::scope(|scope| {
+            let held = lock.take(3);
+            let begun = Instant::now();
+            let other = scope.spawn(|| {
+                let _own = lock.take(5);
+                is_held.load(Relaxed) == 1
+            });
+            std::thread::sleep(LOCK_PATIENCE / 5);
+            is_held.store(0, Relaxed);
+            drop(held);
+            let took = begun.elapsed();
+            let was_taken_away = other.join().expect("the other one");
+            assert!(!was_taken_away || took > LOCK_PATIENCE, "after {took:?}");
+        });
+        std::mem::forget(lock.take(3));
+        lock.bury(5);
+        assert_eq!(lock.0.load(Relaxed), 4);
+        lock.bury(3);
+        assert_eq!(lock.0.load(Relaxed), 0);
+    }
+
+    #[test]
     fn a_lock_whose_holder_died_is_taken_over() {
         let lock = Lock::default();
         std::mem::forget(lock.take(3));
@@ -249,6 +295,30 @@ mod tests {
         std::mem::forget(lock.take(3));
         drop(lock.take(3));
         assert_eq!(lock.0.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn workers_that_let_go_of_sessions_at_once_lose_none_of_each_others() {
+        const WORKERS: u32 = 3;
+        let transit = Transit::default();
+        let round = std::sync::Barrier::new(WORKERS as usize);
+        let wrong = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for worker in 0..WORKERS {
+                let (transit, round, wrong) = (&transit, &round, &wrong);
+                scope.spawn(move || {
+                    for now_ms in (1..5_000).map(|n| n * 2 * TRANSIT_MS) {
+                        round.wait();
+                        transit.begin(1, now_ms);
+                        round.wait();
+                        if worker == 0 && transit.count(now_ms) != WORKERS {
+                            wrong.fetch_add(1, Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(wrong.load(Relaxed), 0, "rounds in which sessions were lost");
     }
 
     #[test]

@@ -328,21 +328,24 @@ impl Group {
             return Pick::Full;
         }
         // Nobody is left but those that have failed: rather than refuse everybody for fail_timeout, they are
-        // all taken for alive.
-        for (index, peer) in self.peers.iter().enumerate() {
-            if self.is_out(scene, index) && !self.is_away(scene, index) && !tried.contains(&peer.row) {
+        // all taken for alive, the backups only if that brings no other.
+        for backup in [false, true] {
+            for (index, peer) in self.peers.iter().enumerate() {
+                let is_out = self.is_out(scene, index) && !self.is_away(scene, index);
+                if peer.backup != backup || tried.contains(&peer.row) || !is_out {
+                    continue;
+                }
                 self.board_row(scene, index).fails.store(0, Relaxed);
                 match active.get(index) {
                     Some(active) if *active >= u64::from(peer.max_conns) => full = true,
                     _ => ready.push(index),
                 }
             }
+            if let Some(peer) = self.choose(scene, &ready, &active, key, random) {
+                return self.take(scene, peer);
+            }
         }
-        match self.choose(scene, &ready, &active, key, random) {
-            Some(peer) => self.take(scene, peer),
-            None if full => Pick::Full,
-            None => Pick::Nobody,
-        }
+        if full { Pick::Full } else { Pick::Nobody }
     }
 
     /// A session waits for a place from now on; `None`: too many do. `is_first`: none of its worker's waits already.
@@ -383,7 +386,7 @@ impl Group {
     /// An attempt has succeeded, after so long.
     pub fn connected(&self, scene: &Scene<'_>, index: usize, took_us: u64) -> Option<Change> {
         let row = self.board_row(scene, index);
-        row.note_connect_time(took_us);
+        row.note_connect_time(self.connect_us(scene, index), took_us);
         let fails = row.fails.load(Relaxed);
         // As with nginx, a success counts once the peer was let in for a try after the failure's time was over.
         if fails == 0 || row.failed_ms.load(Relaxed) >= row.checked_ms.load(Relaxed) {

@@ -1,5 +1,6 @@
 //! Hashes of keys, computed as nginx does (`hash` and `hash … consistent` of its stream module), so that both
-//! send a key to the same peer. Pure.
+//! send a key to the same peer. On a ring that is so where peers are written as addresses: for nginx a name's peers stand at the
+//! points of the name, here each at those of its address. Pure.
 
 use culvert_shared::config::{Address, Peer};
 

@@ -182,6 +182,63 @@ fn backups_serve_only_while_all_primaries_are_out_or_full() {
     }
 }
 
+#[test]
+fn of_peers_that_have_all_failed_backups_are_not_tried_before_the_primaries() {
+    let mut all = peers(&[1, 1, 1]);
+    all[0].backup = true;
+    for balance in [Balance::RoundRobin, by_key(false), by_key(true), Balance::Random] {
+        let mut world = World::new(balance, all.clone());
+        (0..3).for_each(|peer| _ = world.group.failed(&world.scene(0), peer));
+        let first = world.next(0, "k");
+        world.group.failed(&world.scene(0), first);
+        let second = match world.pick(0, &[first], "k") {
+            Pick::Peer(peer) => peer,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!((first.min(second), first.max(second)), (1, 2));
+        assert_eq!(world.pick(0, &[1, 2], "k"), Pick::Peer(0));
+    }
+}
+
+#[test]
+fn a_peer_that_has_failed_gets_its_share_again_however_peers_are_chosen() {
+    let two = |metric| Balance::RandomTwo(metric);
+    for balance in [
+        Balance::LeastConn,
+        Balance::LeastTime,
+        two(Metric::Connections),
+        two(Metric::Time),
+    ] {
+        let name = format!("{balance:?}");
+        let mut world = World::new(balance, peers(&[1, 1]));
+        (0..2).for_each(|peer| _ = world.group.connected(&world.scene(0), peer, 100));
+        world.group.failed(&world.scene(0), 0);
+        // The other one has what a busy peer has.
+        let busy = &world.board[0].workers[1].peer_active[1];
+        busy.store(40, Relaxed);
+        world.now_ms += 10_001;
+        while world.next(0, "") != 0 {}
+        assert_eq!(
+            world.group.connected(&world.scene(0), 0, 100),
+            Some(Change::Revived)
+        );
+        for n in 0..200 {
+            world.next(n % WORKERS, "");
+        }
+        let held = [0, 1].map(|peer| world.board[0].peer_active(peer, world.now_ms));
+        assert!(held[0].abs_diff(held[1]) <= 2, "{name}: {held:?}");
+    }
+}
+
+#[test]
+fn sessions_without_a_key_are_shared_out_in_turn() {
+    for consistent in [false, true] {
+        let mut world = World::new(by_key(consistent), peers(&[2, 1]));
+        let picks: Vec<usize> = (0..6).map(|_| world.next(0, "")).collect();
+        assert_eq!(picks, [0, 1, 0, 0, 1, 0]);
+    }
+}
+
 /// One check of a peer, for which all are due at any time.
 fn check(world: &World, peer: usize, outcome: Outcome) -> Option<Turn> {
     let row = &world.board[0].peers[peer];
@@ -280,6 +337,28 @@ fn the_least_time_wins_and_an_unknown_one_is_tried() {
     assert_eq!(world.shares(5), [0, 0, 5]);
     world.group.connected(&world.scene(0), 2, 20_000);
     assert_eq!(world.shares(50), [50, 0, 0]);
+}
+
+#[test]
+fn a_peer_that_was_slow_once_is_tried_again_and_one_that_is_slow_gets_little() {
+    for balance in [Balance::LeastTime, Balance::RandomTwo(Metric::Time)] {
+        let mut world = World::new(balance, peers(&[1, 1]));
+        world.group.connected(&world.scene(0), 0, 100);
+        // Its SYN was lost.
+        world.group.connected(&world.scene(0), 1, 1_000_000);
+        let mut visit = |slow_us: u64| {
+            let peer = world.next(0, "");
+            let took_us = if peer == 0 { 100 } else { slow_us };
+            world.group.connected(&world.scene(0), peer, took_us);
+            world.end(0, peer);
+            peer
+        };
+        let slow = (0..4_000).filter(|_| visit(1_000_000) == 1).count();
+        assert!((1..40).contains(&slow), "{slow} of 4000 to a slow peer");
+        (0..4_000).for_each(|_| _ = visit(100));
+        let held = (0..100).filter(|_| world.next(0, "") == 1).count();
+        assert!((40..=60).contains(&held), "{held} of 100");
+    }
 }
 
 #[test]
