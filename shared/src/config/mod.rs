@@ -623,7 +623,7 @@ pub enum LogVariable {
     RelayToUpstream,
     /// Bytes to the client that user space copied.
     RelayToDownstream,
-    /// What its PROXY header or TLS hello said; nothing, if it was taken over from another worker since.
+    /// What its PROXY header or TLS hello said.
     Early(Variable),
 }
 

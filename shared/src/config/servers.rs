@@ -13,6 +13,7 @@ use super::file::nearest;
 use super::names::Written;
 use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
+use super::upstreams::room;
 use super::valid::{self, Given};
 use super::{
     Action, Address, Balance, LimitZone, Network, OnReload, Part, Peer, ProxyBind, Rate, Rule, Server,
@@ -404,9 +405,12 @@ impl<'c, 'a> Servers<'c, 'a> {
             .iter()
             .map(|upstream| upstream.name.as_str())
             .collect();
-        let peers = self.check.read(key, value, |_| match name.contains(':') {
-            true => address::peers(&name, world),
-            false => Err(no_upstream(&name, &names)),
+        let peers = self.check.read(key, value, |_| {
+            let peers = match name.contains(':') {
+                true => address::peers(&name, world)?,
+                false => return Err(no_upstream(&name, &names)),
+            };
+            room(self.upstreams.iter(), peers.len()).map(|()| peers)
         });
         let peers = peers.into_iter().flatten().map(Peer::new);
         self.upstreams.push(Upstream {
