@@ -81,6 +81,8 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
     section.set("variable", &quoted(name), &directive.at)?;
     let mut lines: Vec<(Rank, String, Place)> = Vec::new();
     let mut hostnames = false;
+    let mut inner = directive.block.iter().flatten();
+    let ever = inner.any(|line| line.name == "hostnames" && line.args.is_empty());
     for line in directive.block.iter().flatten() {
         if let Some(fault) = &line.fault {
             return Err(format!("{} at {}: {fault}", line.shown(), line.at));
@@ -91,7 +93,7 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
                 section.set("hostnames", "true", &line.at)?;
             }
             ("volatile", []) => section.say(line, Level::Idle, "a value is made anew whenever it is needed"),
-            (pattern, [value]) => match entry(pattern, value, hostnames, names) {
+            (pattern, [value]) => match entry(pattern, value, ever && !hostnames, names) {
                 Ok((rank, text)) => lines.push((rank, quoted(&text), line.at.clone())),
                 // Another line, or the default, would take what was meant for this one.
                 Err(reason) => return Err(format!("{} at {}: {reason}", line.shown(), line.at)),
@@ -114,7 +116,13 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
     Ok(())
 }
 
-fn entry(pattern: &str, value: &str, hostnames: bool, names: &Names) -> Result<(Rank, String), String> {
+/// A line of the map. `before_hostnames`: in nginx it holds no mask, because `hostnames` follows it.
+fn entry(
+    pattern: &str,
+    value: &str,
+    before_hostnames: bool,
+    names: &Names,
+) -> Result<(Rank, String), String> {
     let value = match value.contains('$') {
         true => with_captures(value, pattern, names)?,
         false => names.upstream(value).unwrap_or(value).to_owned(),
@@ -127,14 +135,15 @@ fn entry(pattern: &str, value: &str, hostnames: bool, names: &Names) -> Result<(
         "default" => (Rank::Default, "default".to_owned()),
         "" => (Rank::Spelled, "~^$".to_owned()),
         regex if regex.starts_with('~') => (Rank::Regex, unspaced(regex)),
-        text if text.contains(char::is_whitespace) => {
+        text if text.contains(char::is_whitespace)
+            || (before_hostnames && (text.contains('*') || text.starts_with('.'))) =>
+        {
             let text = text
                 .strip_prefix('\\')
                 .filter(|rest| !rest.is_empty())
                 .unwrap_or(text);
             (Rank::Spelled, unspaced(&format!("~*^{}$", escaped(text))))
         }
-        text if !hostnames && text.starts_with(['*', '.']) => (Rank::Plain, text.to_owned()),
         text => (Rank::Plain, text.to_owned()),
     };
     Ok((rank, format!("{pattern} {value}")))

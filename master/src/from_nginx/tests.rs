@@ -200,6 +200,8 @@ fn a_server_that_would_be_weaker_than_nginxs_is_a_comment() {
         "limit_conn nowhere 1;",
         "proxy_ssl on;",
         "js_access a.b;",
+        "preread_by_lua_block { ngx.exit(1) }",
+        "content_by_lua_file a;",
         "return a;",
         "include /nonexistent;",
     ] {
@@ -211,6 +213,56 @@ fn a_server_that_would_be_weaker_than_nginxs_is_a_comment() {
         let printed = print(text.as_bytes()).expect(line);
         assert!(!printed.contains("\n[[server]]"), "{line}: {printed}");
     }
+}
+
+#[test]
+fn a_server_without_tls_of_its_own_inherits_everything_else_that_is_lost() {
+    for (lines, kept) in [
+        ("proxy_ssl on;", true),
+        ("proxy_ssl on; deny;", false),
+        ("deny; proxy_ssl on;", false),
+    ] {
+        let text =
+            format!("stream {{ {lines} server {{ listen 80; proxy_pass 127.0.0.1:1; proxy_ssl off; }} }}");
+        let printed = print(text.as_bytes()).expect(lines);
+        assert_eq!(printed.contains("\n[[server]]"), kept, "{lines}: {printed}");
+    }
+}
+
+#[test]
+fn variables_that_change_their_value_on_the_way_are_not_carried_over() {
+    for (lines, kept) in [
+        ("set $a 127.0.0.1; set $b $a:1;", true),
+        ("set $a 127.0.0.1; set $b $a:1; set $a 127.0.0.2;", false),
+        ("set $a 127.0.0.1; set $b $a:1; set $A 127.0.0.2;", false),
+        ("set $b $a:1; set $a 127.0.0.1;", false),
+        ("set $b $b:1;", false),
+    ] {
+        let text = format!("stream {{ server {{ listen 80; {lines} proxy_pass $b; }} }}");
+        let printed = print(text.as_bytes()).expect(lines);
+        assert_eq!(printed.contains("\n[[server]]"), kept, "{lines}: {printed}");
+    }
+}
+
+#[test]
+fn masks_are_masks_from_hostnames_on() {
+    let text = "stream { map $remote_addr $x { .a one; *.b two; c three; hostnames; .d four; } }";
+    let printed = print(text.as_bytes()).expect("a translation");
+    let values: Vec<&str> = printed.lines().filter(|line| line.starts_with("  ")).collect();
+    let expected = [
+        r#"  "c three","#,
+        r#"  ".d four","#,
+        r#"  "~*^\\.a$ one","#,
+        r#"  "~*^\\*\\.b$ two","#,
+    ];
+    assert_eq!(values, expected, "{printed}");
+}
+
+#[test]
+fn jitter_of_health_checks_is_said_to_be_lost() {
+    let text = "stream { upstream u { server 127.0.0.1:1; } server { listen 80; proxy_pass u; health_check jitter=3s; } }";
+    let printed = print(text.as_bytes()).expect("a translation");
+    assert!(printed.contains("not carried over: of it jitter=3s"), "{printed}");
 }
 
 #[test]
