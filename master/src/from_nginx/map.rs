@@ -133,9 +133,10 @@ fn entry(
     let value = if value.is_empty() { "\"\"" } else { &value };
     let (rank, pattern) = match pattern {
         "default" => (Rank::Default, "default".to_owned()),
-        "" => (Rank::Spelled, "~^$".to_owned()),
+        "" => (Rank::Plain, "\"\"".to_owned()),
         regex if regex.starts_with('~') => (Rank::Regex, unspaced(regex)),
-        text if text.contains(char::is_whitespace)
+        text if text == "\"\""
+            || text.contains(char::is_whitespace)
             || (before_hostnames && (text.contains('*') || text.starts_with('.'))) =>
         {
             let text = text

@@ -114,6 +114,9 @@ impl Pattern {
                 )
             });
         }
+        if text == "\"\"" {
+            return Ok(Pattern::Exact(String::new()));
+        }
         let text = text.to_ascii_lowercase();
         let masked = |rest: &str| rest.contains('*') || rest.is_empty();
         let pattern = match hostnames {

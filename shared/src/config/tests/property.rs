@@ -200,7 +200,7 @@ fn maps() -> Vec<VariableMap> {
         source = "$ssl_preread_server_name"
         variable = "$one"
         hostnames = true
-        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "~^w{1} v", "~*^w{1} V", "~^(a)(?<b>c)$ $1x$2$b-$remote_port", "~*[A-Z] u", "default w"]
+        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "\"\" e", "~^w{1} v", "~*^w{1} V", "~^(a)(?<b>c)$ $1x$2$b-$remote_port", "~*[A-Z] u", "default w"]
         [[map]]
         source = "$one-$server_port"
         variable = "$two"
