@@ -153,6 +153,19 @@ fn a_file_that_is_not_there_or_not_text_is_one_error() {
 }
 
 #[test]
+fn each_server_that_leads_nowhere_is_told() {
+    for wrong in ["nowhere", "nothing:80", "127.0.0.1:99999"] {
+        let server = |port: u16| format!("[[server]]\nlisten = {port}\nproxy_pass = \"{wrong}\"\n");
+        let found = errors(&[server(1), server(2), server(3)].concat());
+        assert_eq!(found.len(), 3, "{found:#?}");
+        assert!(
+            found[2].starts_with("a.toml:9:14: server[2].proxy_pass: "),
+            "{found:#?}"
+        );
+    }
+}
+
+#[test]
 fn a_misspelt_key_does_not_count_as_missing() {
     assert_eq!(errors("[[server]]\nlistn = 1\nproxy_pas = \"x\"").len(), 2);
 }
