@@ -267,7 +267,7 @@ fn jitter_of_health_checks_is_said_to_be_lost() {
 
 #[test]
 fn what_the_check_finds_is_told_at_nginxs_line() {
-    let text = "stream {\n server {\n  listen 80;\n  proxy_timeout 5parsecs;\n  proxy_pass nobody;\n }\n}\n";
+    let text = "stream {\n server {\n  listen 80;\n  proxy_timeout 5parsecs;\n  proxy_pass nobody;\n }\n server {\n  listen 80;\n  proxy_pass nobody;\n }\n}\n";
     let directives = tree::read_text(Path::new("n.conf"), text.as_bytes()).unwrap();
     let mut document = translate(&directives).unwrap();
     assert!(
@@ -283,13 +283,18 @@ fn what_the_check_finds_is_told_at_nginxs_line() {
         .filter(|remark| remark.level == Level::Lost)
         .map(|r| r.line())
         .collect();
-    assert_eq!(lost.len(), 2, "{lost:#?}");
+    assert_eq!(lost.len(), 4, "{lost:#?}");
     assert!(
         lost[0].starts_with("n.conf:4: ") && lost[0].contains("unknown unit"),
         "{lost:#?}"
     );
     assert!(
         lost[1].starts_with("n.conf:5: ") && lost[1].contains("no upstream"),
+        "{lost:#?}"
+    );
+    assert!(
+        lost[2].contains("0.0.0.0:80 is already taken by server[0].listen at n.conf:3 (")
+            && !lost[2].contains("what is printed"),
         "{lost:#?}"
     );
     let page = document.page().text;
