@@ -33,8 +33,8 @@ pub(super) struct Reader<'a> {
     pub root: Map<String, Value>,
 }
 
-/// Maps of a hundred thousand names are below it. What is endless (/dev/zero) is not read to its end.
-const LARGEST_BYTES: u64 = 64 << 20;
+/// A map of a hundred thousand names is below it. What is endless (/dev/zero) is not read to its end.
+const LARGEST_BYTES: u64 = 16 << 20;
 
 /// The text that values are cut from.
 struct Text<'a> {

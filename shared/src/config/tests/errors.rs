@@ -224,7 +224,7 @@ fn a_file_without_an_end_is_not_read_to_it() {
     let found = load_in(&Fake::default(), Path::new("/dev/zero"), &[]).expect_err("no configuration");
     assert_eq!(
         found[0].to_string(),
-        "/dev/zero: cannot be read: larger than 64 MiB"
+        "/dev/zero: cannot be read: larger than 16 MiB"
     );
 }
 
