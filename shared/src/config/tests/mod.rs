@@ -358,6 +358,11 @@ fn environment_and_command_line_go_over_the_file_in_that_order() {
         ("CULVERT_SERVICE_HOST", "10.0.0.1"),
         ("CULVERT_PORT", "tcp://10.0.0.1:80"),
         ("CULVERT_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("CULVERT_HTTP_METRICS_SERVICE_HOST", "10.0.0.1"),
+        ("CULVERT_HTTP_METRICS_SERVICE_PORT", "80"),
+        ("CULVERT_HTTP_METRICS_SERVICE_PORT_WEB", "80"),
+        ("CULVERT_HTTP_METRICS_PORT", "udp://10.0.0.1:80"),
+        ("CULVERT_HTTP_METRICS_PORT_80_UDP_ADDR", "10.0.0.1"),
     ];
     let world = Fake {
         environment: environment.into(),
