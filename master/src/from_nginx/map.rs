@@ -93,7 +93,7 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
                 section.set("hostnames", "true", &line.at)?;
             }
             ("volatile", []) => section.say(line, Level::Idle, "a value is made anew whenever it is needed"),
-            (pattern, [value]) => match entry(pattern, value, ever && !hostnames, names) {
+            (pattern, [value]) => match entry(pattern, value, ever.then_some(hostnames), names) {
                 Ok((rank, text)) => lines.push((rank, quoted(&text), line.at.clone())),
                 // Another line, or the default, would take what was meant for this one.
                 Err(reason) => return Err(format!("{} at {}: {reason}", line.shown(), line.at)),
@@ -116,13 +116,8 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
     Ok(())
 }
 
-/// A line of the map. `before_hostnames`: in nginx it holds no mask, because `hostnames` follows it.
-fn entry(
-    pattern: &str,
-    value: &str,
-    before_hostnames: bool,
-    names: &Names,
-) -> Result<(Rank, String), String> {
+/// A line of the map. `masks`: whether it may hold one; not where `hostnames` follows it. `None`: there is no `hostnames`.
+fn entry(pattern: &str, value: &str, masks: Option<bool>, names: &Names) -> Result<(Rank, String), String> {
     let value = match value.contains('$') {
         true => with_captures(value, pattern, names)?,
         false => names.upstream(value).unwrap_or(value).to_owned(),
@@ -137,7 +132,7 @@ fn entry(
         regex if regex.starts_with('~') => (Rank::Regex, unspaced(regex)),
         text if text == "\"\""
             || text.contains(char::is_whitespace)
-            || (before_hostnames && (text.contains('*') || text.starts_with('.'))) =>
+            || (masks == Some(false) && is_mask(text)) =>
         {
             let text = text
                 .strip_prefix('\\')
@@ -145,9 +140,17 @@ fn entry(
                 .unwrap_or(text);
             (Rank::Spelled, unspaced(&format!("~*^{}$", escaped(text))))
         }
-        text => (Rank::Plain, text.to_owned()),
+        // To nginx it is a mask all the same.
+        text => match text.strip_prefix('\\') {
+            Some(rest) if masks == Some(true) && is_mask(rest) => (Rank::Plain, rest.to_owned()),
+            _ => (Rank::Plain, text.to_owned()),
+        },
     };
     Ok((rank, format!("{pattern} {value}")))
+}
+
+fn is_mask(text: &str) -> bool {
+    text.contains('*') || text.starts_with('.')
 }
 
 /// A value with variables. Those that a regular expression gives are called as in nginx.

@@ -246,12 +246,14 @@ fn variables_that_change_their_value_on_the_way_are_not_carried_over() {
 
 #[test]
 fn masks_are_masks_from_hostnames_on() {
-    let text = "stream { map $remote_addr $x { .a one; *.b two; c three; hostnames; .d four; } }";
+    let text = "stream { map $remote_addr $x { .a one; *.b two; c three; hostnames; .d four; \\.e five; \\default six; } }";
     let printed = print(text.as_bytes()).expect("a translation");
     let values: Vec<&str> = printed.lines().filter(|line| line.starts_with("  ")).collect();
     let expected = [
         r#"  "c three","#,
         r#"  ".d four","#,
+        r#"  ".e five","#,
+        r#"  "\\default six","#,
         r#"  "~*^\\.a$ one","#,
         r#"  "~*^\\*\\.b$ two","#,
     ];
