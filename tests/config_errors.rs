@@ -230,6 +230,31 @@ fn a_file_that_is_not_there_is_named() {
 }
 
 #[test]
+fn the_exit_code_is_the_same_where_nothing_can_be_printed() {
+    let minimal = repository().join("conf/minimal.toml");
+    let minimal = minimal.to_str().expect("a path in UTF-8");
+    let calls: [(&[&str], i32); 5] = [
+        (&["-x"], 2),
+        (&["-t", "-c", "absent.toml"], 1),
+        (&["-s", "stop", "-c", minimal, "--set", "pid=/nonexistent/pid"], 1),
+        (&["--from-nginx", "absent.conf"], 1),
+        (&["-h"], 1),
+    ];
+    for (args, code) in calls {
+        let full = || std::fs::File::create("/dev/full").expect("a device that is full");
+        let status = Command::new(env!("CARGO_BIN_EXE_master"))
+            .args(args)
+            .current_dir(invalid())
+            .env_clear()
+            .stdout(full())
+            .stderr(full())
+            .status()
+            .expect("starting the program");
+        assert_eq!(status.code(), Some(code), "{args:?}");
+    }
+}
+
+#[test]
 fn wrong_usage_is_one_line_and_exit_code_2() {
     let calls: [&[&str]; 7] = [
         &["-x"],

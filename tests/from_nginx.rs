@@ -301,7 +301,7 @@ stream {{
         *.b.example.org  to_two;
         .example.net     {three};
         mail.*           {two};
-        ""               {three};
+        "~^(other)?$"    to_two;
         default          {one};
     }}
     server {{ listen 127.0.0.1:{weighted}; proxy_pass weighted; }}

@@ -211,6 +211,39 @@ fn a_reload_gives_buffers_their_sizes_and_takes_them_away_again() {
 }
 
 #[test]
+fn as_many_connections_may_wait_as_backlog_says() {
+    need("unshare", "util-linux");
+    need("ip", "iproute2");
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let front = plan.server_listening("backlog = 5000", &echo, "");
+    let (file, log) = (plan.file("proxy.toml"), plan.file("log"));
+    std::fs::write(&file, plan.text()).expect("writing the configuration");
+    // The host's bound is mostly lower.
+    let inside = format!(
+        "ip link set lo up; echo 20000 >/proc/sys/net/core/somaxconn; {} -c {} 2>{log} & pid=$!; \
+         for i in $(seq 200); do grep -q \"worker 0 started\" {log} && break; sleep 0.05; done; \
+         ss -Hltn \"sport = :{}\"; kill -TERM $pid; wait $pid",
+        env!("CARGO_BIN_EXE_master"),
+        file.display(),
+        front.port(),
+        log = log.display(),
+    );
+    let listening = shell(
+        &format!("unshare --net bash -c '{inside}'"),
+        Duration::from_secs(20),
+    );
+    let queues: Vec<&str> = listening
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(2))
+        .collect();
+    assert!(
+        !queues.is_empty() && queues.iter().all(|queue| *queue == "5000"),
+        "{listening}"
+    );
+}
+
+#[test]
 fn a_deferred_listener_accepts_when_the_client_has_said_something() {
     let echo = Upstream::echo("127.0.0.1");
     let mut plan = Plan::new();

@@ -177,7 +177,11 @@ impl Seen {
             )));
         }
         if self.from_nginx.is_some()
-            && (self.test || self.dump || self.signal.is_some() || self.config.is_some())
+            && (self.test
+                || self.dump
+                || self.signal.is_some()
+                || self.config.is_some()
+                || !self.set.is_empty())
         {
             return Err(UsageError(
                 "--from-nginx stands alone: write what it prints to a file, then check that with -t"

@@ -10,9 +10,10 @@ use culvert_shared::config::Config;
 use culvert_worker::Store;
 
 use crate::accepting::{Draft, Groups};
-use crate::generation::{self, Generation};
+use crate::generation::Generation;
 use crate::kernel::Kernel;
 use crate::listen::Listeners;
+use crate::rights;
 
 /// When the kernel is asked again that has not let go of something.
 const RETRY: Duration = Duration::from_millis(5);
@@ -68,7 +69,7 @@ impl Building {
     /// # Errors
     /// The workers cannot be had that the configuration asks for.
     pub fn begin(config: Config, now: Instant) -> Result<Building> {
-        generation::check_workers(&config)?;
+        rights::check(&config)?;
         Ok(Building {
             own: Vec::with_capacity(config.worker_cpus.len()),
             config,

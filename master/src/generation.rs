@@ -3,10 +3,9 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use culvert_shared::busy::Lookout;
 use culvert_shared::config::{Config, Listen, User};
-use culvert_shared::counters::MAX_WORKERS;
 use culvert_shared::limits::Limits;
 use culvert_shared::members::{Member, MemberSet};
 use culvert_shared::sys::shm::Shared;
@@ -62,7 +61,7 @@ impl Generation {
     /// # Errors
     /// A limit is too low, or an address cannot be bound.
     pub fn first(config: Config, kernel: &mut Kernel) -> Result<Generation> {
-        check_workers(&config)?;
+        rights::check(&config)?;
         let keeper_room = limits::raise_descriptors(&config)?;
         let bell = new_bell()?;
         let mut rows = Rows::default();
@@ -221,7 +220,7 @@ fn new_bell() -> Result<Arc<EventFd>> {
 /// # Errors
 /// As [`Generation::next`].
 pub fn check(config: &Config, rows: &Rows) -> Result<()> {
-    check_workers(config)?;
+    rights::check(config)?;
     limits::raise_descriptors(config)?;
     rows.clone().assign(config).map(drop)
 }
@@ -230,21 +229,4 @@ pub fn check(config: &Config, rows: &Rows) -> Result<()> {
 fn member_sets(config: &Config) -> Result<Arc<Shared<MemberSet>>> {
     // Sets that are never written take no memory, and no mapping is empty.
     Ok(Arc::new(Shared::anonymous(config.upstreams.len().max(1))?))
-}
-
-/// Whether its workers can be had.
-///
-/// # Errors
-/// They cannot: there are too many of them, or this process may not make what they are to be.
-pub fn check_workers(config: &Config) -> Result<()> {
-    rights::check(config)?;
-    let workers = config.worker_cpus.len();
-    // During a reload the old and the new worker of a slot exist at the same time.
-    if workers > MAX_WORKERS / 2 {
-        bail!(
-            "worker_processes = {workers} is more than there is room for: at most {}",
-            MAX_WORKERS / 2
-        );
-    }
-    Ok(())
 }

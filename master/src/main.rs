@@ -54,14 +54,14 @@ fn main() -> ExitCode {
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(args) => args,
         Err(error) => {
-            eprintln!("master: {error}");
+            check::complain(&format!("master: {error}"));
             return ExitCode::from(EXIT_USAGE);
         }
     };
     match act(args) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("master: {error:#}");
+            check::complain(&format!("master: {error:#}"));
             ExitCode::FAILURE
         }
     }

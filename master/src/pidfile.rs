@@ -19,6 +19,9 @@ use nix::unistd::Pid;
 /// A `-s` in another process holds the lock for a moment to look; a starting master outwaits it.
 const LOOKERS_PATIENCE: Duration = Duration::from_millis(200);
 
+/// In which a starting master has emptied the stale file that it has locked.
+const EMPTIED_WITHIN: Duration = Duration::from_millis(20);
+
 /// The pid file of this process; removed when dropped.
 #[derive(Debug)]
 pub struct PidFile {
@@ -104,15 +107,22 @@ impl Drop for PidFile {
 /// It is there, but cannot be read.
 pub fn look(path: &Path) -> Result<Found> {
     let what = || format!("failed to read the pid file {}", path.display());
-    let mut file = match File::open(path) {
+    let file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Missing),
         other => other.with_context(what)?,
     };
     let mut text = String::new();
-    file.read_to_string(&mut text).with_context(what)?;
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
-        Err((_, Errno::EWOULDBLOCK)) => decide(&text, true).with_context(what),
-        Ok(_) => decide(&text, false).with_context(what),
+        Ok(mut stale) => {
+            stale.read_to_string(&mut text).with_context(what)?;
+            decide(&text, false).with_context(what)
+        }
+        Err((mut held, Errno::EWOULDBLOCK)) => {
+            // By a master that runs, or by one that starts: then what stands in it is an old number, for a moment.
+            std::thread::sleep(EMPTIED_WITHIN);
+            held.read_to_string(&mut text).with_context(what)?;
+            decide(&text, true).with_context(what)
+        }
         Err((_, error)) => Err(error).with_context(what),
     }
 }
@@ -141,7 +151,11 @@ fn lock_current(path: &Path) -> Result<Flock<File>> {
         file.read_to_string(&mut text)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             // Between open and lock another master may have renamed its own file into place.
-            Ok(locked) if same_file(&locked, path) => return Ok(locked),
+            Ok(locked) if same_file(&locked, path) => {
+                // Whoever looks now takes the lock for that of a master, and must not find another one's number.
+                locked.set_len(0)?;
+                return Ok(locked);
+            }
             Ok(_) => {}
             Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(10));
@@ -229,6 +243,18 @@ mod tests {
             "nothing else is left in the folder"
         );
         drop(held);
+    }
+
+    #[test]
+    fn the_number_in_a_stale_file_is_nobodys_while_a_master_starts() {
+        let folder = Folder::new("starting");
+        let path = folder.0.join("master.pid");
+        fs::write(&path, "1\n").unwrap();
+        let starting = lock_current(&path).unwrap();
+        let error = format!("{:#}", look(&path).unwrap_err());
+        assert!(error.contains("it has no process id in it"), "{error}");
+        drop(starting);
+        assert_eq!(look(&path).unwrap(), Found::Stale(None));
     }
 
     #[test]

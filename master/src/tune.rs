@@ -9,7 +9,7 @@ use culvert_shared::congestion;
 use culvert_shared::sys::socket::{self, IntOption, RECEIVE_LOCKED, SEND_LOCKED};
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{Backlog, getsockopt, listen, setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
 /// How long a connection may be silent before it is accepted all the same, in seconds (nginx: the same).
 const DEFER_S: i32 = 1;
@@ -46,11 +46,8 @@ pub fn tune(socket: &OwnedFd, server: &Server, listen_on: &Listen) -> Result<()>
         let queue = options.fastopen.unwrap_or(0) as i32;
         set_where_it_differs(socket, IntOption::FastOpen, queue).map_err(what)?;
     }
-    // `Backlog` takes no more than the usual net.core.somaxconn; beyond it, ask for all that there is.
-    let backlog = i32::try_from(listen_on.backlog)
-        .ok()
-        .and_then(|length| Backlog::new(length).ok());
-    listen(socket, backlog.unwrap_or(Backlog::MAXALLOWABLE)).map_err(what)
+    socket::listen(socket.as_fd(), listen_on.backlog)
+        .map_err(|error| what(Errno::from_raw(error.raw_os_error().unwrap_or(0))))
 }
 
 /// The congestion control of what is accepted, and whether workers may choose it for the other side as well.

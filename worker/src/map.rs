@@ -71,7 +71,9 @@ impl Lookup {
         if let Some(value) = found {
             return (&self.values[value], None);
         }
-        let Some((regex, value)) = self.regexes.iter().find(|(regex, _)| regex.is_match(text)) else {
+        // As in nginx, an empty text is no matter for expressions, whatever they would say.
+        let mut fitting = self.regexes.iter().filter(|_| !text.is_empty());
+        let Some((regex, value)) = fitting.find(|(regex, _)| regex.is_match(text)) else {
             return (&self.default, None);
         };
         let value = &self.values[*value];
@@ -162,5 +164,16 @@ mod tests {
         assert_eq!(found.get(2).map(|group| group.as_str()), Some("x"));
         assert!(lookup.find("bx").1.is_none());
         assert!(lookup.find("c").1.is_none());
+    }
+
+    #[test]
+    fn no_expression_fits_an_empty_text() {
+        let all = || Pattern::Regex(Regex::new("^.*$").unwrap());
+        assert_eq!(lookup(vec![all()]).find("").0, &template("default"));
+        assert_eq!(lookup(vec![all()]).find("a").0, &template("0"));
+        assert_eq!(
+            lookup(vec![all(), Pattern::Exact("".into())]).find("").0,
+            &template("1")
+        );
     }
 }

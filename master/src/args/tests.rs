@@ -121,6 +121,10 @@ fn wrong_usage_says_what_is_wrong_on_one_line() {
     assert!(error(&["--set", "x"]).starts_with(r#"--set "x" is not KEY=VALUE"#));
     assert!(error(&["--set", "=x"]).starts_with(r#"--set "=x" is not KEY=VALUE"#));
     assert!(error(&["-s", "stop", "-t"]).starts_with("-s and -t exclude each other"));
+    for other in [["-t", "-t"], ["-s", "stop"], ["-c", "a"], ["--set", "a=1"]] {
+        let args = ["--from-nginx", "a", other[0], other[1]];
+        assert!(error(&args).starts_with("--from-nginx stands alone"), "{args:?}");
+    }
     assert!(error(&["-q"]).starts_with("-q goes with -t or -T only"));
     assert!(error(&["--help=1"]).starts_with("--help takes no value"));
 }

@@ -56,6 +56,14 @@ pub fn defaults(section: &mut Section) {
             "worker_processes is one for each CPU (nginx: 1)",
         ),
         (
+            "worker_cpu_affinity",
+            "worker_cpu_affinity is auto, a CPU for each worker (nginx: none)",
+        ),
+        (
+            "worker_connections",
+            "worker_connections is 1024 sessions (nginx: 512 connections)",
+        ),
+        (
             "worker_shutdown_timeout",
             "worker_shutdown_timeout is 1h (nginx: no limit)",
         ),

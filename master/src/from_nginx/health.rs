@@ -93,7 +93,6 @@ impl<'a> Checks<'a> {
                         }
                     }
                 }
-                "jitter" => {}
                 "udp" => return Err("it is about UDP".to_owned()),
                 _ => section.say(
                     health.check,

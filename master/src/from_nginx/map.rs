@@ -81,6 +81,8 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
     section.set("variable", &quoted(name), &directive.at)?;
     let mut lines: Vec<(Rank, String, Place)> = Vec::new();
     let mut hostnames = false;
+    let mut inner = directive.block.iter().flatten();
+    let ever = inner.any(|line| line.name == "hostnames" && line.args.is_empty());
     for line in directive.block.iter().flatten() {
         if let Some(fault) = &line.fault {
             return Err(format!("{} at {}: {fault}", line.shown(), line.at));
@@ -91,7 +93,7 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
                 section.set("hostnames", "true", &line.at)?;
             }
             ("volatile", []) => section.say(line, Level::Idle, "a value is made anew whenever it is needed"),
-            (pattern, [value]) => match entry(pattern, value, hostnames, names) {
+            (pattern, [value]) => match entry(pattern, value, ever.then_some(hostnames), names) {
                 Ok((rank, text)) => lines.push((rank, quoted(&text), line.at.clone())),
                 // Another line, or the default, would take what was meant for this one.
                 Err(reason) => return Err(format!("{} at {}: {reason}", line.shown(), line.at)),
@@ -114,7 +116,8 @@ fn map(directive: &Directive, section: &mut Section, names: &mut Names) -> Resul
     Ok(())
 }
 
-fn entry(pattern: &str, value: &str, hostnames: bool, names: &Names) -> Result<(Rank, String), String> {
+/// A line of the map. `masks`: whether it may hold one; not where `hostnames` follows it. `None`: there is no `hostnames`.
+fn entry(pattern: &str, value: &str, masks: Option<bool>, names: &Names) -> Result<(Rank, String), String> {
     let value = match value.contains('$') {
         true => with_captures(value, pattern, names)?,
         false => names.upstream(value).unwrap_or(value).to_owned(),
@@ -125,19 +128,29 @@ fn entry(pattern: &str, value: &str, hostnames: bool, names: &Names) -> Result<(
     let value = if value.is_empty() { "\"\"" } else { &value };
     let (rank, pattern) = match pattern {
         "default" => (Rank::Default, "default".to_owned()),
-        "" => (Rank::Spelled, "~^$".to_owned()),
+        "" => (Rank::Plain, "\"\"".to_owned()),
         regex if regex.starts_with('~') => (Rank::Regex, unspaced(regex)),
-        text if text.contains(char::is_whitespace) => {
+        text if text == "\"\""
+            || text.contains(char::is_whitespace)
+            || (masks == Some(false) && is_mask(text)) =>
+        {
             let text = text
                 .strip_prefix('\\')
                 .filter(|rest| !rest.is_empty())
                 .unwrap_or(text);
             (Rank::Spelled, unspaced(&format!("~*^{}$", escaped(text))))
         }
-        text if !hostnames && text.starts_with(['*', '.']) => (Rank::Plain, text.to_owned()),
-        text => (Rank::Plain, text.to_owned()),
+        // To nginx it is a mask all the same.
+        text => match text.strip_prefix('\\') {
+            Some(rest) if masks == Some(true) && is_mask(rest) => (Rank::Plain, rest.to_owned()),
+            _ => (Rank::Plain, text.to_owned()),
+        },
     };
     Ok((rank, format!("{pattern} {value}")))
+}
+
+fn is_mask(text: &str) -> bool {
+    text.contains('*') || text.starts_with('.')
 }
 
 /// A value with variables. Those that a regular expression gives are called as in nginx.

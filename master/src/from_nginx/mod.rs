@@ -35,6 +35,9 @@ use crate::check;
 use out::{Document, Level, Section};
 use tree::Directive;
 
+/// What is checked, as a file's name.
+const PRINTED: &str = "what is printed";
+
 /// Prints what an nginx configuration is here. Failure: part of it is lost, or it is none.
 pub fn run(path: &Path) -> Result<ExitCode> {
     let directives = tree::read(path)?;
@@ -87,7 +90,7 @@ fn translate(directives: &[Directive]) -> Result<Document> {
 /// line is to blame for is returned.
 fn examine(document: &mut Document) -> Vec<String> {
     let page = document.page();
-    let Err(mut diagnostics) = config::load_text(Path::new("what is printed"), &page.text) else {
+    let Err(mut diagnostics) = config::load_text(Path::new(PRINTED), &page.text) else {
         return Vec::new();
     };
     // From below, so that lines above keep their numbers.
@@ -99,7 +102,8 @@ fn examine(document: &mut Document) -> Vec<String> {
     for diagnostic in diagnostics {
         let blamed = match diagnostic.place {
             Place::File { line, .. } => {
-                document.blame(&page, line, &format!("{}: {}", diagnostic.key, diagnostic.text))
+                let text = at_nginxs_lines(&diagnostic.text, document, &page);
+                document.blame(&page, line, &format!("{}: {text}", diagnostic.key))
             }
             _ => false,
         };
@@ -108,4 +112,21 @@ fn examine(document: &mut Document) -> Vec<String> {
         }
     }
     faults
+}
+
+/// What the check says of a line that it has seen before, of the line of nginx that this one comes from. Remarks that are
+/// put in move those that are printed.
+fn at_nginxs_lines(text: &str, document: &Document, page: &out::Page) -> String {
+    let Some((before, place)) = text.split_once(&format!("{PRINTED}:")) else {
+        return text.to_owned();
+    };
+    let number = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let (line, rest) = place.split_at(number(place));
+    let rest = rest
+        .strip_prefix(':')
+        .map_or(rest, |column| &column[number(column)..]);
+    match line.parse().ok().and_then(|line| document.place(page, line)) {
+        Some(at) => format!("{before}{at}{rest}"),
+        None => text.to_owned(),
+    }
 }

@@ -235,18 +235,10 @@ impl Document {
     /// Puts a remark above a line of a page, which is the last that was written. False: no directive is known to have
     /// made this line.
     pub fn blame(&mut self, page: &Page, line: usize, reason: &str) -> bool {
-        let Some((section, item)) = page.lines.get(line.saturating_sub(1)).copied().flatten() else {
+        let Some((section, item, text, at)) = self.find(page, line) else {
             return false;
         };
-        let section = &mut self.sections[section];
-        let (text, at) = match item.map(|item| &section.items[item]) {
-            Some(Item::Line(text, at)) => (text, at),
-            Some(_) => return false,
-            None => (&section.header, &None),
-        };
-        let Some(at) = at.clone().or_else(|| section.at.clone()) else {
-            return false;
-        };
+        let at = at.clone();
         let text = format!(
             "not carried over as it should be: {} ({})",
             one_line(reason, 600),
@@ -257,8 +249,25 @@ impl Document {
             level: Level::Lost,
             text,
         };
-        section.items.insert(item.unwrap_or(0), Item::Remark(remark));
+        self.sections[section].items.insert(item, Item::Remark(remark));
         true
+    }
+
+    /// Where a line of a page comes from, as long as no remark has been put above it.
+    pub fn place(&self, page: &Page, line: usize) -> Option<&Place> {
+        self.find(page, line).map(|(.., at)| at)
+    }
+
+    /// The section and the item of a line of a page, its text and where it comes from.
+    fn find(&self, page: &Page, line: usize) -> Option<(usize, usize, &str, &Place)> {
+        let (number, item) = (*page.lines.get(line.checked_sub(1)?)?)?;
+        let section = &self.sections[number];
+        let (text, at) = match item.map(|item| &section.items[item]) {
+            Some(Item::Line(text, at)) => (text, at.as_ref()),
+            Some(_) => return None,
+            None => (&section.header, None),
+        };
+        Some((number, item.unwrap_or(0), text, at.or(section.at.as_ref())?))
     }
 
     /// Every remark, in the order of nginx's files.

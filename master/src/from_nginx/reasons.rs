@@ -3,7 +3,8 @@
 use super::out::Level;
 
 /// A name, or the beginning of names if it ends in `*`.
-type Row = (&'static str, Level, &'static str);
+type Pattern = &'static str;
+type Row = (Pattern, Level, &'static str);
 
 use Level::{Idle, Lost, Note};
 
@@ -123,7 +124,7 @@ const STREAM: &[Row] = &[
 ];
 
 /// What a `server` cannot do without: it would lead elsewhere, or let in whom nginx keeps out.
-const NEEDED: &[(&str, &str)] = &[
+const NEEDED: &[(Pattern, &str)] = &[
     ("return", "Culvert writes no text of its own"),
     (
         "pass",
@@ -132,6 +133,8 @@ const NEEDED: &[(&str, &str)] = &[
     ("js_access", JS),
     ("js_filter", JS),
     ("js_preread", JS),
+    ("preread_by_lua*", JS),
+    ("content_by_lua*", JS),
     ("mqtt_preread", "only TLS hellos are read ahead"),
     (
         "server_name",
@@ -161,13 +164,16 @@ const UPSTREAM: &[Row] = &[
     ),
 ];
 
-fn find(rows: &[Row], name: &str) -> Option<(Level, &'static str)> {
-    let fits = |pattern: &str| match pattern.strip_suffix('*') {
+fn fits(pattern: &str, name: &str) -> bool {
+    match pattern.strip_suffix('*') {
         Some(beginning) => name.starts_with(beginning),
         None => name == pattern,
-    };
+    }
+}
+
+fn find(rows: &[Row], name: &str) -> Option<(Level, &'static str)> {
     rows.iter()
-        .find(|(pattern, ..)| fits(pattern))
+        .find(|(pattern, ..)| fits(pattern, name))
         .map(|(_, level, reason)| (*level, *reason))
 }
 
@@ -195,6 +201,6 @@ pub fn upstream(name: &str) -> (Level, &'static str) {
 pub fn needed(name: &str) -> Option<&'static str> {
     NEEDED
         .iter()
-        .find(|(known, _)| *known == name)
+        .find(|(pattern, _)| fits(pattern, name))
         .map(|(_, reason)| *reason)
 }

@@ -5,20 +5,19 @@ use super::names::Names;
 use super::out::{Level, Section, Table, quoted};
 use super::settings::{self, Lists};
 use super::tree::{Directive, Place};
-use super::value::{Bad, Use, is_name_char, single, template};
+use super::value::{Bad, Piece, Use, is_name_char, pieces, single, template};
 
-/// Carries a server over. `poison`: what `stream` says that no server can do without.
-pub fn server(directive: &Directive, names: &Names, poison: Option<&str>) -> Section {
+/// Carries a server over. `poisons`: what `stream` says that no server can do without.
+pub fn server(directive: &Directive, names: &Names, poisons: &[String]) -> Section {
     let mut section = Section::new("[[server]]", "server", Some(&directive.at));
     let inner = directive.block.as_deref().unwrap_or_default();
-    if let Some(reason) = poison {
-        let overrides = inner
-            .iter()
-            .any(|inner| inner.name == "proxy_ssl" && inner.args == ["off"]);
-        if !(overrides && reason.starts_with("proxy_ssl")) {
-            section.say(directive, Level::Lost, &format!("it inherits {reason}"));
-            section.leave_out();
-        }
+    let overrides = inner
+        .iter()
+        .any(|inner| inner.name == "proxy_ssl" && inner.args == ["off"]);
+    let inherited = |poison: &&String| !(overrides && poison.starts_with("proxy_ssl"));
+    if let Some(reason) = poisons.iter().find(inherited) {
+        section.say(directive, Level::Lost, &format!("it inherits {reason}"));
+        section.leave_out();
     }
     let own: Vec<String> = inner
         .iter()
@@ -115,13 +114,31 @@ impl Server<'_> {
         if self.names.is_map(name) {
             return Err(format!("${name} is made by a map already"));
         }
+        // nginx goes through them in order, for each session; here a variable has one value.
+        let above = |name: &str| {
+            self.set
+                .iter()
+                .any(|(known, ..)| known.eq_ignore_ascii_case(name))
+        };
+        if above(name) {
+            return Err(format!("${name} has been set already"));
+        }
         let value = match value.contains('$') {
-            true => template(value, Use::Value, self.names, &self.own)?,
+            true => {
+                let own = |name: &str| self.own.iter().any(|own| own == name);
+                for piece in pieces(value)? {
+                    if let Piece::Variable(used) = piece
+                        && own(used)
+                        && !above(used)
+                    {
+                        return Err(format!("it uses ${used} before that is set"));
+                    }
+                }
+                template(value, Use::Value, self.names, &self.own)?
+            }
             // Most often it names a group.
             false => self.names.upstream(value).unwrap_or(value).to_owned(),
         };
-        // As in nginx, the last one counts.
-        self.set.retain(|(known, ..)| known != name);
         self.set
             .push((name.to_owned(), quoted(&value), directive.at.clone()));
         Ok(())

@@ -29,7 +29,7 @@ pub fn stream(block: &Directive, document: &mut Document) {
 
     let mut common = Section::new("[stream]", "stream", Some(&block.at));
     let mut lists = Lists::default();
-    let mut poison: Option<String> = None;
+    let mut poisons: Vec<String> = Vec::new();
     for inner in inner {
         let done = match (&inner.fault, inner.name.as_str()) {
             (Some(fault), _) => Err(Bad::Block(fault.clone())),
@@ -45,7 +45,7 @@ pub fn stream(block: &Directive, document: &mut Document) {
                     Level::Lost,
                     &format!("{reason}, so all servers are left out"),
                 );
-                poison.get_or_insert_with(|| format!("{} of {}", inner.name, inner.at));
+                poisons.push(format!("{} of {}", inner.name, inner.at));
             }
         }
     }
@@ -65,7 +65,7 @@ pub fn stream(block: &Directive, document: &mut Document) {
     let servers = named("server").into_iter();
     document
         .sections
-        .extend(servers.map(|one| server::server(one, &names, poison.as_deref())));
+        .extend(servers.map(|one| server::server(one, &names, &poisons)));
 }
 
 fn limit_conn_zone(directive: &Directive, names: &mut Names) -> Section {

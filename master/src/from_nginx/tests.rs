@@ -200,6 +200,8 @@ fn a_server_that_would_be_weaker_than_nginxs_is_a_comment() {
         "limit_conn nowhere 1;",
         "proxy_ssl on;",
         "js_access a.b;",
+        "preread_by_lua_block { ngx.exit(1) }",
+        "content_by_lua_file a;",
         "return a;",
         "include /nonexistent;",
     ] {
@@ -214,8 +216,60 @@ fn a_server_that_would_be_weaker_than_nginxs_is_a_comment() {
 }
 
 #[test]
+fn a_server_without_tls_of_its_own_inherits_everything_else_that_is_lost() {
+    for (lines, kept) in [
+        ("proxy_ssl on;", true),
+        ("proxy_ssl on; deny;", false),
+        ("deny; proxy_ssl on;", false),
+    ] {
+        let text =
+            format!("stream {{ {lines} server {{ listen 80; proxy_pass 127.0.0.1:1; proxy_ssl off; }} }}");
+        let printed = print(text.as_bytes()).expect(lines);
+        assert_eq!(printed.contains("\n[[server]]"), kept, "{lines}: {printed}");
+    }
+}
+
+#[test]
+fn variables_that_change_their_value_on_the_way_are_not_carried_over() {
+    for (lines, kept) in [
+        ("set $a 127.0.0.1; set $b $a:1;", true),
+        ("set $a 127.0.0.1; set $b $a:1; set $a 127.0.0.2;", false),
+        ("set $a 127.0.0.1; set $b $a:1; set $A 127.0.0.2;", false),
+        ("set $b $a:1; set $a 127.0.0.1;", false),
+        ("set $b $b:1;", false),
+    ] {
+        let text = format!("stream {{ server {{ listen 80; {lines} proxy_pass $b; }} }}");
+        let printed = print(text.as_bytes()).expect(lines);
+        assert_eq!(printed.contains("\n[[server]]"), kept, "{lines}: {printed}");
+    }
+}
+
+#[test]
+fn masks_are_masks_from_hostnames_on() {
+    let text = "stream { map $remote_addr $x { .a one; *.b two; c three; hostnames; .d four; \\.e five; \\default six; } }";
+    let printed = print(text.as_bytes()).expect("a translation");
+    let values: Vec<&str> = printed.lines().filter(|line| line.starts_with("  ")).collect();
+    let expected = [
+        r#"  "c three","#,
+        r#"  ".d four","#,
+        r#"  ".e five","#,
+        r#"  "\\default six","#,
+        r#"  "~*^\\.a$ one","#,
+        r#"  "~*^\\*\\.b$ two","#,
+    ];
+    assert_eq!(values, expected, "{printed}");
+}
+
+#[test]
+fn jitter_of_health_checks_is_said_to_be_lost() {
+    let text = "stream { upstream u { server 127.0.0.1:1; } server { listen 80; proxy_pass u; health_check jitter=3s; } }";
+    let printed = print(text.as_bytes()).expect("a translation");
+    assert!(printed.contains("not carried over: of it jitter=3s"), "{printed}");
+}
+
+#[test]
 fn what_the_check_finds_is_told_at_nginxs_line() {
-    let text = "stream {\n server {\n  listen 80;\n  proxy_timeout 5parsecs;\n  proxy_pass nobody;\n }\n}\n";
+    let text = "stream {\n server {\n  listen 80;\n  proxy_timeout 5parsecs;\n  proxy_pass nobody;\n }\n server {\n  listen 80;\n  proxy_pass nobody;\n }\n}\n";
     let directives = tree::read_text(Path::new("n.conf"), text.as_bytes()).unwrap();
     let mut document = translate(&directives).unwrap();
     assert!(
@@ -231,13 +285,18 @@ fn what_the_check_finds_is_told_at_nginxs_line() {
         .filter(|remark| remark.level == Level::Lost)
         .map(|r| r.line())
         .collect();
-    assert_eq!(lost.len(), 2, "{lost:#?}");
+    assert_eq!(lost.len(), 4, "{lost:#?}");
     assert!(
         lost[0].starts_with("n.conf:4: ") && lost[0].contains("unknown unit"),
         "{lost:#?}"
     );
     assert!(
         lost[1].starts_with("n.conf:5: ") && lost[1].contains("no upstream"),
+        "{lost:#?}"
+    );
+    assert!(
+        lost[2].contains("0.0.0.0:80 is already taken by server[0].listen at n.conf:3 (")
+            && !lost[2].contains("what is printed"),
         "{lost:#?}"
     );
     let page = document.page().text;

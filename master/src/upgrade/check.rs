@@ -24,7 +24,7 @@ pub fn run(args: &Args, document: RawFd) -> ExitCode {
     match examine(args, document) {
         Ok(()) => check::print(YES),
         Err(error) => {
-            eprintln!("{error:#}");
+            check::complain(&format!("{error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -2,10 +2,7 @@
 //! the old binary serve until those of this one are ready, as at a reload.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +19,6 @@ use culvert_shared::sessions::Place;
 use culvert_shared::sys::inherit;
 use culvert_shared::sys::shm::Shared;
 use culvert_worker::Store;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::Pid;
 
 use super::Upgrade;
@@ -77,13 +73,7 @@ pub fn run(args: Args, document: RawFd) -> Result<ExitCode> {
 
 /// The configuration that is in force, for when the one in the file is refused.
 fn current_config(args: &Args, dumped: &str) -> Result<Config> {
-    let memory =
-        memfd_create(c"culvert-config", MFdFlags::MFD_CLOEXEC).context("failed to create a memory file")?;
-    let mut file = File::from(memory);
-    file.write_all(dumped.as_bytes())
-        .context("failed to write to a memory file")?;
-    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    config::load(&path, &[])
+    config::load_dumped(dumped)
         // Another version may have other keys; it has taken the file when it was asked.
         .or_else(|_| config::load(&args.config, &args.set))
         .map_err(|diagnostics| {

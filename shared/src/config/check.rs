@@ -15,9 +15,10 @@ use super::valid::{self, Given};
 use super::world::World;
 use super::{Config, ErrorLog, FlowSteering, LogTarget, User};
 use super::{cpus, syslog, units};
+use crate::counters::MAX_WORKERS;
 
-/// Kernels know up to 8192 CPUs; more than half of that is a slip of the finger.
-const WORKERS_MAX: u32 = 4096;
+/// During a reload the old and the new worker of a slot exist at the same time.
+const WORKERS_MAX: u32 = MAX_WORKERS as u32 / 2;
 
 /// A session takes two descriptors, and fs.nr_open is 1,048,576 unless somebody raised it a lot.
 const CONNECTIONS_MAX: u32 = 1 << 20;
@@ -192,7 +193,7 @@ impl Check<'_> {
     /// The CPUs of each worker. `count`: `None` for as many as there are CPUs that may be used.
     fn worker_cpus(&mut self, root: &Map<String, Value>, count: Option<u32>) -> Vec<Vec<usize>> {
         let allowed = self.world.allowed_cpus();
-        let count = count.map_or(allowed.len(), |count| count as usize);
+        let count = count.map_or(allowed.len().min(WORKERS_MAX as usize), |count| count as usize);
         let Some(value) = root.get("worker_cpu_affinity") else {
             return Vec::new();
         };

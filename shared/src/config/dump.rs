@@ -342,16 +342,17 @@ fn list<T: ToString>(items: &[T]) -> String {
 fn write_template(out: &mut String, config: &Config, template: &Template) -> std::fmt::Result {
     let mut text = String::new();
     let mut set = Vec::new();
+    // A variable of `set` hides a map's of the same name.
+    let mut free = (0..)
+        .map(|n| format!("text_{n}"))
+        .filter(|name| config.maps.iter().all(|map| map.name != *name));
     let mut after_variable = false;
     for part in &template.0 {
         match part {
             Part::Literal(literal) if after_variable && literal.starts_with(is_name_char) => {
-                set.push(format!(
-                    "text_{} = {}",
-                    set.len(),
-                    quoted(&expand::escape(literal))
-                ));
-                let _ = write!(text, "$text_{}", set.len() - 1);
+                let name = free.next().unwrap_or_default();
+                set.push(format!("{name} = {}", quoted(&expand::escape(literal))));
+                let _ = write!(text, "${name}");
             }
             Part::Literal(literal) => text.push_str(&expand::escape(literal)),
             Part::Variable(variable) => {

@@ -1,5 +1,6 @@
 //! `include`: which files a pattern names, in which order. Reading them is `source`'s work.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use config::{Value, ValueKind};
@@ -10,19 +11,12 @@ use super::source::{Reader, identity};
 /// What is said to every wrong `include`.
 const INCLUDE: &str = "write a file or a pattern such as \"conf.d/*.toml\"";
 
-/// The files that a pattern names, in the order of their bytes (the C locale). As with nginx, a pattern may match no
-/// file, but a plain name must exist.
+/// What a pattern names, in the order of its bytes (the C locale). As with nginx, a pattern may name nothing; a plain name
+/// is one.
 fn matching(including: &Path, pattern: &str) -> Result<Vec<PathBuf>, Fault> {
     let directory = including.parent().unwrap_or(Path::new(""));
     if !pattern.contains(['*', '?', '[']) {
-        let file = directory.join(pattern);
-        return match file.is_file() {
-            true => Ok(vec![file]),
-            false => Err(Fault::new(
-                format!("no such file: {}", short(&file.to_string_lossy())),
-                INCLUDE,
-            )),
-        };
+        return Ok(vec![directory.join(pattern)]);
     }
     let pattern = match Path::new(pattern).is_absolute() {
         true => pattern.to_owned(),
@@ -39,19 +33,28 @@ fn matching(including: &Path, pattern: &str) -> Result<Vec<PathBuf>, Fault> {
     };
     let found = glob::glob_with(&pattern, options)
         .map_err(|error| Fault::new(format!("not a pattern: {error}"), INCLUDE))?;
-    let mut files = Vec::new();
-    for file in found {
-        let file = file.map_err(|error| Fault::new(format!("cannot be read: {error}"), INCLUDE))?;
-        if file.is_file() {
-            files.push(file);
-        }
-    }
+    let cannot = |error: glob::GlobError| Fault::new(format!("cannot be read: {error}"), INCLUDE);
+    let mut files: Vec<PathBuf> = found.collect::<Result<_, _>>().map_err(cannot)?;
     files.sort_by(|a, b| {
         a.as_os_str()
             .as_encoded_bytes()
             .cmp(b.as_os_str().as_encoded_bytes())
     });
     Ok(files)
+}
+
+/// Whether it is a file: what a pattern names and cannot be read would else be missing in silence, servers and all. A pipe
+/// or a device may never end.
+fn is_file(file: &Path) -> Result<(), Fault> {
+    let shown = short(&file.to_string_lossy());
+    let what = match std::fs::metadata(file) {
+        Ok(metadata) if metadata.is_file() => return Ok(()),
+        Ok(metadata) if metadata.is_dir() => format!("a directory: {shown}"),
+        Ok(_) => format!("not a file: {shown}"),
+        Err(error) if error.kind() == ErrorKind::NotFound => format!("no such file: {shown}"),
+        Err(error) => format!("{shown} cannot be read: {error}"),
+    };
+    Err(Fault::new(what, INCLUDE))
 }
 
 impl Reader<'_> {
@@ -81,6 +84,9 @@ impl Reader<'_> {
     }
 
     fn included(&mut self, at: OriginId, key: &str, file: &Path) {
+        if let Err(fault) = is_file(file) {
+            return self.findings.fault(at, key, fault);
+        }
         if self.read.contains(&identity(file)) {
             let what = format!("{} has been read already", short(&file.to_string_lossy()));
             return self.findings.fault(

@@ -16,11 +16,12 @@ use super::world::World;
 /// What the environment variables that override a key begin with.
 const PREFIX: &str = "CULVERT_";
 
-/// Kubernetes puts such variables into every container beside a service named "culvert": they mean no key.
-const NOT_OURS: &[&str] = &["CULVERT_SERVICE_", "CULVERT_PORT_"];
+/// Kubernetes puts such variables into every container beside a service whose name is "culvert" or begins with "culvert-":
+/// they mean no key.
+const NOT_OURS: &[&str] = &["_SERVICE_HOST", "_SERVICE_PORT", "_PORT_"];
 
-/// As [`NOT_OURS`], the whole name.
-const NOT_OURS_WHOLE: &str = "CULVERT_PORT";
+/// As [`NOT_OURS`], an end. What such a variable holds is a URL.
+const NOT_OURS_END: &str = "_PORT";
 
 /// One layer. Its keys are paths such as `stream.proxy_timeout` or `server[0].listen`.
 #[derive(Clone, Debug)]
@@ -93,7 +94,9 @@ fn environment(world: &dyn World, findings: &mut Findings, named: &BTreeSet<Stri
         let Some(key) = name.strip_prefix(PREFIX) else {
             continue;
         };
-        let foreign = name == NOT_OURS_WHOLE || NOT_OURS.iter().any(|start| name.starts_with(start));
+        let is_url = || value.to_string_lossy().contains("://");
+        let foreign =
+            NOT_OURS.iter().any(|part| name.contains(part)) || (name.ends_with(NOT_OURS_END) && is_url());
         // A variable that the file names by ${…} serves that purpose.
         if foreign || named.contains(name) {
             continue;

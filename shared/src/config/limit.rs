@@ -1,6 +1,7 @@
 //! Limits on sessions: what they are counted by (`[[limit_conn_zone]]`), how many a key may have at once (`limit_conn`), and
 //! how fast they may come (`limit_conn_rate`).
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -130,12 +131,13 @@ impl Check<'_> {
         key: &str,
         zones: &[LimitZone],
     ) -> Option<Vec<LimitConn>> {
+        let used = RefCell::default();
         let entries = self.list(table, key, "limit_conn", |given| {
             let words = words(given, CONN)?;
             match words.as_slice() {
                 [name, number] => Ok(LimitConn {
-                    zone: zone(name, zones)?,
                     connections: number_of(number, 1, CONN)?,
+                    zone: zone(name, zones, &used)?,
                 }),
                 _ => Err(Fault::new("not a zone and a number", CONN)),
             }
@@ -162,6 +164,7 @@ impl Check<'_> {
         key: &str,
         zones: &[LimitZone],
     ) -> Option<Vec<LimitRate>> {
+        let used = RefCell::default();
         self.list(table, key, "limit_conn_rate", |given| {
             let words = words(given, RATE)?;
             let (name, rate, burst) = match words.as_slice() {
@@ -179,9 +182,9 @@ impl Check<'_> {
                 _ => return Err(Fault::new("not a rate", RATE)),
             };
             Ok(LimitRate {
-                zone: zone(name, zones)?,
                 // nginx writes 10r/s.
                 connections: number_of(number.strip_suffix('r').unwrap_or(number), 1, RATE)?,
+                zone: zone(name, zones, &used)?,
                 period: Duration::from_secs(seconds),
                 burst,
             })
@@ -196,13 +199,23 @@ fn words<'v>(given: Given<'v>, remedy: &str) -> Result<Vec<&'v str>, Fault> {
     }
 }
 
-fn zone(name: &str, zones: &[LimitZone]) -> Result<usize, Fault> {
-    zones.iter().position(|zone| zone.name == name).ok_or_else(|| {
+/// The zone of that name. `used`: those of the entries before. What is counted for a key is counted once in a zone, so a
+/// second limit would count every session again (nginx: "is duplicate").
+fn zone(name: &str, zones: &[LimitZone], used: &RefCell<Vec<usize>>) -> Result<usize, Fault> {
+    let found = zones.iter().position(|zone| zone.name == name).ok_or_else(|| {
         Fault::new(
             "there is no limit_conn_zone of that name",
             "write a [[limit_conn_zone]] with its name and a key such as \"$remote_addr\"",
         )
-    })
+    })?;
+    if used.borrow().contains(&found) {
+        return Err(Fault::new(
+            "an entry before it has that zone already",
+            "write one limit for each zone; a second zone may have the same key",
+        ));
+    }
+    used.borrow_mut().push(found);
+    Ok(found)
 }
 
 fn number_of(text: &str, least: u32, remedy: &str) -> Result<u32, Fault> {

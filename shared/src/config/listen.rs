@@ -11,6 +11,7 @@ use super::source::join;
 use super::units::{write_duration, write_size};
 use super::valid::{self, Given};
 use super::{Address, Listen, address, defaults, units};
+use crate::counters::MAX_LISTENERS;
 
 /// The kernel caps it at net.core.somaxconn; more than a million waiting connections help nobody.
 const BACKLOG_MAX: u32 = 1 << 20;
@@ -234,6 +235,13 @@ impl Servers<'_, '_> {
                 let fault = Fault::new(what, "give each listener an address of its own");
                 self.check.findings.fault(at, key, fault);
                 continue;
+            }
+            if self.listeners.len() == MAX_LISTENERS {
+                let fault = Fault::new(
+                    format!("with it there are more than {MAX_LISTENERS} listeners"),
+                    "leave some out; each port of a range is one",
+                );
+                return self.check.findings.fault(at, key, fault);
             }
             self.listeners.insert(address.clone(), (key.to_owned(), at));
             listen.push(Listen {

@@ -1,6 +1,9 @@
 //! `[[map]]`: a variable whose value depends on another's, as nginx's map. What is written → patterns in the order in which
 //! they are written; looking one up is the worker's.
 
+use std::collections::HashSet;
+use std::mem::{Discriminant, discriminant};
+
 use config::{Map, Value};
 use regex::{Regex, RegexBuilder};
 
@@ -59,19 +62,33 @@ pub enum Pattern {
 
 impl PartialEq for Pattern {
     fn eq(&self, other: &Pattern) -> bool {
-        use Pattern::{Beginning, Below, Domain, Exact};
-        match (self, other) {
-            (Exact(a), Exact(b))
-            | (Below(a), Below(b))
-            | (Domain(a), Domain(b))
-            | (Beginning(a), Beginning(b)) => a == b,
-            (Pattern::Regex(a), Pattern::Regex(b)) => a.as_str() == b.as_str(),
-            _ => false,
+        self.identity() == other.identity()
+    }
+}
+
+impl MapEntry {
+    /// What makes it another one. A regular expression does not tell whether it minds capitals, its text does.
+    fn identity(&self) -> (Discriminant<Pattern>, &str) {
+        match &self.pattern {
+            Pattern::Regex(_) => (discriminant(&self.pattern), &self.text),
+            other => other.identity(),
         }
     }
 }
 
 impl Pattern {
+    /// Its kind and its text.
+    fn identity(&self) -> (Discriminant<Pattern>, &str) {
+        let text = match self {
+            Pattern::Exact(text)
+            | Pattern::Below(text)
+            | Pattern::Domain(text)
+            | Pattern::Beginning(text) => text,
+            Pattern::Regex(regex) => regex.as_str(),
+        };
+        (discriminant(self), text)
+    }
+
     fn read(text: &str, hostnames: bool) -> Result<Pattern, Fault> {
         if let Some(regex) = text.strip_prefix('~') {
             let (regex, any_case) = match regex.strip_prefix('*') {
@@ -96,6 +113,9 @@ impl Pattern {
                     "see https://docs.rs/regex",
                 )
             });
+        }
+        if text == "\"\"" {
+            return Ok(Pattern::Exact(String::new()));
         }
         let text = text.to_ascii_lowercase();
         let masked = |rest: &str| rest.contains('*') || rest.is_empty();
@@ -188,29 +208,27 @@ impl Check<'_> {
             Ok((pattern.to_owned(), read, value))
         });
         let mut entries: Vec<MapEntry> = Vec::new();
-        let mut default = None;
+        let mut defaults = Vec::new();
         for (text, pattern, value) in lines.unwrap_or_default() {
-            let twice = match pattern {
-                None => default.replace(value).is_some(),
-                Some(pattern) => {
-                    let same = entries.iter().any(|entry| entry.pattern == pattern);
-                    let text = text.clone();
-                    entries.push(MapEntry { text, pattern, value });
-                    same
-                }
-            };
-            if twice {
-                let fault = Fault::new(format!("the pattern {text} stands twice"), "write it once");
-                let at = self.findings.origin_of(&table["values"]);
-                self.findings.fault(at, &join(key, "values"), fault);
+            match pattern {
+                None => defaults.push(value),
+                Some(pattern) => entries.push(MapEntry { text, pattern, value }),
             }
+        }
+        let mut seen = HashSet::new();
+        let twice = entries.iter().filter(|entry| !seen.insert(entry.identity()));
+        let twice = twice.map(|entry| entry.text.as_str());
+        for text in twice.chain(defaults.iter().skip(1).map(|_| "default")) {
+            let fault = Fault::new(format!("the pattern {text} stands twice"), "write it once");
+            let at = self.findings.origin_of(&table["values"]);
+            self.findings.fault(at, &join(key, "values"), fault);
         }
         VariableMap {
             name: name.unwrap_or_default(),
             source: source.unwrap_or(Template(Vec::new())),
             hostnames,
             entries,
-            default: default.unwrap_or(Template(Vec::new())),
+            default: defaults.pop().unwrap_or(Template(Vec::new())),
         }
     }
 }

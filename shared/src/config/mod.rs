@@ -84,6 +84,22 @@ pub fn load_text(path: &Path, text: &str) -> Result<Config, Vec<Diagnostic>> {
     )
 }
 
+/// Takes what [`dump`] has written for the same again. The environment is in it: an override would count twice, and a
+/// variable that the file named (`${CULVERT_PEER}`) would be one.
+///
+/// # Errors
+///
+/// As with [`load`].
+pub fn load_dumped(text: &str) -> Result<Config, Vec<Diagnostic>> {
+    load_dumped_in(&world::Machine, text)
+}
+
+fn load_dumped_in(world: &dyn world::World, text: &str) -> Result<Config, Vec<Diagnostic>> {
+    let path = Path::new("the configuration in force");
+    let read = |reader: &mut source::Reader| reader.bytes(path, text.as_bytes());
+    read_in(&world::Bare(world), read, path, &[])
+}
+
 fn load_in(world: &dyn world::World, path: &Path, overrides: &[String]) -> Result<Config, Vec<Diagnostic>> {
     read_in(world, |reader| reader.file(path), path, overrides)
 }
@@ -623,7 +639,7 @@ pub enum LogVariable {
     RelayToUpstream,
     /// Bytes to the client that user space copied.
     RelayToDownstream,
-    /// What its PROXY header or TLS hello said; nothing, if it was taken over from another worker since.
+    /// What its PROXY header or TLS hello said.
     Early(Variable),
 }
 

@@ -84,8 +84,9 @@ impl fmt::Display for ProxyBind {
             ProxyBind::Client { port: false } => f.write_str("transparent"),
             ProxyBind::Client { port: true } => f.write_str("$remote_addr:$remote_port transparent"),
             ProxyBind::Address { address, transparent } => {
-                match address.port() {
-                    0 => write!(f, "{}", address.ip())?,
+                match address {
+                    SocketAddr::V6(scoped) if scoped.scope_id() != 0 => write!(f, "{address}")?,
+                    _ if address.port() == 0 => write!(f, "{}", address.ip())?,
                     _ => write!(f, "{address}")?,
                 }
                 f.write_str(if *transparent { " transparent" } else { "" })
@@ -119,6 +120,7 @@ mod tests {
             "10.0.0.1:5000 transparent",
             "2001:db8::1",
             "[2001:db8::1]:5000",
+            "[fe80::1%2]:0",
         ] {
             assert_eq!(read(text).map(|bind| bind.to_string()), Ok(text.to_owned()));
         }

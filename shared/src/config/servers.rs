@@ -13,6 +13,7 @@ use super::file::nearest;
 use super::names::Written;
 use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
+use super::upstreams::room;
 use super::valid::{self, Given};
 use super::{
     Action, Address, Balance, LimitZone, Network, OnReload, Part, Peer, ProxyBind, Rate, Rule, Server,
@@ -45,6 +46,8 @@ pub(super) struct Servers<'c, 'a> {
     pub(super) check: &'c mut Check<'a>,
     /// The named groups, then the unnamed ones.
     upstreams: Vec<Upstream>,
+    /// What leads nowhere, and why: each server that says so is told, and no name is looked up twice for it.
+    astray: BTreeMap<String, Fault>,
     zones: &'c [LimitZone],
     maps: &'c [VariableMap],
     /// Every address that is listened on, with the key and the place of its listener.
@@ -62,6 +65,7 @@ impl<'c, 'a> Servers<'c, 'a> {
         Servers {
             check,
             upstreams,
+            astray: BTreeMap::new(),
             zones,
             maps,
             listeners: HashMap::new(),
@@ -398,26 +402,35 @@ impl<'c, 'a> Servers<'c, 'a> {
         if let Some(index) = self.upstreams.iter().position(|upstream| upstream.name == name) {
             return Target::Upstream(index);
         }
-        let world = self.check.world;
-        let names: Vec<&str> = self
-            .upstreams
-            .iter()
-            .map(|upstream| upstream.name.as_str())
-            .collect();
-        let peers = self.check.read(key, value, |_| match name.contains(':') {
-            true => address::peers(&name, world),
-            false => Err(no_upstream(&name, &names)),
-        });
-        let peers = peers.into_iter().flatten().map(Peer::new);
+        let found = match self.astray.get(&name) {
+            Some(fault) => Err(fault.clone()),
+            None => self.peers_at(&name),
+        };
+        if let Err(fault) = &found {
+            self.astray.insert(name.clone(), fault.clone());
+        }
+        let Some(peers) = self.check.read(key, value, |_| found) else {
+            return Target::Upstream(0);
+        };
         self.upstreams.push(Upstream {
             name,
             balance: Balance::RoundRobin,
-            peers: peers.collect(),
+            peers: peers.into_iter().map(Peer::new).collect(),
             check: None,
             queue: None,
             names: Vec::new(),
         });
         Target::Upstream(self.upstreams.len() - 1)
+    }
+
+    /// The addresses that `proxy_pass` names where there is no group of that name.
+    fn peers_at(&self, name: &str) -> Result<Vec<Address>, Fault> {
+        if !name.contains(':') {
+            let names = self.upstreams.iter().map(|upstream| upstream.name.as_str());
+            return Err(no_upstream(name, names));
+        }
+        let peers = address::peers(name, self.check.world)?;
+        room(self.upstreams.iter(), peers.len()).map(|()| peers)
     }
 }
 
@@ -428,8 +441,8 @@ struct Set<'v> {
     right: bool,
 }
 
-fn no_upstream(name: &str, known: &[&str]) -> Fault {
-    let remedy = match nearest(name, known.iter().copied().filter(|known| !known.is_empty())) {
+fn no_upstream<'u>(name: &str, known: impl Iterator<Item = &'u str>) -> Fault {
+    let remedy = match nearest(name, known.filter(|known| !known.is_empty())) {
         Some(near) => format!("did you mean \"{near}\"?"),
         None => "write an [[upstream]] of that name, or an address such as \"127.0.0.1:8000\"".to_owned(),
     };

@@ -4,7 +4,10 @@
 //! An included file may hold whatever the main file may. `[[upstream]]` and `[[server]]` add up, in the order of
 //! the files; any other key may be set in one file only.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use config::{Map, Value, ValueKind};
@@ -30,27 +33,64 @@ pub(super) struct Reader<'a> {
     pub root: Map<String, Value>,
 }
 
+/// A map of a hundred thousand names is below it. What is endless (/dev/zero) is not read to its end.
+const LARGEST_BYTES: u64 = 16 << 20;
+
 /// The text that values are cut from.
 struct Text<'a> {
     text: &'a str,
     /// Its file, or the one place that all of it has.
     place: Result<&'a Path, &'a Place>,
+    /// Where its lines begin: a place is asked for each value, and counting from the start would take longer with each.
+    lines: Vec<usize>,
+    /// The offset that was asked for last and its column: a line may be long as well.
+    last: Cell<(usize, usize)>,
 }
 
-impl Text<'_> {
+impl<'a> Text<'a> {
+    fn new(text: &'a str, place: Result<&'a Path, &'a Place>) -> Text<'a> {
+        let ends = text.match_indices('\n').map(|(at, _)| at + 1);
+        Text {
+            text,
+            place,
+            lines: std::iter::once(0).chain(ends).collect(),
+            last: Cell::new((0, 1)),
+        }
+    }
+
     fn place(&self, offset: usize) -> Place {
         let path = match self.place {
             Ok(path) => path.to_owned(),
             Err(fixed) => return fixed.clone(),
         };
-        let before = self.text.get(..offset).unwrap_or(self.text);
-        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        let line = before.bytes().filter(|&b| b == b'\n').count() + 1;
-        Place::File {
-            path,
-            line,
-            column: before[line_start..].chars().count() + 1,
-        }
+        let offset = if self.text.is_char_boundary(offset) {
+            offset
+        } else {
+            self.text.len()
+        };
+        let line = self.lines.partition_point(|start| *start <= offset);
+        let (from, column) = match (self.last.get(), self.lines[line - 1]) {
+            ((last, column), start) if (start..=offset).contains(&last) => (last, column),
+            (_, start) => (start, 1),
+        };
+        let column = column + self.text[from..offset].chars().count();
+        self.last.set((offset, column));
+        Place::File { path, line, column }
+    }
+}
+
+/// What a file holds.
+fn bytes_of(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?
+        .take(LARGEST_BYTES + 1)
+        .read_to_end(&mut bytes)?;
+    match bytes.len() as u64 > LARGEST_BYTES {
+        true => Err(io::Error::other(format!(
+            "larger than {} MiB",
+            LARGEST_BYTES >> 20
+        ))),
+        false => Ok(bytes),
     }
 }
 
@@ -69,7 +109,7 @@ impl<'a> Reader<'a> {
     /// Reads a file and what it includes into [`Reader::root`].
     pub(super) fn file(&mut self, path: &Path) {
         self.read.insert(identity(path));
-        let bytes = match std::fs::read(path) {
+        let bytes = match bytes_of(path) {
             Ok(bytes) => bytes,
             Err(error) => {
                 return self.unreadable(
@@ -87,18 +127,11 @@ impl<'a> Reader<'a> {
             Ok(text) => text,
             Err(error) => {
                 let valid = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
-                let place = Text {
-                    text: &valid,
-                    place: Ok(path),
-                }
-                .place(valid.len());
+                let place = Text::new(&valid, Ok(path)).place(valid.len());
                 return self.unreadable(place, "not valid UTF-8, write the file in that encoding");
             }
         };
-        let text = Text {
-            text,
-            place: Ok(path),
-        };
+        let text = Text::new(text, Ok(path));
         let (table, errors) = DeTable::parse_recoverable(text.text);
         if !errors.is_empty() {
             // What could be recovered of a broken file would give errors that are none.
@@ -139,10 +172,7 @@ impl<'a> Reader<'a> {
         if trimmed.starts_with(['[', '{', '"', '\''])
             && let Ok(value) = DeValue::parse(trimmed)
         {
-            let text = Text {
-                text: trimmed,
-                place: Err(place),
-            };
+            let text = Text::new(trimmed, Err(place));
             return self.value(&text, key, &value, shape, 0);
         }
         match shape {

@@ -12,6 +12,7 @@ use super::valid::{self, Given};
 use super::world::World;
 use super::{Address, Balance, Named, Peer, Queue, Resolver, Upstream, VariableMap};
 use super::{address, balance, defaults, units};
+use crate::counters::{MAX_GROUPS, MAX_PEERS};
 use crate::members::MAX_NAMES;
 
 /// nginx has no limit; smooth weighted round robin needs none above what a share can mean.
@@ -56,6 +57,10 @@ impl Check<'_> {
             let balance = balance.unwrap_or(Balance::RoundRobin);
             let resolver = self.written_resolver(table, &key).or(stream_resolver);
             let (peers, names) = self.peers(&key, at, table, &balance, resolver.as_ref());
+            let before = found.iter().map(|(upstream, _)| upstream);
+            if let Some(value) = table.get("server") {
+                self.read(&join(&key, "server"), value, |_| room(before, peers.len()));
+            }
             let check = self.health(&key, table);
             if let (Some(port), Some(value)) =
                 (check.as_ref().and_then(|check| check.port), table.get("check"))
@@ -263,6 +268,26 @@ impl Check<'_> {
                 ))
             });
         }
+    }
+}
+
+/// Whether there are counters for one more group of so many peers.
+pub(super) fn room<'u>(before: impl Iterator<Item = &'u Upstream>, peers: usize) -> Result<(), Fault> {
+    let (mut groups, mut all) = (1, peers);
+    for upstream in before {
+        groups += 1;
+        all += upstream.peers.len();
+    }
+    let over = |what: &str, limit| {
+        Err(Fault::new(
+            format!("with it there are more than {limit} {what}"),
+            "leave some out; an address in proxy_pass is an upstream as well",
+        ))
+    };
+    match (groups > MAX_GROUPS, all > MAX_PEERS) {
+        (true, _) => over("upstreams", MAX_GROUPS),
+        (_, true) => over("peers", MAX_PEERS),
+        _ => Ok(()),
     }
 }
 

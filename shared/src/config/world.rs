@@ -72,6 +72,35 @@ impl World for Machine {
     }
 }
 
+/// A machine without its environment, for what has been through it already.
+pub(super) struct Bare<'w>(pub &'w dyn World);
+
+impl World for Bare<'_> {
+    fn variable(&self, _: &str) -> Option<OsString> {
+        None
+    }
+
+    fn variables(&self) -> Vec<(OsString, OsString)> {
+        Vec::new()
+    }
+
+    fn online_cpus(&self) -> Vec<usize> {
+        self.0.online_cpus()
+    }
+
+    fn allowed_cpus(&self) -> Vec<usize> {
+        self.0.allowed_cpus()
+    }
+
+    fn user(&self, name: &str) -> io::Result<Option<User>> {
+        self.0.user(name)
+    }
+
+    fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        self.0.resolve(host, port)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -170,6 +170,16 @@ impl IntOption {
     }
 }
 
+/// Listens, or changes how many connections may wait: as many as `net.core.somaxconn` says at most.
+pub fn listen(fd: BorrowedFd<'_>, backlog: u32) -> io::Result<()> {
+    let backlog = i32::try_from(backlog).unwrap_or(i32::MAX);
+    // SAFETY: it takes two numbers.
+    match unsafe { libc::listen(fd.as_raw_fd(), backlog) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Sets an option.
 pub fn set_int(fd: BorrowedFd<'_>, option: IntOption, value: i32) -> io::Result<()> {
     let (level, name) = option.numbers();

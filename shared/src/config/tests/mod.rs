@@ -358,6 +358,11 @@ fn environment_and_command_line_go_over_the_file_in_that_order() {
         ("CULVERT_SERVICE_HOST", "10.0.0.1"),
         ("CULVERT_PORT", "tcp://10.0.0.1:80"),
         ("CULVERT_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("CULVERT_HTTP_METRICS_SERVICE_HOST", "10.0.0.1"),
+        ("CULVERT_HTTP_METRICS_SERVICE_PORT", "80"),
+        ("CULVERT_HTTP_METRICS_SERVICE_PORT_WEB", "80"),
+        ("CULVERT_HTTP_METRICS_PORT", "udp://10.0.0.1:80"),
+        ("CULVERT_HTTP_METRICS_PORT_80_UDP_ADDR", "10.0.0.1"),
     ];
     let world = Fake {
         environment: environment.into(),
@@ -448,4 +453,25 @@ fn a_server_asks_its_own_resolver_or_that_of_stream_and_equal_ones_are_one() {
     let config = load_with(&Fake::default(), &directory, &alone.concat(), &[]).expect("right without one");
     assert_eq!(config.servers[0].stream.resolver, None);
     assert_eq!(config.servers[1].stream.resolver, None, "how long says not whom");
+}
+
+#[test]
+fn what_is_dumped_is_the_same_where_the_environment_names_other_things() {
+    let world = Fake {
+        environment: [("CULVERT_PEER", "10.0.0.1:1"), ("CULVERT_WORKER_PROCESSES", "2")].into(),
+    };
+    let text = r#"[[map]]
+        source = "$remote_addr"
+        variable = "$text_0"
+        values = ["default a"]
+        [[server]]
+        listen = 80
+        proxy_pass = "${CULVERT_PEER}"
+        [[server]]
+        listen = 81
+        set = { tail = "b.example:80" }
+        proxy_pass = "$text_0$tail""#;
+    let config = load_with(&world, &Directory::new(), text, &[]).expect("right");
+    let dumped = dump(&config);
+    assert_eq!(load_dumped_in(&world, &dumped), Ok(config), "{dumped}");
 }

@@ -32,9 +32,16 @@ fn stream() -> impl Strategy<Value = Stream> {
         proxy_bind(),
         tcp_congestion(),
     );
+    // Each zone once.
     let limits = (
-        prop::collection::vec(limit, 0..3),
-        prop::collection::vec(rate, 0..3),
+        prop::collection::vec(limit, 0..3).prop_map(|mut limits| {
+            limits.dedup_by_key(|limit| limit.zone);
+            limits
+        }),
+        prop::collection::vec(rate, 0..3).prop_map(|mut rates| {
+            rates.dedup_by_key(|rate| rate.zone);
+            rates
+        }),
         [session_rate(), session_rate()],
     );
     (
@@ -193,7 +200,7 @@ fn maps() -> Vec<VariableMap> {
         source = "$ssl_preread_server_name"
         variable = "$one"
         hostnames = true
-        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "~^w{1} v", "~^(a)(?<b>c)$ $1x$2$b-$remote_port", "~*[A-Z] u", "default w"]
+        values = ["a.example x", "*.b.example $remote_addr:80", ".c.example \"\"", "d.* y z", "\"\" e", "~^w{1} v", "~*^w{1} V", "~^(a)(?<b>c)$ $1x$2$b-$remote_port", "~*[A-Z] u", "default w"]
         [[map]]
         source = "$one-$server_port"
         variable = "$two"
