@@ -16,7 +16,7 @@ TEST_NEEDS := iperf3=iperf3 curl=curl redis-server=redis-server redis-tools=redi
 	postgresql=/usr/lib/postgresql openssh-server=/usr/sbin/sshd openssh-client=ssh python3=python3 \
 	iproute2=ip netcat-openbsd=nc util-linux=setpriv nginx-light=nginx \
 	libnginx-mod-stream=/usr/lib/nginx/modules/ngx_stream_module.so haproxy=haproxy openssl=openssl mandoc=mandoc dnsmasq-base=dnsmasq \
-	bpftool=bpftool
+	bpftool=bpftool python3-prometheus-client=/usr/lib/python3/dist-packages/prometheus_client
 # Servers among them that Debian would start: the tests start their own.
 SERVICES := redis-server postgresql ssh nginx haproxy
 

@@ -1,11 +1,12 @@
 //! The HTTP side: metrics, status, health, and clients that do not behave.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::harness::metrics::{CONTENT_TYPE, samples};
 use crate::harness::pattern::ping;
 use crate::harness::{Plan, Port, Proxy, Upstream, connect, within};
 use nix::sys::signal::{Signal, kill};
@@ -73,65 +74,6 @@ fn get(http: SocketAddr, path: &str) -> String {
     answer.body
 }
 
-/// The samples of a page of metrics, by name and labels; panics where it breaks a rule of the format.
-#[track_caller]
-fn samples(page: &str) -> BTreeMap<String, f64> {
-    assert!(page.ends_with('\n'));
-    let (mut families, mut samples) = (BTreeMap::new(), BTreeMap::new());
-    let (mut helped, mut current) = (BTreeSet::new(), String::new());
-    for line in page.lines() {
-        if let Some(help) = line.strip_prefix("# HELP ") {
-            let (name, text) = help.split_once(' ').expect("a help text");
-            assert!(!text.is_empty() && helped.insert(name.to_owned()), "{line}");
-        } else if let Some(kind) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = kind.split_once(' ').expect("a type");
-            assert!(helped.contains(name), "no help before {line}");
-            assert!(matches!(kind, "counter" | "gauge" | "histogram"), "{line}");
-            assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
-            assert!(name.starts_with("culvert_"), "{line}");
-            assert!(
-                families.insert(name.to_owned(), kind.to_owned()).is_none(),
-                "twice: {line}"
-            );
-            current = name.to_owned();
-        } else {
-            let (series, value) = line.rsplit_once(' ').expect("a value");
-            let name = series.split('{').next().expect("a name");
-            assert!(
-                name.chars()
-                    .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
-            );
-            let histogram = families[&current] == "histogram"
-                && ["_bucket", "_sum", "_count"]
-                    .iter()
-                    .any(|end| name.strip_suffix(end) == Some(&current));
-            assert!(name == current || histogram, "{line} is not of {current}");
-            if let Some(labels) = series.strip_prefix(name).filter(|labels| !labels.is_empty()) {
-                let labels = labels.strip_prefix('{').and_then(|rest| rest.strip_suffix('}'));
-                for label in labels.expect("labels in braces").split("\",") {
-                    let (name, value) = label.split_once("=\"").expect("a label");
-                    assert!(name.chars().all(|c| c.is_ascii_lowercase()), "{line}");
-                    let bare = value.replace("\\\\", "").replace("\\\"", "");
-                    assert!(!bare.trim_end_matches('"').contains('"'), "{line}");
-                }
-            }
-            let value: f64 = value.parse().unwrap_or_else(|e| panic!("{e}: {line}"));
-            assert!(value.is_finite() && value >= 0.0, "{line}");
-            assert!(
-                samples.insert(series.to_owned(), value).is_none(),
-                "twice: {line}"
-            );
-        }
-    }
-    for family in families.keys() {
-        assert!(
-            samples.keys().any(|series| series.starts_with(family.as_str()))
-                || family.ends_with("cpu_bytes_total")
-        );
-    }
-    samples
-}
-
 #[test]
 fn metrics_follow_the_format_and_count_what_happened() {
     let upstream = Upstream::echo("127.0.0.1");
@@ -148,7 +90,14 @@ fn metrics_follow_the_format_and_count_what_happened() {
         ping(&mut connect(front), seed, 2).expect("an echo");
     }
     let status = proxy.settle();
-    let samples = samples(&get(http, "/metrics"));
+    // Nothing else is promised to those that would rather have OpenMetrics, as Prometheus does.
+    let page = ask(
+        http,
+        "GET /metrics HTTP/1.1\r\nHost: x\r\n\
+         Accept: application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5\r\n\r\n",
+    );
+    assert!(page.head.contains(CONTENT_TYPE), "{}", page.head);
+    let samples = samples(&page.body);
     let is =
         |series: &str, value: f64| assert_eq!(samples.get(series), Some(&value), "{series}: {samples:#?}");
     is("culvert_sessions_total", 9.0);

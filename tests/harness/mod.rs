@@ -22,6 +22,7 @@
 //! | `load` | many long streams and short connections at once, with an account of all of them |
 //! | `slow` | sessions whose reader is slow: their proxy, their end, what must hold |
 //! | `cramped` | a cgroup in which a proxy's sockets are short of memory |
+//! | `metrics` | the page of metrics, read by two parsers |
 //! | `memory` | what the kernel's TCP holds, and the memory of the machine |
 //! | `program` | other programs: run to the end, or kept running |
 //! | `random` | numbers that follow from a seed |
@@ -37,6 +38,7 @@ pub mod greeter;
 pub mod hello;
 pub mod load;
 pub mod memory;
+pub mod metrics;
 pub mod pair;
 pub mod pattern;
 pub mod plan;
