@@ -310,6 +310,12 @@ fn a_full_disk_costs_lines_and_nothing_else() {
         s.number("/access_log/dropped") == 50
     });
     assert_eq!(proxy.status().number("/access_log/written"), 0);
+    let told = "[error] ";
+    let why =
+        "the access log /dev/full loses lines (dropped, in the status, counts them): No space left on device";
+    let log = proxy.log();
+    let said: Vec<&str> = log.lines().filter(|line| line.contains(told)).collect();
+    assert!(said.len() == 1 && said[0].contains(why), "{log}");
 }
 
 /// A proxy that logs lines of 100 kB to a pipe, at once, and where it listens.

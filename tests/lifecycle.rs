@@ -1,6 +1,9 @@
 //! The master's life: signals, the pid file, the commands that find it, and its log file.
 
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -226,4 +229,65 @@ fn usr1_reopens_a_log_file_that_was_moved_away() {
         old,
         "the old file still grows"
     );
+}
+
+#[test]
+fn a_named_pipe_that_nobody_reads_holds_up_neither_start_nor_reload_nor_replacement() {
+    let plan = Plan::new();
+    let pipe = plan.file("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o600)).expect("a named pipe");
+    let log = format!(
+        "error_log = {{ path = \"{}\", level = \"debug\" }}",
+        pipe.display()
+    );
+    let (mut proxy, client, front, _upstream) = with_a_session(plan.global(&log));
+    drop(client);
+    let mut filling = OpenOptions::new();
+    filling.write(true).custom_flags(nix::libc::O_NONBLOCK);
+    let mut filling = filling.open(&pipe).expect("the pipe");
+    while filling.write(b"full\n").is_ok() {}
+    let started = Instant::now();
+    for seed in 0..10 {
+        ping(&mut connect(front), seed, 1).expect("an echo");
+    }
+    for _ in 0..3 {
+        proxy.reload();
+    }
+    let victim = proxy.worker();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim), Signal::SIGKILL).expect("killing the worker");
+    proxy.wait("another worker serves", |s| {
+        s.workers().len() == 1 && s.workers()[0].pid != victim
+    });
+    assert!(started.elapsed() < 4 * SOON, "the log held somebody up");
+    proxy.wait("the lines are counted", |s| s.number("/log_lines_dropped") > 0);
+    // A reader has whole lines, of the master too.
+    let mut lines = BufReader::new(File::open(&pipe).expect("the pipe")).lines();
+    proxy.signal(Signal::SIGUSR1);
+    let of_the_master = format!(" {}: SIGUSR1", proxy.pid());
+    let found = lines.by_ref().map(|line| line.expect("a line")).find(|line| {
+        let whole = line == "full" || line.starts_with("20") && line.contains("Z [");
+        assert!(whole, "half a line: {line}");
+        line.contains(&of_the_master)
+    });
+    assert!(found.is_some());
+    proxy.signal(Signal::SIGQUIT);
+    must_end_with_zero(&mut proxy, 2 * SOON);
+}
+
+#[test]
+fn lines_that_a_full_disk_does_not_take_are_counted() {
+    let (proxy, client, front, _upstream) =
+        with_a_session(Plan::new().global("error_log = { path = \"/dev/full\", level = \"info\" }"));
+    let of_the_master = proxy.status().number("/log_lines_dropped");
+    assert!(
+        of_the_master > 0,
+        "what the master said at its start is not counted"
+    );
+    drop(client);
+    for seed in 0..5 {
+        ping(&mut connect(front), seed, 1).expect("an echo");
+    }
+    proxy.wait("the worker's lines are counted", |s| {
+        s.number("/log_lines_dropped") >= of_the_master + 6
+    });
 }

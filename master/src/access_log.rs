@@ -2,10 +2,7 @@
 //! them themselves.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -39,7 +36,7 @@ impl AccessLogs {
     /// No more descriptors are to be had.
     pub fn duplicate(&self) -> Result<Vec<OwnedFd>> {
         let copies = self.0.iter().map(|(target, file)| {
-            let what = || format!("failed to hand over the access log {}", name(target));
+            let what = || format!("failed to hand over the access log {}", target);
             file.try_clone().with_context(what)
         });
         copies.collect()
@@ -70,33 +67,13 @@ impl Files {
         if let Some(file) = self.0.get(target) {
             return Ok(Arc::clone(file));
         }
-        let what = || format!("failed to open the access log {}", name(target));
+        let what = || format!("failed to open the access log {}", target);
         let file = match target {
-            LogTarget::File(path) => open(path).with_context(what)?,
+            LogTarget::File(path) => output::open_file(path).with_context(what)?,
             LogTarget::Stderr | LogTarget::Syslog(_) => output::open(target)?,
         };
         let file = Arc::new(file);
         self.0.insert(target.clone(), Arc::clone(&file));
         Ok(file)
     }
-}
-
-/// As a file would write it.
-fn name(target: &LogTarget) -> String {
-    match target {
-        LogTarget::Stderr => "stderr".to_owned(),
-        LogTarget::File(path) => path.display().to_string(),
-        LogTarget::Syslog(settings) => settings.text(),
-    }
-}
-
-fn open(path: &Path) -> std::io::Result<OwnedFd> {
-    // Opened for writing alone, a pipe that nobody reads yet would hold up the whole program.
-    let is_pipe = std::fs::metadata(path).is_ok_and(|data| data.file_type().is_fifo());
-    let file = OpenOptions::new()
-        .read(is_pipe)
-        .append(true)
-        .create(true)
-        .open(path)?;
-    Ok(file.into())
 }

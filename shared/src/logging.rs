@@ -5,7 +5,7 @@
 //! dropped and counted.
 
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -20,10 +20,10 @@ const QUEUED_LINES: usize = 8192;
 /// How long an exiting worker waits for its last lines to be written.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long the writer thread waits at once for a syslog server that has not read what it has.
-const SYSLOG_RETRY: Duration = Duration::from_millis(100);
+/// How long the writer thread waits at once for a pipe or a syslog server whose reader has not read what it has.
+const READER_RETRY: Duration = Duration::from_millis(100);
 /// How long a process without a writer thread waits for it, once in a row.
-const SYSLOG_PATIENCE: Duration = Duration::from_millis(20);
+const READER_PATIENCE: Duration = Duration::from_millis(20);
 
 /// What is told of lines that were dropped: how many.
 type OnDrop = Box<dyn Fn(u64) + Send + Sync>;
@@ -31,11 +31,13 @@ type OnDrop = Box<dyn Fn(u64) + Send + Sync>;
 static OUTPUT: RwLock<Option<Arc<Output>>> = RwLock::new(None);
 static WRITER: OnceLock<Writer> = OnceLock::new();
 static ON_DROP: OnceLock<OnDrop> = OnceLock::new();
-/// The last line was dropped because the syslog server does not read.
+/// The last line was dropped because its reader does not read.
 static STUCK: AtomicBool = AtomicBool::new(false);
 
 struct Writer {
     lines: Sender<Item>,
+    /// Lines that were handed over, and of which nobody knows yet what becomes of them.
+    waiting: AtomicU64,
     on_drop: OnDrop,
 }
 
@@ -50,7 +52,9 @@ impl Write for Sink {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         match WRITER.get() {
             Some(writer) => {
+                writer.waiting.fetch_add(1, Relaxed);
                 if writer.lines.try_send(Item::Line(line.to_vec())).is_err() {
+                    writer.waiting.fetch_sub(1, Relaxed);
                     (writer.on_drop)(1);
                 }
             }
@@ -71,26 +75,23 @@ fn output() -> Option<Arc<Output>> {
 /// Writes a line in a process that has no writer thread. There is nowhere to report a failure of the log itself
 /// but the counter.
 fn write_here(line: &[u8]) {
-    match output().as_deref() {
-        Some(Output::Syslog(syslog)) => {
-            let once = || syslog.send_as(severity(line), line);
-            let sent = once().or_else(|error| {
-                // The master has more to do than to wait for somebody else's program, each time anew.
-                if error.kind() != io::ErrorKind::WouldBlock || STUCK.load(Relaxed) {
-                    return Err(error);
-                }
-                syslog.wait(SYSLOG_PATIENCE);
-                once()
-            });
-            STUCK.store(sent.is_err(), Relaxed);
-            if sent.is_err()
-                && let Some(told) = ON_DROP.get()
-            {
-                told(1);
-            }
+    let Some(output) = output() else {
+        return drop(io::stderr().write_all(line));
+    };
+    let once = || output.write_line(severity(line), line);
+    let written = once().or_else(|error| {
+        // The master has more to do than to wait for somebody else's program, each time anew.
+        if error.kind() != io::ErrorKind::WouldBlock || STUCK.load(Relaxed) {
+            return Err(error);
         }
-        Some(Output::File(file)) => drop((&*file).write_all(line)),
-        None => drop(io::stderr().write_all(line)),
+        output.wait(READER_PATIENCE);
+        once()
+    });
+    STUCK.store(written.is_err(), Relaxed);
+    if written.is_err()
+        && let Some(told) = ON_DROP.get()
+    {
+        told(1);
     }
 }
 
@@ -150,6 +151,7 @@ pub fn start_writer(on_drop: impl Fn(u64) + Send + Sync + 'static) -> Result<()>
         .context("failed to start the log writer thread")?;
     let _ = WRITER.set(Writer {
         lines,
+        waiting: AtomicU64::new(0),
         on_drop: Box::new(on_drop),
     });
     Ok(())
@@ -183,33 +185,59 @@ fn write_all(queue: &Receiver<Item>) {
 fn write_batch(lines: &[Vec<u8>]) {
     let mut dropped = 0;
     let mut rest = lines;
-    while let Some((line, others)) = rest.split_first() {
-        match output().as_deref() {
-            Some(Output::Syslog(syslog)) => match syslog.send_as(severity(line), line) {
-                Ok(()) => rest = others,
-                // Asked for anew each time, because another log may be in force meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => syslog.wait(SYSLOG_RETRY),
-                Err(_) => (dropped, rest) = (dropped + 1, others),
-            },
-            Some(Output::File(file)) => return drop((&*file).write_all(&rest.concat())),
-            None => return drop(io::stderr().write_all(&rest.concat())),
+    while !rest.is_empty() {
+        // Asked for anew each time, because another log may be in force meanwhile.
+        let output = output();
+        let (some, others) = rest.split_at(together(output.as_deref(), rest));
+        let written = match output.as_deref() {
+            Some(Output::Syslog(syslog)) => syslog.send_as(severity(&some[0]), &some[0]),
+            Some(Output::File(file) | Output::Pipe(file)) => (&*file).write_all(&some.concat()),
+            None => io::stderr().write_all(&some.concat()),
+        };
+        match (written, output) {
+            (Ok(()), _) => rest = others,
+            (Err(error), Some(output)) if error.kind() == io::ErrorKind::WouldBlock => {
+                output.wait(READER_RETRY)
+            }
+            (Err(_), _) => (dropped, rest) = (dropped + some.len() as u64, others),
         }
     }
-    if let Some(writer) = WRITER.get().filter(|_| dropped > 0) {
+    let Some(writer) = WRITER.get() else { return };
+    // Those of a process that exits, and has waited for long enough, are counted already.
+    let taken = writer.waiting.fetch_update(Relaxed, Relaxed, |waiting| {
+        waiting.checked_sub(lines.len() as u64)
+    });
+    if dropped > 0 && taken.is_ok() {
         (writer.on_drop)(dropped);
     }
 }
 
-/// Waits until all lines logged so far are written, or for two seconds. For a process that exits.
+/// How many of the lines are written at once.
+fn together(output: Option<&Output>, lines: &[Vec<u8>]) -> usize {
+    let limit = output.map_or(usize::MAX, Output::at_once);
+    let ends = lines.iter().scan(0, |end, line| {
+        *end += line.len();
+        Some(*end)
+    });
+    ends.take_while(|end| *end <= limit).count().max(1)
+}
+
+/// Waits until all lines logged so far are written, or for two seconds; those that are not written then are counted as
+/// dropped. For a process that exits.
 pub fn flush() {
     if let Some(writer) = WRITER.get() {
         let (done, written) = bounded(1);
-        if writer
+        let flushed = writer
             .lines
             .send_timeout(Item::Flush(done), FLUSH_PATIENCE)
             .is_ok()
-        {
-            let _ = written.recv_timeout(FLUSH_PATIENCE);
+            && written.recv_timeout(FLUSH_PATIENCE).is_ok();
+        let lost = match flushed {
+            true => 0,
+            false => writer.waiting.swap(0, Relaxed),
+        };
+        if lost > 0 {
+            (writer.on_drop)(lost);
         }
     }
 }

@@ -2,8 +2,9 @@
 //! Opened by the master and used by workers, which cannot open anything.
 
 use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -27,6 +28,8 @@ const MONTHS: [&str; 12] = [
 pub enum Output {
     /// Written to as it is.
     File(File),
+    /// The same for a pipe or a socket: whoever reads it may be slow, and other processes write there too.
+    Pipe(File),
     /// Lines are sent.
     Syslog(SyslogOutput),
 }
@@ -36,9 +39,63 @@ impl Output {
     pub fn of(descriptor: OwnedFd, target: &LogTarget) -> Output {
         match target {
             LogTarget::Syslog(settings) => Output::Syslog(SyslogOutput::new(descriptor, settings)),
-            LogTarget::Stderr | LogTarget::File(_) => Output::File(descriptor.into()),
+            LogTarget::Stderr | LogTarget::File(_) => Output::of_file(descriptor),
         }
     }
+
+    /// A descriptor that is written to.
+    pub fn of_file(descriptor: OwnedFd) -> Output {
+        let file = File::from(descriptor);
+        let kind = file.metadata().map(|data| data.file_type());
+        match kind.is_ok_and(|kind| kind.is_fifo() || kind.is_socket()) {
+            true => Output::Pipe(file),
+            false => Output::File(file),
+        }
+    }
+
+    /// How many bytes of whole lines may be written at once, unless the first line alone is longer.
+    pub fn at_once(&self) -> usize {
+        match self {
+            Output::File(_) => usize::MAX,
+            // What is longer may come through in pieces, with others' lines between them (pipe(7)).
+            Output::Pipe(_) => nix::libc::PIPE_BUF,
+            Output::Syslog(_) => 0,
+        }
+    }
+
+    /// Waits until a line may be taken, at most for so long.
+    pub fn wait(&self, patience: Duration) {
+        is_ready(self.as_fd(), patience);
+    }
+
+    /// Writes a line of that severity, for somebody who has no time to wait for its reader. A slow disk is waited for.
+    ///
+    /// # Errors
+    /// It is not written. `WouldBlock`: because the reader has not read what it has.
+    pub fn write_line(&self, severity: u8, line: &[u8]) -> io::Result<()> {
+        match self {
+            Output::Syslog(syslog) => syslog.send_as(severity, line),
+            Output::Pipe(pipe) if !is_ready(pipe.as_fd(), Duration::ZERO) => {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            Output::Pipe(file) | Output::File(file) => (&*file).write_all(line),
+        }
+    }
+}
+
+impl AsFd for Output {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Output::File(file) | Output::Pipe(file) => file.as_fd(),
+            Output::Syslog(syslog) => syslog.socket.as_fd(),
+        }
+    }
+}
+
+/// Whether something may be written, within so long; an error that waits to be told may.
+fn is_ready(descriptor: BorrowedFd<'_>, patience: Duration) -> bool {
+    let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::ZERO);
+    poll(&mut [PollFd::new(descriptor, PollFlags::POLLOUT)], timeout).is_ok_and(|ready| ready > 0)
 }
 
 /// Opens the place that a configuration names. A file is appended to, and created if need be. A syslog server
@@ -52,16 +109,26 @@ pub fn open(target: &LogTarget) -> Result<OwnedFd> {
             .as_fd()
             .try_clone_to_owned()
             .context("failed to duplicate standard error"),
-        LogTarget::File(path) => open_file(path),
+        LogTarget::File(path) => {
+            open_file(path).with_context(|| format!("failed to open the log file {}", path.display()))
+        }
         LogTarget::Syslog(settings) => open_syslog(settings),
     }
 }
 
-fn open_file(path: &Path) -> Result<OwnedFd> {
-    let file = OpenOptions::new().append(true).create(true).open(path);
-    Ok(file
-        .with_context(|| format!("failed to open the log file {}", path.display()))?
-        .into())
+/// Opens a file to append to, and creates it if need be.
+///
+/// # Errors
+/// It cannot be opened.
+pub fn open_file(path: &Path) -> io::Result<OwnedFd> {
+    let mut options = OpenOptions::new();
+    options.append(true).create(true);
+    // Opened for writing alone, a named pipe that nobody reads yet would hold up the whole program, and a write to a full
+    // one whoever writes.
+    if std::fs::metadata(path).is_ok_and(|data| data.file_type().is_fifo()) {
+        options.read(true).custom_flags(nix::libc::O_NONBLOCK);
+    }
+    Ok(options.open(path)?.into())
 }
 
 /// A socket that never waits, connected if the server is there.
@@ -125,7 +192,7 @@ impl SyslogOutput {
     /// Sends one line, without its end. Never waits.
     ///
     /// # Errors
-    /// It is not sent. `WouldBlock`: because the server has not read what it has; [`SyslogOutput::wait`] for it.
+    /// It is not sent. `WouldBlock`: because the server has not read what it has; [`Output::wait`] for it.
     pub fn send_as(&self, severity: u8, line: &[u8]) -> io::Result<()> {
         let seconds = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -144,15 +211,6 @@ impl SyslogOutput {
             other => other,
         };
         Ok(sent.map(drop)?)
-    }
-
-    /// Waits until a line may be taken, at most for so long.
-    pub fn wait(&self, patience: Duration) {
-        let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::ZERO);
-        let _ = poll(
-            &mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)],
-            timeout,
-        );
     }
 
     /// As nginx writes it (RFC 3164, 4.1): priority, local time, host, tag.

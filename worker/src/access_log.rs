@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -21,6 +22,8 @@ use crate::sockets;
 
 /// How long an exiting worker waits for its last lines to be written.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
+/// How long it is not said once more that a log loses lines (nginx: the same, ngx_stream_log_write).
+const SAID_FOR_MS: u64 = 60_000;
 
 /// The logs, in the order of [`Config::access_logs`].
 pub struct AccessLogs {
@@ -62,9 +65,21 @@ impl AccessLogs {
     pub fn start(&mut self, board: &Arc<Shared<Board>>) -> Result<()> {
         for (configured, file) in self.waiting.drain(..) {
             let board = Arc::clone(board);
-            let report = move |written, dropped| {
+            let target = configured.target.clone();
+            let said_ms = AtomicU64::new(0);
+            let report = move |written, dropped, why: &str| {
                 Board::add(&board[0].access_lines_written, written);
                 Board::add(&board[0].access_lines_dropped, dropped);
+                let now_ms = clock::now_ms();
+                if dropped > 0
+                    && (said_ms.load(Relaxed) == 0
+                        || now_ms.saturating_sub(said_ms.load(Relaxed)) >= SAID_FOR_MS)
+                {
+                    said_ms.store(now_ms, Relaxed);
+                    log::error!(
+                        "the access log {target} loses lines (dropped, in the status, counts them): {why}"
+                    );
+                }
             };
             let output = Output::of(file, &configured.target);
             self.logs.push(Log {
@@ -98,7 +113,10 @@ impl AccessLogs {
     pub fn finish(&mut self) {
         self.logs.iter_mut().for_each(Log::hand_over);
         let deadline = Instant::now() + FLUSH_PATIENCE;
-        self.logs.iter().for_each(|log| log.writer.flush(deadline));
+        for log in &self.logs {
+            log.writer.flush(deadline);
+            log.writer.give_up();
+        }
     }
 
     fn moment(&mut self) -> Moment {

@@ -56,7 +56,7 @@ impl Worker {
                     if let Some(descriptor) = descriptors.next() {
                         logging::set_output(match syslog {
                             Some(settings) => Output::Syslog(SyslogOutput::new(descriptor, &settings)),
-                            None => Output::File(descriptor.into()),
+                            None => Output::of_file(descriptor),
                         });
                     }
                     self.access_logs.reopen(descriptors);

@@ -1,24 +1,25 @@
 //! The thread that writes an access log: takes whole batches of lines from the worker, and is alone in waiting
 //! for the disk. Knows nothing of sessions.
 
-use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use crossbeam::channel::{Sender, bounded};
-use culvert_shared::output::{Output, SyslogOutput};
+use culvert_shared::output::Output;
 
 /// Bytes that may wait for a slow disk, for each log and worker: some seconds of lines at full speed.
 pub const QUEUED_BYTES: usize = 8 << 20;
 /// Batches that may wait.
 const QUEUED_BATCHES: usize = 8192;
-/// How long a file that cannot take bytes at the moment is left alone.
-const RETRY: Duration = Duration::from_millis(10);
-/// After which time a syslog server that takes no line is asked again, if it is still the one to ask.
-const SYSLOG_RETRY: Duration = Duration::from_millis(100);
+/// After which time a reader that takes nothing is asked again, if it is still the one to ask.
+const RETRY: Duration = Duration::from_millis(100);
+/// Why lines are dropped of which nobody has tried to write any.
+const TOO_SLOW: &str = "it does not take them as fast as they come";
+/// Why those are that wait for a file when the process exits.
+const TOO_LATE: &str = "it did not take them before the worker had to exit";
 
 /// Lines, each with its end.
 #[derive(Debug, Default)]
@@ -29,8 +30,8 @@ pub struct Batch {
     pub lines: u64,
 }
 
-/// What became of lines: written, dropped.
-pub type Report = dyn Fn(u64, u64) + Send + Sync;
+/// What became of lines: how many were written, how many were dropped, and why.
+pub type Report = dyn Fn(u64, u64, &str) + Send + Sync;
 
 enum Item {
     Batch(Batch),
@@ -41,6 +42,8 @@ enum Item {
 pub struct LogWriter {
     items: Sender<Item>,
     queued_bytes: Arc<AtomicUsize>,
+    /// Lines that were handed over and not reported.
+    waiting: Arc<AtomicU64>,
     output: Arc<RwLock<Arc<Output>>>,
     report: Arc<Report>,
 }
@@ -55,16 +58,25 @@ impl LogWriter {
             output: Arc::clone(&output),
             torn: None,
         };
-        let (queued, told) = (Arc::clone(&queued_bytes), Arc::clone(&report));
+        let waiting = Arc::new(AtomicU64::new(0));
+        let (queued, unreported, told) = (
+            Arc::clone(&queued_bytes),
+            Arc::clone(&waiting),
+            Arc::clone(&report),
+        );
         std::thread::Builder::new()
             .name("access-log".into())
             .spawn(move || {
                 for item in queue {
                     match item {
                         Item::Batch(batch) => {
-                            let written = out.write(&batch);
+                            let (written, why) = out.write(&batch);
                             queued.fetch_sub(batch.bytes.len(), Relaxed);
-                            told(written, batch.lines - written);
+                            let fewer = |waiting: u64| waiting.checked_sub(batch.lines);
+                            // Otherwise they are given up already.
+                            if unreported.fetch_update(Relaxed, Relaxed, fewer).is_ok() {
+                                told(written, batch.lines - written, &why);
+                            }
                         }
                         Item::Flush(done) => drop(done),
                     }
@@ -74,6 +86,7 @@ impl LogWriter {
         Ok(LogWriter {
             items,
             queued_bytes,
+            waiting,
             output,
             report,
         })
@@ -82,11 +95,13 @@ impl LogWriter {
     /// Hands lines over, or drops them when too much is waiting.
     pub fn write(&self, batch: Batch) {
         let (bytes, lines) = (batch.bytes.len(), batch.lines);
+        self.waiting.fetch_add(lines, Relaxed);
         if self.queued_bytes.fetch_add(bytes, Relaxed) + bytes > QUEUED_BYTES
             || self.items.try_send(Item::Batch(batch)).is_err()
         {
             self.queued_bytes.fetch_sub(bytes, Relaxed);
-            (self.report)(0, lines);
+            self.waiting.fetch_sub(lines, Relaxed);
+            (self.report)(0, lines, TOO_SLOW);
         }
     }
 
@@ -102,6 +117,14 @@ impl LogWriter {
             let _ = written.recv_deadline(deadline);
         }
     }
+
+    /// The process exits: what is not written now never will be.
+    pub fn give_up(&self) {
+        match self.waiting.swap(0, Relaxed) {
+            0 => {}
+            lines => (self.report)(0, lines, TOO_LATE),
+        }
+    }
 }
 
 /// Where the thread writes.
@@ -112,10 +135,10 @@ struct Out {
 }
 
 impl Out {
-    /// Says how many lines were written whole.
-    fn write(&mut self, batch: &Batch) -> u64 {
+    /// Says how many lines were written whole, and why the others were not.
+    fn write(&mut self, batch: &Batch) -> (u64, String) {
         let mut rest = batch.bytes.as_slice();
-        let mut lost = 0;
+        let (mut lost, mut why) = (0, String::new());
         let mut last = self.output();
         while !rest.is_empty() {
             // Looked at each time: what the old file does not take may go to the new one.
@@ -127,15 +150,18 @@ impl Out {
                 rest = &batch.bytes[done..];
                 last = Arc::clone(&output);
             }
-            let step = match &*output {
-                Output::File(file) => self.write_some(&output, file, rest),
-                Output::Syslog(syslog) => send_line(syslog, rest),
-            };
-            match step {
-                Step::Done(bytes) => rest = &rest[bytes..],
-                Step::Lost(bytes) => (rest, lost) = (&rest[bytes..], lost + 1),
-                Step::Again => {}
-                Step::End => {
+            let some = &rest[..portion(rest, output.at_once())];
+            match self.write_some(&output, some) {
+                Ok(bytes) => rest = &rest[bytes..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => output.wait(RETRY),
+                Err(error) => {
+                    why = error.to_string();
+                    if let Output::Syslog(_) = &*output {
+                        // The next line may be taken.
+                        (rest, lost) = (&rest[some.len()..], lost + 1);
+                        continue;
+                    }
                     if start_of_line(&batch.bytes, done) != done {
                         self.torn = Some(output);
                     }
@@ -145,23 +171,24 @@ impl Out {
         }
         let done = &batch.bytes[..batch.bytes.len() - rest.len()];
         let lines = done.iter().filter(|byte| **byte == b'\n').count() as u64;
-        lines.min(batch.lines).saturating_sub(lost)
+        (lines.min(batch.lines).saturating_sub(lost), why)
     }
 
-    fn write_some(&mut self, output: &Arc<Output>, mut file: &File, rest: &[u8]) -> Step {
-        if self.torn.take_if(|torn| Arc::ptr_eq(torn, output)).is_some() && file.write(b"\n").is_err() {
+    /// How many bytes of them are written.
+    fn write_some(&mut self, output: &Arc<Output>, lines: &[u8]) -> std::io::Result<usize> {
+        let mut file = match &**output {
+            Output::Syslog(syslog) => return syslog.send(lines).map(|()| lines.len()),
+            Output::File(file) | Output::Pipe(file) => file,
+        };
+        if self.torn.take_if(|torn| Arc::ptr_eq(torn, output)).is_some()
+            && let Err(error) = file.write_all(b"\n")
+        {
             self.torn = Some(Arc::clone(output));
-            return Step::End;
+            return Err(error);
         }
-        match file.write(rest) {
-            Ok(0) => Step::End,
-            Ok(written) => Step::Done(written),
-            Err(error) if error.kind() == ErrorKind::Interrupted => Step::Again,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                std::thread::sleep(RETRY);
-                Step::Again
-            }
-            Err(_) => Step::End,
+        match file.write(lines)? {
+            0 => Err(ErrorKind::WriteZero.into()),
+            written => Ok(written),
         }
     }
 
@@ -170,31 +197,16 @@ impl Out {
     }
 }
 
-/// What became of the beginning of the lines that are left.
-enum Step {
-    /// So many bytes are written.
-    Done(usize),
-    /// So many bytes, a line, are dropped.
-    Lost(usize),
-    /// Nothing yet.
-    Again,
-    /// All of them are dropped.
-    End,
-}
-
-/// Sends the first of the lines.
-fn send_line(syslog: &SyslogOutput, rest: &[u8]) -> Step {
-    let end = rest
-        .iter()
-        .position(|byte| *byte == b'\n')
-        .map_or(rest.len(), |at| at + 1);
-    match syslog.send(&rest[..end]) {
-        Ok(()) => Step::Done(end),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            syslog.wait(SYSLOG_RETRY);
-            Step::Again
-        }
-        Err(_) => Step::Lost(end),
+/// How much of the lines is written at once: whole ones up to a limit, or the first one.
+fn portion(lines: &[u8], limit: usize) -> usize {
+    let end = |lines: &[u8], at: Option<usize>| at.map_or(lines.len(), |at| at + 1);
+    let Some(head) = lines.get(..limit) else {
+        return lines.len();
+    };
+    let last = head.iter().rposition(|byte| *byte == b'\n');
+    match last {
+        Some(_) => end(head, last),
+        None => end(lines, lines.iter().position(|byte| *byte == b'\n')),
     }
 }
 
@@ -209,7 +221,8 @@ fn start_of_line(bytes: &[u8], at: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
+    use std::fs::File;
+    use std::io::{BufRead, BufReader, Read};
     use std::os::fd::OwnedFd;
     use std::sync::atomic::AtomicU64;
 
@@ -218,12 +231,12 @@ mod tests {
         let (reader, writer) = std::io::pipe().unwrap();
         let counts = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
         let told = Arc::clone(&counts);
-        let report = move |written, dropped| {
+        let report = move |written, dropped, why: &str| {
+            assert!(dropped == 0 || !why.is_empty());
             told[0].fetch_add(written, Relaxed);
             told[1].fetch_add(dropped, Relaxed);
         };
-        let log =
-            LogWriter::start(Output::File(File::from(OwnedFd::from(writer))), Arc::new(report)).unwrap();
+        let log = LogWriter::start(Output::of_file(OwnedFd::from(writer)), Arc::new(report)).unwrap();
         (log, reader, counts)
     }
 
@@ -279,7 +292,7 @@ mod tests {
         };
         log.write(line("old\n"));
         log.flush(soon());
-        log.set_output(Output::File(File::from(OwnedFd::from(writer))));
+        log.set_output(Output::of_file(OwnedFd::from(writer)));
         log.write(line("new\n"));
         log.flush(soon());
         drop(log);
@@ -287,5 +300,60 @@ mod tests {
         old.read_to_string(&mut text[0]).unwrap();
         new.read_to_string(&mut text[1]).unwrap();
         assert_eq!(text, ["old\n", "new\n"]);
+    }
+
+    #[test]
+    fn lines_of_several_writers_come_through_a_full_pipe_whole() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let end = OwnedFd::from(writer);
+        let counted = |_, _, _: &str| {};
+        let logs = [b'a', b'b'].map(|letter| {
+            let output = Output::of_file(end.try_clone().unwrap());
+            let log = LogWriter::start(output, Arc::new(counted)).unwrap();
+            let mut line = vec![letter; 99];
+            line.push(b'\n');
+            for _ in 0..20 {
+                let bytes = line.repeat(655);
+                log.write(Batch { bytes, lines: 655 });
+            }
+            log
+        });
+        drop(end);
+        let mut reader = BufReader::with_capacity(4096, reader);
+        let mut line = Vec::new();
+        for count in 0..2 * 20 * 655 {
+            if count % 64 == 0 {
+                // Both find it full.
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            line.clear();
+            reader.read_until(b'\n', &mut line).unwrap();
+            let first = line[0];
+            assert!(
+                line.len() == 100 && line[..99].iter().all(|byte| *byte == first),
+                "line {count}: {}",
+                String::from_utf8_lossy(&line)
+            );
+        }
+        drop(logs);
+    }
+
+    #[test]
+    fn what_is_not_written_when_the_process_exits_is_counted_as_dropped() {
+        let (log, mut reader, counts) = on_a_pipe();
+        let now = || [&counts[0], &counts[1]].map(|count| count.load(Relaxed));
+        for _ in 0..5 {
+            let mut bytes = vec![b'x'; 100_000];
+            bytes[99_999] = b'\n';
+            log.write(Batch { bytes, lines: 1 });
+        }
+        log.flush(Instant::now() + Duration::from_millis(50));
+        log.give_up();
+        assert_eq!(now(), [0, 5]);
+        log.give_up();
+        drop(log);
+        // Nothing is counted twice, whatever comes through after all.
+        reader.read_to_end(&mut Vec::new()).unwrap();
+        assert_eq!(now(), [0, 5]);
     }
 }

@@ -372,14 +372,9 @@ pub(super) fn write_log(log: Option<&AccessLog>, quoted: impl Fn(&str) -> String
     let Some(log) = log else {
         return quoted("off");
     };
-    let path = match &log.target {
-        LogTarget::Stderr => "stderr".into(),
-        LogTarget::File(path) => path.to_string_lossy(),
-        LogTarget::Syslog(syslog) => syslog.text().into(),
-    };
     format!(
         "{{ path = {}, format = {}, buffer = {}, flush = {} }}",
-        quoted(&expand::escape(&path)),
+        quoted(&expand::escape(&log.target.to_string())),
         quoted(&expand::escape(&log.format.name)),
         quoted(&write_size(log.buffer_bytes)),
         quoted(&write_duration(log.flush))

@@ -40,6 +40,7 @@ mod upstreams;
 mod valid;
 mod world;
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -207,6 +208,17 @@ pub enum LogTarget {
     File(PathBuf),
     /// A syslog server; each line is a datagram.
     Syslog(Syslog),
+}
+
+impl fmt::Display for LogTarget {
+    /// As a file would write it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LogTarget::Stderr => f.write_str("stderr"),
+            LogTarget::File(path) => path.display().fmt(f),
+            LogTarget::Syslog(settings) => f.write_str(&settings.text()),
+        }
+    }
 }
 
 /// How an upstream group chooses a peer.
