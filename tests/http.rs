@@ -132,6 +132,58 @@ fn metrics_follow_the_format_and_count_what_happened() {
     );
 }
 
+#[test]
+fn a_proxy_header_counts_on_the_side_that_has_it() {
+    const V1: &[u8] = b"PROXY TCP4 192.0.2.7 198.51.100.9 40000 443\r\n";
+    // Of version 2 for IPv4: 12 bytes of signature, 4 more, and 12 of addresses.
+    const V2_BYTES: usize = 28;
+    for kernel in [true, false] {
+        let upstream = Upstream::serve("127.0.0.1", |mut stream| {
+            let mut asked = [0; V2_BYTES + 1000];
+            stream.read_exact(&mut asked).expect("a header and a question");
+            stream.write_all(&[7; 3000]).expect("answering");
+            let _ = stream.read(&mut [0]);
+        });
+        let (plan, http, _port) = plan(1);
+        let group = format!(
+            "[[upstream]]\nname = \"group\"\nserver = [\"{}\"]\n",
+            upstream.address
+        );
+        let mut plan = plan.tables(&group).stream(&format!("ebpf_enable = {kernel}"));
+        let lines = "proxy_protocol = \"v2\"\nset_real_ip_from = [\"127.0.0.1\"]";
+        let front = plan.server_listening("proxy_protocol = true", "group", lines);
+        let proxy = plan.start();
+        let mut client = connect(front);
+        client.write_all(V1).expect("a header");
+        client.write_all(&[9; 1000]).expect("a question");
+        client.shutdown(Shutdown::Write).expect("an end");
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).expect("an answer");
+        assert_eq!(answer.len(), 3000);
+        let status = proxy.settle();
+        let samples = samples(&get(http, "/metrics"));
+        for (side, received, sent) in [
+            ("listener", V1.len() + 1000, 3000),
+            ("upstream", 3000, V2_BYTES + 1000),
+        ] {
+            for (what, bytes) in [("received", received), ("sent", sent)] {
+                let name = format!("culvert_{side}_{what}_bytes_total{{");
+                let found: f64 = samples
+                    .iter()
+                    .filter(|(series, _)| series.starts_with(&name))
+                    .map(|(_, value)| value)
+                    .sum();
+                assert_eq!(found, bytes as f64, "{name}: {samples:#?}");
+            }
+        }
+        let of = |pointer: &str| status.number(pointer) as usize;
+        assert_eq!(of("/upstreams/0/peers/0/bytes/to_upstream"), V2_BYTES + 1000);
+        assert_eq!(of("/upstreams/0/peers/0/bytes/to_downstream"), 3000);
+        assert_eq!(status.carried().to_upstream as usize, V2_BYTES + 1000);
+        assert_eq!(status.carried().to_downstream, 3000);
+    }
+}
+
 /// Sessions that are open, with bytes on their way through them.
 fn open_sessions(front: SocketAddr, count: u64) -> Vec<TcpStream> {
     let open = |seed| {

@@ -239,7 +239,7 @@ pub struct HostCounters {
 pub struct ListenerRow {
     /// Connections accepted.
     pub accepted: AtomicU64,
-    /// Bytes of ended sessions, by direction.
+    /// Bytes of ended sessions: from clients, to clients.
     pub bytes: [AtomicU64; 2],
     /// Its sessions that are between two workers.
     pub transit: Transit,

@@ -27,7 +27,7 @@ pub struct PeerRow {
     pub connected: AtomicU64,
     /// Attempts that failed.
     pub connect_failures: AtomicU64,
-    /// Bytes of ended sessions, by direction.
+    /// Bytes of ended sessions: to the peer, from the peer.
     pub bytes: [AtomicU64; 2],
     /// Attempts that failed since it was last seen alive: nginx's count for `max_fails`.
     pub fails: AtomicU32,

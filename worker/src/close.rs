@@ -2,6 +2,7 @@
 //! are told who ended it and why.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::AtomicU64;
 
 use culvert_shared::client::Shown;
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
@@ -67,21 +68,21 @@ impl Worker {
             .map(|direction| self.flow(session, direction).pauses)
             .iter()
             .sum();
-        let bytes = carried.map(Carried::sent);
-        let listener = &board.listeners[session.listener];
-        listener
-            .bytes
-            .iter()
-            .zip(bytes)
-            .for_each(|(counter, bytes)| Board::add(counter, bytes));
-        WorkerRow::down(&self.gauges().sessions);
-        WorkerRow::down(&self.gauges().listener_active[session.listener]);
-        if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
-            board.peers[row]
-                .bytes
+        // What this program itself says to one side, a PROXY header, is none of the other's.
+        let [to_upstream, to_downstream] = carried;
+        let of_client = [to_upstream.received(), to_downstream.sent()];
+        let of_peer = [to_upstream.sent(), to_downstream.received()];
+        let count = |counters: &[AtomicU64; 2], bytes| {
+            counters
                 .iter()
                 .zip(bytes)
                 .for_each(|(counter, bytes)| Board::add(counter, bytes));
+        };
+        count(&board.listeners[session.listener].bytes, of_client);
+        WorkerRow::down(&self.gauges().sessions);
+        WorkerRow::down(&self.gauges().listener_active[session.listener]);
+        if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
+            count(&board.peers[row].bytes, of_peer);
             self.free_place(row);
         }
         board.count_close(reason);
@@ -93,7 +94,6 @@ impl Worker {
             None => log::Level::Info,
         };
         if log::log_enabled!(level) {
-            let [to_upstream, to_downstream] = carried;
             log::log!(
                 level,
                 "session {}: client {} listener {} upstream {} closed: {}; datapath {}, \
