@@ -72,7 +72,7 @@ fn without_time(line: &str) -> (String, String) {
 }
 
 /// nginx with this `stream` block.
-fn nginx(plan: &Plan, block: &str, listens: SocketAddr) -> Running {
+pub fn nginx(plan: &Plan, block: &str, listens: SocketAddr) -> Running {
     let file = plan.file("nginx.conf");
     let text = format!(
         "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\ndaemon off;\nmaster_process off;\n\

@@ -12,7 +12,7 @@ use culvert_shared::ids::Direction;
 use culvert_shared::sys::local_time::LocalTime;
 
 use crate::route::Ends;
-use crate::session::Datapath;
+use crate::session::{Attempt, Datapath};
 
 const MONTHS: [&str; 12] = [
     "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
@@ -86,7 +86,7 @@ pub struct Ended<'a> {
     /// How long it lasted.
     pub lasted_ms: u64,
     /// Peers that did not take it.
-    pub failed: &'a [String],
+    pub failed: &'a [Attempt],
     /// The peer that it had.
     pub upstream: Option<&'a str>,
     /// How long connecting to that took, if it was connected.
@@ -140,7 +140,17 @@ fn value(
 ) {
     use LogVariable as V;
     let [up, down] = [Direction::ToUpstream, Direction::ToDownstream].map(|way| ended.carried[way.index()]);
-    let has_upstream = ended.upstream.is_some();
+    // nginx has a value for each peer that was tried, and for the one that it has.
+    let tried = |bytes: u64| {
+        ended
+            .failed
+            .iter()
+            .map(|_| 0)
+            .chain(ended.upstream.map(|_| bytes))
+    };
+    let number = |out: &mut Vec<u8>, number: u64| {
+        let _ = write!(out, "{number}");
+    };
     // Numbers and our own words need no escaping.
     let plain = |out: &mut Vec<u8>, text: Arguments<'_>| {
         let _ = out.write_fmt(text);
@@ -174,26 +184,24 @@ fn value(
         V::Pid => plain(out, format_args!("{}", host.pid)),
         V::Worker => plain(out, format_args!("{}", host.slot)),
         V::UpstreamAddr => {
-            let all = ended.failed.iter().map(String::as_str).chain(ended.upstream);
+            let failed = ended.failed.iter().map(|peer| peer.name.as_str());
+            let all = failed.chain(ended.upstream);
             list(out, escape, all, |out, name| text(out, escape, name));
         }
-        V::UpstreamBytesSent => plain(out, format_args!("{}", if has_upstream { up.sent() } else { 0 })),
-        V::UpstreamBytesReceived => plain(
-            out,
-            format_args!("{}", if has_upstream { down.received() } else { 0 }),
-        ),
+        V::UpstreamBytesSent => list(out, escape, tried(up.sent()), number),
+        V::UpstreamBytesReceived => list(out, escape, tried(down.received()), number),
         V::UpstreamConnectTime => {
             let failed = ended.failed.iter().map(|_| None);
-            let last = has_upstream.then_some(ended.connect_us);
+            let last = ended.upstream.map(|_| ended.connect_us);
             list(out, escape, failed.chain(last), |out, took| match took {
                 Some(us) => seconds(out, us / 1000),
                 None => out.push(b'-'),
             });
         }
-        V::UpstreamSessionTime => match ended.upstream_ms {
-            Some(ms) => seconds(out, ms),
-            None => missing(out, escape),
-        },
+        V::UpstreamSessionTime => {
+            let failed = ended.failed.iter().map(|peer| peer.ms);
+            list(out, escape, failed.chain(ended.upstream_ms), seconds);
+        }
         V::Datapath => {
             let both = ended.datapath == Datapath::Sockmap && ended.carried.iter().any(|way| way.written > 0);
             out.extend_from_slice(if both { "mixed" } else { ended.datapath.name() }.as_bytes());
@@ -331,7 +339,7 @@ mod tests {
         String::from_utf8(out).unwrap()
     }
 
-    fn ended(failed: &[String]) -> Ended<'_> {
+    fn ended(failed: &[Attempt]) -> Ended<'_> {
         Ended {
             number: 9,
             remote: "[2001:db8::1]:5000".parse().unwrap(),
@@ -412,18 +420,30 @@ mod tests {
     #[test]
     fn every_peer_that_was_tried_is_listed() {
         use LogVariable::*;
-        let failed = ["10.0.0.1:1".to_owned()];
+        let failed = [Attempt {
+            name: "10.0.0.1:1".to_owned(),
+            ms: 1_500,
+        }];
         let mut session = ended(&failed);
-        let asked = [UpstreamAddr, UpstreamConnectTime];
+        let asked = [
+            UpstreamAddr,
+            UpstreamConnectTime,
+            UpstreamSessionTime,
+            UpstreamBytesSent,
+            UpstreamBytesReceived,
+        ];
         assert_eq!(
             line(Escape::Default, &asked, &session),
-            "10.0.0.1:1, unix:/a\\x0A\\x22b|-, 0.012|\n"
+            "10.0.0.1:1, unix:/a\\x0A\\x22b|-, 0.012|1.500, 60.000|0, 105|0, 0|\n"
         );
-        session.upstream = None;
-        assert_eq!(line(Escape::Default, &asked, &session), "10.0.0.1:1|-|\n");
+        (session.upstream, session.upstream_ms) = (None, None);
+        assert_eq!(
+            line(Escape::Default, &asked, &session),
+            "10.0.0.1:1|-|1.500|0|0|\n"
+        );
         session.failed = &[];
-        assert_eq!(line(Escape::Default, &asked, &session), "-|-|\n");
-        assert_eq!(line(Escape::Json, &asked, &session), "||\n");
+        assert_eq!(line(Escape::Default, &asked, &session), "-|-|-|-|-|\n");
+        assert_eq!(line(Escape::Json, &asked, &session), "|||||\n");
     }
 
     #[test]

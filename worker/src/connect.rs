@@ -16,7 +16,7 @@ use crate::drive::Next;
 use crate::event_loop::Worker;
 use crate::proxy_protocol;
 use crate::route::{Astray, Route};
-use crate::session::{Phase, Session, Upstream};
+use crate::session::{Attempt, Phase, Session, Upstream};
 use crate::sockets;
 use crate::table::{Side, Token};
 
@@ -175,7 +175,12 @@ impl Worker {
     }
 
     /// No peer of the group is left to be tried.
-    pub(crate) fn no_peer(&self, session: &Session, group: usize) -> Next {
+    pub(crate) fn no_peer(&self, session: &mut Session, group: usize) -> Next {
+        // As nginx says it: $upstream_addr "keeps the name of the server group".
+        session.failed_peers.push(Attempt {
+            name: self.config.upstreams[group].name.clone(),
+            ms: 0,
+        });
         Board::add(&self.board[0].groups[self.group_rows[group]].refused, 1);
         log::error!(
             "session {}: no peer of upstream {} is left for client {}",
@@ -218,6 +223,7 @@ impl Worker {
         address: &Address,
         row: Option<usize>,
     ) -> Result<Next, Errno> {
+        session.connect_began_ns = clock::now_ns();
         let asker = Asker {
             settings: &session.settings,
             client: session.ends.remote,
@@ -233,7 +239,6 @@ impl Worker {
                 sockets::no_delay(socket.as_fd())?;
             }
         }
-        session.connect_began_ns = clock::now_ns();
         let deadline_ms =
             session.connect_began_ns / 1_000_000 + settings.proxy_connect_timeout.as_millis() as u64;
         session.watched[Side::Upstream.index()] = None;
@@ -319,7 +324,10 @@ impl Worker {
 
     /// An attempt has failed. `row`: the peer's, where it is to blame.
     fn note_failure(&self, session: &mut Session, name: &str, row: Option<usize>, errno: Errno) {
-        session.failed_peers.push(name.to_owned());
+        session.failed_peers.push(Attempt {
+            name: name.to_owned(),
+            ms: clock::now_ns().saturating_sub(session.connect_began_ns) / 1_000_000,
+        });
         if let Some(row) = row {
             Board::add(&self.board[0].peers[row].connect_failures, 1);
         }

@@ -127,8 +127,10 @@ impl Worker {
             host.left = addresses;
             // After an adoption the one that has failed is known.
             let (port, failed) = (host.port, &session.failed_peers);
-            host.left
-                .retain(|ip| !failed.contains(&SocketAddr::new(*ip, port).to_string()));
+            host.left.retain(|ip| {
+                let name = SocketAddr::new(*ip, port).to_string();
+                failed.iter().all(|peer| peer.name != name)
+            });
         }
         self.connect_host(token, session)
     }

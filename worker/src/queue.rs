@@ -195,7 +195,7 @@ impl Worker {
     }
 
     /// The session has waited long enough.
-    pub(crate) fn waited_in_vain(&self, session: &Session) -> Next {
+    pub(crate) fn waited_in_vain(&self, session: &mut Session) -> Next {
         let Some((group, _)) = session.tried else {
             return Next::Close(culvert_shared::counters::CloseReason::ConnectFailed);
         };

@@ -193,6 +193,15 @@ impl Datapath {
     }
 }
 
+/// A peer that did not take a session, or the group in which there was none for it.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// Its name.
+    pub name: String,
+    /// How long it was tried.
+    pub ms: u64,
+}
+
 /// The upstream side of a session.
 pub struct Upstream {
     /// The socket.
@@ -277,7 +286,7 @@ pub struct Session {
     /// The host that it leads to by its name, until it is connected.
     pub host: Option<Box<Host>>,
     /// Peers that did not take it, for the access log.
-    pub failed_peers: Vec<String>,
+    pub failed_peers: Vec<Attempt>,
     /// When connecting to the present peer began, on CLOCK_MONOTONIC.
     pub connect_began_ns: u64,
     /// How long that took; `None` before it is done.
