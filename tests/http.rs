@@ -296,6 +296,23 @@ fn a_connection_is_kept_for_further_requests_and_several_may_come_at_once() {
 }
 
 #[test]
+fn a_client_of_http_1_0_is_told_what_becomes_of_its_connection() {
+    let (plan, http, _port) = plan(1);
+    let _proxy = plan.start();
+    let mut stream = connect(http);
+    for (asked, told) in [("Connection: Keep-Alive\r\n", "keep-alive"), ("", "close")] {
+        let request = format!("GET /healthz HTTP/1.0\r\n{asked}\r\n");
+        stream.write_all(request.as_bytes()).expect("asking");
+        let got = answer(&mut stream, true);
+        assert!(
+            got.body == "ok\n" && got.head.contains(&format!("Connection: {told}\r\n")),
+            "{got:?}"
+        );
+    }
+    assert_eq!(stream.read(&mut [0]).expect("an end, not a reset"), 0);
+}
+
+#[test]
 fn what_is_no_good_request_is_refused_with_its_number() {
     let (plan, http, _port) = plan(1);
     let _proxy = plan.start();

@@ -60,6 +60,8 @@ pub(crate) struct Request {
     head_only: bool,
     prefers_html: bool,
     keep_alive: bool,
+    /// It is of HTTP/1.0, whose clients take a connection for kept only if they are told so.
+    old: bool,
     /// Its length in bytes.
     pub(crate) length: usize,
 }
@@ -173,15 +175,15 @@ impl Worker {
         if connection.request.is_empty() {
             return false;
         }
-        let (answer, head_only) = match parse(&connection.request) {
+        let (answer, head_only, old) = match parse(&connection.request) {
             Ok(None) if connection.request.len() < REQUEST_BYTES => return false,
             Ok(None) => {
                 connection.last = true;
-                (refuse((431, "the request is too long")), false)
+                (refuse((431, "the request is too long")), false, false)
             }
             Err(refusal) => {
                 connection.last = true;
-                (refuse(refusal), false)
+                (refuse(refusal), false, false)
             }
             Ok(Some(request)) => {
                 let first = connection.answer_at_ms.take().is_none();
@@ -192,10 +194,16 @@ impl Worker {
                 connection.request.drain(..request.length);
                 connection.last = !request.keep_alive || self.draining;
                 self.refresh_groups();
-                (self.answer(&request), request.head_only)
+                (self.answer(&request), request.head_only, request.old)
             }
         };
-        connection.answer = answer.encode(head_only, connection.last);
+        let persistence = match (connection.last, old) {
+            (true, _) => "Connection: close\r\n",
+            // RFC 9112, 9.3 and appendix C.2.2: otherwise it waits for the end of the stream.
+            (false, true) => "Connection: keep-alive\r\n",
+            (false, false) => "",
+        };
+        connection.answer = answer.encode(head_only, persistence);
         connection.sent = 0;
         let patience_ms = match connection.request.is_empty() {
             true => IDLE_PATIENCE_MS,
@@ -301,6 +309,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Option<Request>, Refusal> {
         head_only,
         prefers_html: false,
         keep_alive: request.version == Some(1),
+        old: request.version == Some(0),
         length,
     };
     for header in request.headers.iter() {
@@ -335,7 +344,8 @@ fn refuse((status, why): Refusal) -> Answer {
 }
 
 impl Answer {
-    fn encode(&self, head_only: bool, last: bool) -> Vec<u8> {
+    /// `persistence`: the header that says what becomes of the connection, if one has to.
+    fn encode(&self, head_only: bool, persistence: &str) -> Vec<u8> {
         let reason = match self.status {
             200 => "OK",
             400 => "Bad Request",
@@ -356,9 +366,7 @@ impl Answer {
         if self.status == 405 {
             text.push_str("Allow: GET, HEAD\r\n");
         }
-        if last {
-            text.push_str("Connection: close\r\n");
-        }
+        text.push_str(persistence);
         text.push_str("\r\n");
         if !head_only {
             text.push_str(&self.body);
@@ -383,6 +391,7 @@ mod tests {
                 head_only: true,
                 prefers_html: true,
                 keep_alive: false,
+                old: false,
                 length: whole.len() - 3,
             }
         );
