@@ -21,9 +21,10 @@ const REQUEST_BYTES: usize = 8 << 10;
 const HEADERS: usize = 64;
 /// HTTP connections that one worker serves at once; they are not to take the sessions' places.
 const CONNECTIONS: usize = 64;
-/// How long a request may take to arrive, and an answer to be taken.
+/// How long a request may take to arrive, and how long one that has come already may wait for the answer before it to be taken.
 const REQUEST_PATIENCE_MS: u64 = 5_000;
-/// How long a connection may stay open between requests (nginx: keepalive_timeout 75s).
+/// How long a connection may stay open between requests, counted from the last answer's beginning: so it is how long that may
+/// take to be taken, too (nginx: keepalive_timeout 75s, send_timeout 60s).
 const IDLE_PATIENCE_MS: u64 = 75_000;
 /// How long the client may take to close after we have.
 const LINGER_MS: u64 = 2_000;
