@@ -190,6 +190,8 @@ fn value(
         }
         V::UpstreamBytesSent => list(out, escape, tried(up.sent()), number),
         V::UpstreamBytesReceived => list(out, escape, tried(down.received()), number),
+        V::UpstreamBytesSentSum => number(out, tried(up.sent()).sum()),
+        V::UpstreamBytesReceivedSum => number(out, tried(down.received()).sum()),
         V::UpstreamConnectTime => {
             let failed = ended.failed.iter().map(|_| None);
             let last = ended.upstream.map(|_| ended.connect_us);
@@ -431,19 +433,20 @@ mod tests {
             UpstreamSessionTime,
             UpstreamBytesSent,
             UpstreamBytesReceived,
+            UpstreamBytesSentSum,
         ];
         assert_eq!(
             line(Escape::Default, &asked, &session),
-            "10.0.0.1:1, unix:/a\\x0A\\x22b|-, 0.012|1.500, 60.000|0, 105|0, 0|\n"
+            "10.0.0.1:1, unix:/a\\x0A\\x22b|-, 0.012|1.500, 60.000|0, 105|0, 0|105|\n"
         );
         (session.upstream, session.upstream_ms) = (None, None);
         assert_eq!(
             line(Escape::Default, &asked, &session),
-            "10.0.0.1:1|-|1.500|0|0|\n"
+            "10.0.0.1:1|-|1.500|0|0|0|\n"
         );
         session.failed = &[];
-        assert_eq!(line(Escape::Default, &asked, &session), "-|-|-|-|-|\n");
-        assert_eq!(line(Escape::Json, &asked, &session), "|||||\n");
+        assert_eq!(line(Escape::Default, &asked, &session), "-|-|-|-|-|0|\n");
+        assert_eq!(line(Escape::Json, &asked, &session), "|||||0|\n");
     }
 
     #[test]

@@ -47,6 +47,11 @@ pub(super) const VARIABLES: &[(&str, LogVariable)] = &[
     ("upstream_addr", LogVariable::UpstreamAddr),
     ("upstream_bytes_sent", LogVariable::UpstreamBytesSent),
     ("upstream_bytes_received", LogVariable::UpstreamBytesReceived),
+    ("upstream_bytes_sent_sum", LogVariable::UpstreamBytesSentSum),
+    (
+        "upstream_bytes_received_sum",
+        LogVariable::UpstreamBytesReceivedSum,
+    ),
     ("upstream_connect_time", LogVariable::UpstreamConnectTime),
     ("upstream_session_time", LogVariable::UpstreamSessionTime),
     ("datapath", LogVariable::Datapath),
@@ -99,7 +104,7 @@ const READY_MADE: &[(&str, Escape, &str)] = &[
     (
         "json",
         Escape::Json,
-        r#"{"time_iso8601":"$time_iso8601","msec":$msec,"connection":$connection,"pid":$pid,"worker":$worker,"remote_addr":"$remote_addr","remote_port":$remote_port,"server_addr":"$server_addr","server_port":$server_port,"listener":"$listener","protocol":"$protocol","status":$status,"close_reason":"$close_reason","bytes_sent":$bytes_sent,"bytes_received":$bytes_received,"session_time":$session_time,"upstream_addr":"$upstream_addr","upstream_bytes_sent":"$upstream_bytes_sent","upstream_bytes_received":"$upstream_bytes_received","upstream_connect_time":"$upstream_connect_time","upstream_session_time":"$upstream_session_time","datapath":"$datapath","fallback_reason":"$fallback_reason","pauses":$pauses,"sockmap_to_upstream":$sockmap_to_upstream,"sockmap_to_downstream":$sockmap_to_downstream,"relay_to_upstream":$relay_to_upstream,"relay_to_downstream":$relay_to_downstream}"#,
+        r#"{"time_iso8601":"$time_iso8601","msec":$msec,"connection":$connection,"pid":$pid,"worker":$worker,"remote_addr":"$remote_addr","remote_port":$remote_port,"server_addr":"$server_addr","server_port":$server_port,"listener":"$listener","protocol":"$protocol","status":$status,"close_reason":"$close_reason","bytes_sent":$bytes_sent,"bytes_received":$bytes_received,"session_time":$session_time,"upstream_addr":"$upstream_addr","upstream_bytes_sent":$upstream_bytes_sent_sum,"upstream_bytes_received":$upstream_bytes_received_sum,"upstream_connect_time":"$upstream_connect_time","upstream_session_time":"$upstream_session_time","datapath":"$datapath","fallback_reason":"$fallback_reason","pauses":$pauses,"sockmap_to_upstream":$sockmap_to_upstream,"sockmap_to_downstream":$sockmap_to_downstream,"relay_to_upstream":$relay_to_upstream,"relay_to_downstream":$relay_to_downstream}"#,
     ),
 ];
 
@@ -394,9 +399,11 @@ mod tests {
             .iter()
             .find(|(name, ..)| *name == "json")
             .expect("json");
-        // What is empty in most sessions is left to formats of one's own.
+        // What is empty in most sessions is left to formats of one's own; sums stand under the names of their lists.
         let left_out = |name: &str, variable: LogVariable| {
-            matches!(variable, LogVariable::Early(_)) || ["hostname", "time_local"].contains(&name)
+            matches!(variable, LogVariable::Early(_))
+                || ["hostname", "time_local"].contains(&name)
+                || name.ends_with("_sum")
         };
         for (name, _) in VARIABLES
             .iter()

@@ -631,6 +631,10 @@ pub enum LogVariable {
     UpstreamBytesSent,
     /// Bytes received from the peer.
     UpstreamBytesReceived,
+    /// What all of its peers were sent together: a number.
+    UpstreamBytesSentSum,
+    /// What was received of all of its peers together: a number.
+    UpstreamBytesReceivedSum,
     /// How long connecting took, in seconds with milliseconds, for each of the peers.
     UpstreamConnectTime,
     /// How long the session with the last peer lasted.
