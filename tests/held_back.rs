@@ -1,17 +1,22 @@
 //! What may happen while a source is held back: either end leaves, a direction ends, the worker stands still, the
 //! configuration is reloaded, the session runs out of time. Nothing is lost, and the true ending arrives.
 
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use crate::harness::pattern::{pause, receive_from};
 use crate::harness::slow::{
-    BACKLOG_DEFAULT, DOWN, MIB, PIECE, UP, finish, must_be_sound, must_have_stayed_in_the_kernel, proxy_with,
+    BACKLOG_DEFAULT, BOUND, DOWN, MIB, PIECE, UP, finish, must_be_sound, must_have_stayed_in_the_kernel,
+    proxy_with,
 };
-use crate::harness::sockets::{reset, reset_on_close};
+use crate::harness::sockets::{reset, reset_on_close, rewind};
 use crate::harness::turns::beside_others;
-use crate::harness::{Ending, Front, Plan, Proxy, Towards, Writer, process, receive, within};
+use crate::harness::{Ending, Front, Plan, Proxy, Towards, Writer, patient, process, receive, send, within};
+use culvert_shared::sys::socket::unacknowledged_bytes;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBuf;
 use nix::unistd::Pid;
 
 #[test]
@@ -300,6 +305,84 @@ fn sessions_of_a_worker_that_found_no_ring_buffer_end_as_they_should() {
     }
     frozen.iter().for_each(|&pid| tell(pid, Signal::SIGCONT));
     must_be_sound(&proxy.settle());
+}
+
+/// A sender that always has three segments ahead of a gap, so that no acknowledgement has room for an option: that is
+/// where sources are held back otherwise.
+struct Holey {
+    stream: Option<TcpStream>,
+    /// All before it was sent, and something behind it.
+    sent: u64,
+}
+
+impl Holey {
+    const SEGMENTS: u64 = 3;
+
+    /// Goes `bytes` on (or back, if it is negative) without sending what lies between.
+    fn leap(&mut self, bytes: i64) {
+        // What arrives while there is no socket would be answered by a reset.
+        pause(1);
+        self.stream = self.stream.take().map(|old| rewind(old, (-bytes) as u32));
+    }
+
+    fn send(&mut self, from: u64, to: u64) -> &TcpStream {
+        let stream = self.stream.as_mut().expect("a connection");
+        send(stream, UP, from, to).expect("sending");
+        stream
+    }
+
+    /// Sends the byte at `at`, beyond what was sent.
+    fn place(&mut self, at: u64) {
+        let ahead = (at - self.sent) as i64;
+        self.leap(ahead);
+        self.send(at, at + 1);
+        self.leap(-ahead - 1);
+    }
+
+    /// Sends `bytes`, after it has placed the segments that lie so far ahead of them. False: they are not acknowledged.
+    fn go_on(&mut self, bytes: u64) -> bool {
+        let next = self.sent + bytes;
+        for segment in 0..Self::SEGMENTS {
+            // Not where the next part ends: then more than that would be acknowledged.
+            self.place(next + bytes + 1 + 2 * segment);
+        }
+        let stream = self.send(self.sent, next);
+        let is_through = || unacknowledged_bytes(stream.as_fd()).is_ok_and(|bytes| bytes == 0);
+        let end = Instant::now() + patient(Duration::from_millis(500));
+        while !is_through() && Instant::now() < end {
+            pause(1);
+        }
+        let through = is_through();
+        self.sent = next;
+        through
+    }
+}
+
+#[test]
+fn a_sender_with_holes_in_what_it_sends_is_held_back_too() {
+    let _beside = beside_others();
+    let (proxy, front) = proxy_with("127.0.0.1", "");
+    let (writing, mut reading) = front.offloaded(&proxy, Towards::Upstream);
+    setsockopt(&reading, RcvBuf, &(MIB as usize)).expect("SO_RCVBUF");
+    let mut sender = Holey {
+        stream: Some(writing),
+        sent: 0,
+    };
+    // As fast as the receiver's window grows.
+    while sender.sent < 2 * BOUND && sender.go_on((sender.sent / 4).clamp(16 * 1024, 256 * 1024)) {}
+    let status = proxy.status();
+    assert!(
+        sender.sent < BOUND,
+        "{} bytes were taken: {:#}",
+        sender.sent,
+        status.json()
+    );
+    assert!(status.number("/pauses") > 0, "{:#}", status.json());
+    let sent = sender.sent;
+    drop(sender);
+    receive(&mut reading, UP).must_be_whole(sent);
+    drop(reading);
+    proxy.settle();
 }
 
 #[test]

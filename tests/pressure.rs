@@ -4,7 +4,6 @@
 //! `TEST_PRESSURE_SECONDS` is how long a reader stands still at the least in the tests of memory (2 unless set).
 
 use std::net::TcpStream;
-use std::os::fd::AsFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -14,10 +13,8 @@ use crate::harness::slow::{
     BACKLOG_DEFAULT, BOUND, DOWN, MIB, PIECE, UP, finish, must_have_stayed_in_the_kernel, proxy_with,
     standstill,
 };
-use crate::harness::sockets::rewind;
 use crate::harness::turns::{alone, beside_others};
-use crate::harness::{Ending, PATIENCE, Proxy, Towards, Writer, memory, receive, send};
-use culvert_shared::sys::socket::unacknowledged_bytes;
+use crate::harness::{Ending, PATIENCE, Proxy, Towards, Writer, memory, receive};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::RcvBuf;
 
@@ -105,84 +102,6 @@ fn a_reader_stands_still_after_a_long_time_at_full_speed() {
 #[test]
 fn segments_of_a_few_bytes_are_bounded_too() {
     a_reader_stands_still("127.0.0.1", Towards::Upstream, 1000, 16, 24 * MIB);
-}
-
-/// A sender that always has three segments ahead of a gap, so that no acknowledgement has room for an option: that is
-/// where sources are held back otherwise.
-struct Holey {
-    stream: Option<TcpStream>,
-    /// All before it was sent, and something behind it.
-    sent: u64,
-}
-
-impl Holey {
-    const SEGMENTS: u64 = 3;
-
-    /// Goes `bytes` on (or back, if it is negative) without sending what lies between.
-    fn leap(&mut self, bytes: i64) {
-        // What arrives while there is no socket would be answered by a reset.
-        pause(1);
-        self.stream = self.stream.take().map(|old| rewind(old, (-bytes) as u32));
-    }
-
-    fn send(&mut self, from: u64, to: u64) -> &TcpStream {
-        let stream = self.stream.as_mut().expect("a connection");
-        send(stream, UP, from, to).expect("sending");
-        stream
-    }
-
-    /// Sends the byte at `at`, beyond what was sent.
-    fn place(&mut self, at: u64) {
-        let ahead = (at - self.sent) as i64;
-        self.leap(ahead);
-        self.send(at, at + 1);
-        self.leap(-ahead - 1);
-    }
-
-    /// Sends `bytes`, after it has placed the segments that lie so far ahead of them. False: they are not acknowledged.
-    fn go_on(&mut self, bytes: u64) -> bool {
-        let next = self.sent + bytes;
-        for segment in 0..Self::SEGMENTS {
-            // Not where the next part ends: then more than that would be acknowledged.
-            self.place(next + bytes + 1 + 2 * segment);
-        }
-        let stream = self.send(self.sent, next);
-        let is_through = || unacknowledged_bytes(stream.as_fd()).is_ok_and(|bytes| bytes == 0);
-        let end = Instant::now() + STALLED;
-        while !is_through() && Instant::now() < end {
-            pause(1);
-        }
-        let through = is_through();
-        self.sent = next;
-        through
-    }
-}
-
-#[test]
-fn a_sender_with_holes_in_what_it_sends_is_held_back_too() {
-    let _alone = alone();
-    let (proxy, front) = proxy_with("127.0.0.1", "");
-    let (writing, mut reading) = front.offloaded(&proxy, Towards::Upstream);
-    setsockopt(&reading, RcvBuf, &READERS_BUFFER).expect("SO_RCVBUF");
-    let mut sender = Holey {
-        stream: Some(writing),
-        sent: 0,
-    };
-    // As fast as the receiver's window grows.
-    while sender.sent < 2 * BOUND && sender.go_on((sender.sent / 4).clamp(16 * 1024, 256 * 1024)) {}
-    let status = proxy.status();
-    assert!(
-        sender.sent < BOUND,
-        "{} bytes were taken: {:#}",
-        sender.sent,
-        status.json()
-    );
-    assert!(status.number("/pauses") > 0, "{:#}", status.json());
-    let sent = sender.sent;
-    drop(sender);
-    receive(&mut reading, UP).must_be_whole(sent);
-    drop(reading);
-    proxy.settle();
 }
 
 /// Takes the program away that holds sources back, as another one does that clears the callback flags of sockets.
