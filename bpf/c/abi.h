@@ -45,7 +45,9 @@ struct flow {
 	__u32 held_bytes;	/* what it stands for in the slot's sum (struct slot_total) */
 	__u32 runaway_bytes;	/* user: outstanding bytes that no source reaches that can be held back; 0 = not known */
 	__u64 indexed_cookie;	/* what stands for it in `indices`; a stale one is replaced by the next `join` */
-	__u64 reserved[3];
+	__u32 queued;		/* segments that the target's TCP had not taken when it was last looked */
+	__u32 pad;
+	__u64 reserved[2];
 };
 
 /*
@@ -84,6 +86,14 @@ struct slot_total {
 	__u32 wake;		/* somebody waits until less than low_bytes are held */
 	__u32 lost_events;	/* for which there was no room in a ring buffer of the slot */
 	__u32 pad[6];
+};
+
+/*
+ * What a segment that the target's TCP has not taken costs the kernel beside its bytes: a sk_buff and the head of its
+ * data (measured: 1062 bytes, with segments of one byte). What is taken is put together.
+ */
+enum segment_cost {
+	SEGMENT_COST = 1024,
 };
 
 /*

@@ -20,6 +20,11 @@ struct sock {
 	struct sk_buff_head sk_receive_queue;
 	int sk_sndbuf;
 	int sk_wmem_queued;
+	void *sk_user_data;
+};
+
+struct sk_psock {
+	struct sk_buff_head ingress_skb;
 };
 
 struct inet_sock {

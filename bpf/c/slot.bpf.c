@@ -36,6 +36,7 @@
 /* Puts the types into the object's BTF, which user space takes their layout from. */
 const volatile struct event event_layout;
 const volatile enum flow_floor flow_floor_layout;
+const volatile enum segment_cost segment_cost_layout;
 const volatile struct join_request join_request_layout;
 const volatile enum join_answer join_answer_layout;
 
@@ -162,6 +163,37 @@ static __always_inline __s32 outstanding_bytes(struct flow *flow, struct tcp_soc
 	return (__s32)((__u32)flow->forwarded_bytes - ((__u32)target->bytes_acked - flow->acked_base));
 }
 
+/* Of sk_user_data (include/linux/sock.h, since 5.19): what kind of pointer it is. */
+#define USER_DATA_PSOCK 4UL
+#define USER_DATA_FLAGS 7UL
+
+/* Segments that wait to be taken by the target's TCP (sk_psock_backlog). */
+static __always_inline __u32 queued_segments(struct tcp_sock *target)
+{
+	unsigned long data = (unsigned long)target->inet_conn.icsk_inet.sk.sk_user_data;
+	__u32 queued = 0;
+
+	if (data & USER_DATA_PSOCK)
+		bpf_probe_read_kernel(&queued, sizeof(queued),
+				      (void *)(data & ~USER_DATA_FLAGS) +
+					      bpf_core_field_offset(struct sk_psock, ingress_skb.qlen));
+	return queued;
+}
+
+/*
+ * What a flow costs the kernel: its outstanding bytes, and what comes with each segment that is not taken yet. Without
+ * the latter a sender of single bytes would take a thousand times what it may (seen: 3 GiB).
+ */
+static __always_inline __s32 charge(struct flow *flow, struct tcp_sock *target, __s32 outstanding)
+{
+	__u32 queued = queued_segments(target);
+	__s64 sum = outstanding + (__s64)queued * SEGMENT_COST;
+
+	if (queued != flow->queued)
+		flow->queued = queued;
+	return sum < __INT_MAX__ ? (__s32)sum : __INT_MAX__;
+}
+
 /*
  * Brings the flow's part of the slot's sum up to date. The exchange makes sure that what was put into the sum
  * is taken out once, whoever else does the same on another CPU.
@@ -239,6 +271,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 		flow->largest_outstanding_bytes = behind;
 	if (!shared)
 		return SK_PASS;
+	behind = charge(flow, target, behind);
 	count_held(flow, index, behind, shared);
 	if (flow->pause != PAUSE_OFF) {
 		/*
@@ -327,10 +360,11 @@ static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, 
  */
 static __always_inline void tell_drained(struct tcp_sock *self, struct flow *flow, __u32 other, struct slot_total *shared)
 {
-	__s32 outstanding = outstanding_bytes(flow, self);
+	__s32 outstanding;
 
 	if (!(flow->flags & FLOW_STARTED))
 		return;
+	outstanding = charge(flow, self, outstanding_bytes(flow, self));
 	count_held(flow, other, outstanding, shared);
 	if (!flow->wake || outstanding >= (__s32)flow->low_bytes)
 		return;

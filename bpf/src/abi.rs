@@ -29,7 +29,9 @@ pub struct Flow {
     pub held_bytes: AtomicU32,
     pub runaway_bytes: AtomicU32,
     pub indexed_cookie: AtomicU64,
-    pub reserved: [AtomicU64; 3],
+    pub queued: AtomicU32,
+    pub pad: AtomicU32,
+    pub reserved: [AtomicU64; 2],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -139,6 +141,9 @@ unsafe impl Shareable for SlotTotal {}
 /// Bytes that every flow may have outstanding (`enum flow_floor`, where it is explained).
 pub const FLOW_FLOOR_BYTES: u32 = types::flow_floor::FLOW_FLOOR.0;
 
+/// What an untaken segment costs beside its bytes (`enum segment_cost`, where it is explained).
+pub const SEGMENT_COST_BYTES: u32 = types::segment_cost::SEGMENT_COST.0;
+
 const _: () = {
     assert!(size_of::<Flow>() == size_of::<types::flow>());
     assert!(offset_of!(Flow, cookie) == offset_of!(types::flow, cookie));
@@ -150,6 +155,7 @@ const _: () = {
     assert!(offset_of!(Flow, acked_base) == offset_of!(types::flow, acked_base));
     assert!(offset_of!(Flow, high_bytes) == offset_of!(types::flow, high_bytes));
     assert!(offset_of!(Flow, low_bytes) == offset_of!(types::flow, low_bytes));
+    assert!(offset_of!(Flow, queued) == offset_of!(types::flow, queued));
     assert!(offset_of!(Flow, runaway_bytes) == offset_of!(types::flow, runaway_bytes));
     assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));
     assert!(offset_of!(Flow, wake) == offset_of!(types::flow, wake));

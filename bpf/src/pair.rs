@@ -15,7 +15,9 @@ use culvert_shared::sys::socket;
 use libbpf_rs::libbpf_sys;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::abi::{FLOW_FLOOR_BYTES, Flow, JoinRequest, SlotTotal, flow_pause, join_answer};
+use crate::abi::{
+    FLOW_FLOOR_BYTES, Flow, JoinRequest, SEGMENT_COST_BYTES, SlotTotal, flow_pause, join_answer,
+};
 use crate::events::{Events, LANES, Lane};
 use crate::load::Entry;
 use crate::skel::slot::SlotMaps as SkeletonMaps;
@@ -271,7 +273,12 @@ impl SlotMaps {
             terms.set_limits(flow);
             flow.lane.store(terms.lane.0, Relaxed);
             flow.pause.store(flow_pause::OFF, Relaxed);
-            for counter in [&flow.wake, &flow.pauses, &flow.largest_outstanding_bytes] {
+            for counter in [
+                &flow.wake,
+                &flow.pauses,
+                &flow.largest_outstanding_bytes,
+                &flow.queued,
+            ] {
                 counter.store(0, Relaxed);
             }
             flow.flags.store(0, Release);
@@ -388,6 +395,12 @@ impl SlotMaps {
         let acked = socket::tcp_info(target).map_or(0, |info| info.bytes_acked as u32);
         let acked = acked.wrapping_sub(flow.acked_base.load(Relaxed));
         let outstanding = (flow.forwarded_bytes.load(Relaxed) as u32).wrapping_sub(acked) as i32;
+        // What the program saw last may have been taken since: there are no more segments than bytes that are not.
+        let taken = socket::unacknowledged_bytes(target).unwrap_or(0);
+        let left = u64::try_from(outstanding).unwrap_or(0).saturating_sub(taken);
+        let queued = u64::from(flow.queued.load(Relaxed)).min(left);
+        let charge = i64::from(outstanding) + (queued * u64::from(SEGMENT_COST_BYTES)) as i64;
+        let outstanding = i32::try_from(charge).unwrap_or(i32::MAX);
         self.count_held(flow, outstanding);
         outstanding < flow.low_bytes.load(Relaxed) as i32 && self.has_room(place, direction)
     }
