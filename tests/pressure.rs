@@ -3,7 +3,7 @@
 //!
 //! `TEST_PRESSURE_SECONDS` is how long a reader stands still at the least in the tests of memory (2 unless set).
 
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,9 @@ use crate::harness::slow::{
     standstill,
 };
 use crate::harness::turns::{alone, beside_others};
-use crate::harness::{Ending, PATIENCE, Proxy, Towards, Writer, memory, receive};
+use crate::harness::{Ending, PATIENCE, Plan, Proxy, Towards, Writer, connect, memory, receive};
 use nix::sys::socket::setsockopt;
-use nix::sys::socket::sockopt::RcvBuf;
+use nix::sys::socket::sockopt::{RcvBuf, TcpMaxSeg};
 
 /// The reader's own buffer, which the kernel doubles.
 const READERS_BUFFER: usize = MIB as usize;
@@ -155,6 +155,43 @@ fn a_source_that_cannot_be_held_back_is_reset_before_it_takes_the_kernels_memory
         2,
         "{log}"
     );
+}
+
+#[test]
+fn segments_of_a_few_bytes_take_no_more_memory_than_others_where_the_target_takes_few() {
+    const SENT: u64 = 2 * MIB;
+    let _alone = alone();
+    // Over segments of this size a send buffer stays small as long as nothing is acknowledged: what it does not take
+    // waits as it came.
+    let listener = TcpListener::bind("127.0.0.1:0").expect("binding an upstream");
+    setsockopt(&listener, TcpMaxSeg, &536).expect("TCP_MAXSEG");
+    setsockopt(&listener, RcvBuf, &4096).expect("SO_RCVBUF");
+    let mut plan = Plan::new().lifetime(PATIENCE * 6);
+    let front = plan.server(listener.local_addr().expect("the upstream's address"));
+    let proxy = plan.start();
+    let client = connect(front);
+    let (reading, _) = listener.accept().expect("the proxy's connection");
+    reading.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    proxy.wait("the session is offloaded", |s| s.offloaded() == 1);
+    let before = memory::slab_bytes();
+    let writer = Writer::start(&client, UP, SENT, 8);
+    let mut most = 0;
+    let mut former = u64::MAX;
+    while writer.accepted() < SENT && writer.accepted() != former {
+        former = writer.accepted();
+        for _ in 0..50 {
+            most = most.max(memory::slab_bytes().saturating_sub(before));
+            pause(10);
+        }
+    }
+    eprintln!(
+        "{} bytes taken, {:.1} MiB more in slabs",
+        writer.accepted(),
+        most as f64 / MIB as f64
+    );
+    assert!(most < BOUND, "{most} bytes more in slabs");
+    finish(writer, client, reading, UP, 0, SENT);
+    must_have_stayed_in_the_kernel(&proxy.settle());
 }
 
 #[test]

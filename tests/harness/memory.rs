@@ -17,8 +17,17 @@ pub fn tcp_bytes() -> u64 {
 
 /// Bytes that could be had without swapping.
 pub fn available_bytes() -> u64 {
+    of_meminfo("MemAvailable:")
+}
+
+/// Bytes of the kernel's own small objects, the heads of segments among them, whoever is charged for them.
+pub fn slab_bytes() -> u64 {
+    of_meminfo("Slab:")
+}
+
+fn of_meminfo(key: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").expect("reading /proc/meminfo");
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
     let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-    kib.expect("MemAvailable") * 1024
+    kib.expect(key) * 1024
 }
