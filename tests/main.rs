@@ -16,6 +16,7 @@ mod endings;
 mod fallback;
 mod from_nginx;
 mod http;
+mod keeper_room;
 mod lifecycle;
 mod many;
 mod names;

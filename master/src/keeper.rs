@@ -83,29 +83,55 @@ impl Keeper {
         stores.into_values().collect()
     }
 
-    fn keep(&mut self, owner: Owner, stores: &[Arc<Store>], sessions: Vec<SessionId>, sockets: Vec<OwnedFd>) {
-        let mut sockets = sockets.into_iter();
-        for id in sessions {
-            let store = stores.iter().find(|store| store.id == id.store);
-            // Where descriptors are missing, the worker's death ends the session, as if it was not kept.
-            if let (Some(downstream), Some(upstream), Some(store)) = (sockets.next(), sockets.next(), store) {
-                let kept = Kept {
-                    holder: Some(owner),
-                    store: Arc::clone(store),
-                    sockets: [downstream, upstream],
-                };
-                self.sessions.insert(id, kept);
+    /// Takes a session in, if its sockets have come and somebody has its store.
+    fn keep(
+        &mut self,
+        id: SessionId,
+        owner: Owner,
+        stores: &[Arc<Store>],
+        sockets: Option<[OwnedFd; 2]>,
+    ) -> bool {
+        let store = stores.iter().find(|store| store.id == id.store);
+        let (Some(sockets), Some(store)) = (sockets, store) else {
+            return false;
+        };
+        let kept = Kept {
+            holder: Some(owner),
+            store: Arc::clone(store),
+            sockets,
+        };
+        self.sessions.insert(id, kept);
+        true
+    }
+
+    /// Exchanges the sockets of a session that is kept. Where the new ones have not come it is kept no longer: with the old
+    /// ones nobody could go on.
+    fn keep_again(&mut self, id: SessionId, sockets: Option<[OwnedFd; 2]>) -> bool {
+        match (self.sessions.get_mut(&id), sockets) {
+            (Some(kept), Some(sockets)) => {
+                kept.sockets = sockets;
+                true
+            }
+            (_, _) => {
+                self.sessions.remove(&id);
+                false
             }
         }
     }
 
-    fn let_go(&mut self, sessions: Vec<SessionId>) {
+    /// Their worker has let go of these sessions. Says how many of them are not kept, so that nobody can go on with them.
+    fn let_go(&mut self, sessions: Vec<SessionId>) -> usize {
+        let mut lost = 0;
         for id in sessions {
-            if let Some(kept) = self.sessions.get_mut(&id) {
-                kept.holder = None;
-                self.unheld.push(id);
+            match self.sessions.get_mut(&id) {
+                Some(kept) => {
+                    kept.holder = None;
+                    self.unheld.push(id);
+                }
+                None => lost += 1,
             }
         }
+        lost
     }
 
     /// Takes the sessions of a worker that is gone from it; closes those that nobody can take over. Says how
@@ -166,40 +192,84 @@ impl Keeper {
 }
 
 impl Master {
-    /// Does what workers asked for their sessions, and takes their questions.
-    pub fn take_mail(&mut self) {
-        let now = Instant::now();
-        for at in 0..self.workers.len() {
-            for (message, sockets) in std::mem::take(&mut self.workers[at].mail) {
-                let (owner, stores) = (self.workers[at].owner, &self.workers[at].stores);
-                match message {
-                    ToMaster::Keep(sessions) => self.keeper.keep(owner, stores, sessions, sockets),
-                    ToMaster::Over(sessions) => self.keeper.let_go(sessions),
-                    ToMaster::Forget(sessions) => {
-                        for id in sessions {
-                            self.keeper.sessions.remove(&id);
-                            let store = stores.iter().find(|store| store.record_of(id).is_some());
-                            if let Some(store) = store {
-                                store.free(id.place);
-                            }
-                        }
+    /// Does what a worker has asked for: message by message, so that there are never more descriptors open that the
+    /// keeper does not have yet than come with one.
+    pub fn hear(&mut self, at: usize, now: Instant) {
+        while let Some((message, sockets)) = self.workers[at].hear(now) {
+            let mut sockets = sockets.into_iter();
+            // One that came alone is closed.
+            let mut pair = || Some([sockets.next()?, sockets.next()?]);
+            let worker = &self.workers[at];
+            match message {
+                ToMaster::Keep(sessions) => {
+                    let mut unkept = 0;
+                    for id in sessions {
+                        let taken = self.keeper.keep(id, worker.owner, &worker.stores, pair());
+                        unkept += usize::from(!taken);
+                        self.board[0].note_kept(self.keeper.sessions.len() as u64, worker.row);
                     }
-                    ToMaster::Ask(questions) => {
-                        for question in questions {
-                            let resolver = usize::from(question.resolver);
-                            let hosts = &mut self.names.hosts;
-                            match self.workers[at].resolvers.get(resolver) {
-                                Some(known) => {
-                                    hosts.ask(owner, question, known, now, &self.board[0].hosts);
-                                }
-                                None => hosts.refuse(owner, question),
-                            }
-                        }
-                    }
-                    ToMaster::Ready => {}
+                    self.note_unkept(at, unkept);
                 }
+                ToMaster::KeepAgain(id) => {
+                    let taken = self.keeper.keep_again(id, pair());
+                    self.note_unkept(at, usize::from(!taken));
+                }
+                ToMaster::Over(sessions) => {
+                    let lost = self.keeper.let_go(sessions);
+                    if lost > 0 {
+                        // It has closed their sockets, or is about to.
+                        Board::add(
+                            &self.board[0].closes[CloseReason::WorkerDied as usize],
+                            lost as u64,
+                        );
+                        log::error!(
+                            "{lost} sessions that worker {} (process {}) has let go of are reset: they were not kept",
+                            worker.slot,
+                            worker.pid
+                        );
+                    }
+                }
+                ToMaster::Forget(sessions) => {
+                    for id in sessions {
+                        self.keeper.sessions.remove(&id);
+                        let store = worker.stores.iter().find(|store| store.record_of(id).is_some());
+                        if let Some(store) = store {
+                            store.free(id.place);
+                        }
+                    }
+                }
+                ToMaster::Ask(questions) => {
+                    for question in questions {
+                        let resolver = usize::from(question.resolver);
+                        let hosts = &mut self.names.hosts;
+                        match worker.resolvers.get(resolver) {
+                            Some(known) => {
+                                hosts.ask(worker.owner, question, known, now, &self.board[0].hosts);
+                            }
+                            None => hosts.refuse(worker.owner, question),
+                        }
+                    }
+                }
+                ToMaster::Ready => {}
             }
         }
+    }
+
+    /// They end with their worker, as if they had not lived long enough.
+    fn note_unkept(&self, at: usize, sessions: usize) {
+        if sessions > 0 {
+            Board::add(&self.board[0].unkept, sessions as u64);
+            log::error!(
+                "{sessions} sessions of worker {} (process {}) are not kept and end with it: their sockets are missing, \
+                 because the limit on open descriptors is too low",
+                self.workers[at].slot,
+                self.workers[at].pid
+            );
+        }
+    }
+
+    /// Sees to the sessions that workers have let go of, or left.
+    pub fn look_after_sessions(&mut self) {
         self.entrust();
         let kept = self.keeper.sessions.len() as u64;
         self.board[0].kept.store(kept, Relaxed);
@@ -285,3 +355,55 @@ impl Master {
 
 /// Sessions on their way to a worker.
 pub type Queue = VecDeque<SessionId>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use culvert_shared::sys::shm::Shared;
+
+    const OWNER: Owner = Owner(7);
+
+    fn id(store: u32, place: u32) -> SessionId {
+        SessionId {
+            store,
+            place: Place(place),
+            generation: 1,
+        }
+    }
+
+    fn sockets() -> Option<[OwnedFd; 2]> {
+        fdpass::pair().ok().map(|(left, right)| [left, right])
+    }
+
+    #[test]
+    fn a_session_is_kept_only_with_both_of_its_newest_sockets() {
+        let (records, records_file) = Shared::in_file(c"records", 4).unwrap();
+        let stores = [Arc::new(Store {
+            id: 1,
+            records,
+            records_file,
+            maps: None,
+        })];
+        let mut keeper = Keeper::default();
+        assert!(keeper.keep(id(1, 0), OWNER, &stores, sockets()));
+        assert!(keeper.keep(id(1, 1), OWNER, &stores, sockets()));
+        assert!(!keeper.keep(id(1, 2), OWNER, &stores, None));
+        assert!(
+            !keeper.keep(id(9, 3), OWNER, &stores, sockets()),
+            "nobody has its store"
+        );
+        assert!(keeper.keep_again(id(1, 0), sockets()));
+        assert!(
+            !keeper.keep_again(id(1, 1), None),
+            "with the old ones nobody can go on"
+        );
+        assert!(
+            !keeper.keep_again(id(1, 2), sockets()),
+            "no room was reserved for it"
+        );
+        let kept: Vec<_> = keeper.sessions().map(|(id, holder, _)| (id, holder)).collect();
+        assert_eq!(kept, [(id(1, 0), Some(OWNER))]);
+        assert_eq!(keeper.let_go((0..4).map(|place| id(1, place)).collect()), 3);
+        assert_eq!(keeper.unheld(), [id(1, 0)]);
+    }
+}

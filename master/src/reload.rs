@@ -304,13 +304,13 @@ impl Master {
         let limit = self.current.config.worker_shutdown_timeout;
         // Sessions that its workers have taken go on under its rows, so nobody else may be given these.
         self.current.rows = pending.generation.rows;
+        // One may have said in this very turn that it is ready, and serve since.
+        (0..self.workers.len()).for_each(|at| self.hear(at, now));
         for worker in self
             .workers
             .iter_mut()
             .filter(|worker| worker.generation == number && !worker.is_leaving())
         {
-            // It may have said in this very turn that it is ready, and serve since.
-            worker.hear(now);
             let own = worker.stores.first().map(|own| own.id);
             match worker.state() {
                 // It may have taken connections already, from sockets that both generations have.

@@ -184,10 +184,8 @@ impl Master {
         while !(self.is_ending() && self.workers.is_empty()) {
             self.wait(signals)?;
             let now = Instant::now();
-            for worker in &mut self.workers {
-                worker.hear(now);
-            }
-            self.take_mail();
+            (0..self.workers.len()).for_each(|at| self.hear(at, now));
+            self.look_after_sessions();
             self.look_up(now);
             while let Some(info) = signals.read_signal().context("failed to read a signal")? {
                 let from_kernel = info.ssi_code == nix::libc::SI_KERNEL;
@@ -314,8 +312,8 @@ impl Master {
         self.reload_again(now);
         self.advance_upgrade(now);
         self.steer();
-        // Sessions that a death or a switch-over has left to somebody, and what was heard meanwhile.
-        self.take_mail();
+        // Sessions that a death or a switch-over has left to somebody.
+        self.look_after_sessions();
     }
 
     /// Gives each slot a worker.
@@ -376,8 +374,8 @@ impl Master {
             return self.upgrade.note_end(pid, status);
         };
         // What it said before it died counts.
-        self.workers[at].hear(now);
-        self.take_mail();
+        self.hear(at, now);
+        self.look_after_sessions();
         let worker = self.workers.swap_remove(at);
         self.names.hosts.forget(worker.owner);
         self.bury_sessions(&worker);

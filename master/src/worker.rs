@@ -85,8 +85,6 @@ pub struct Worker {
     unheard: VecDeque<ToWorker>,
     /// The host had no memory for a message: until when none is tried. Its socket says nothing of that.
     rest_until: Option<Instant>,
-    /// What it said of its sessions, with the sockets that came along; taken by [`crate::keeper`].
-    pub mail: Vec<(ToMaster, Vec<OwnedFd>)>,
     /// Sessions that it is to adopt and was not yet told of.
     pub to_adopt: Queue,
     /// When it was forked.
@@ -144,7 +142,6 @@ impl Worker {
             orders: VecDeque::new(),
             unheard: VecDeque::new(),
             rest_until: None,
-            mail: Vec::new(),
             to_adopt: Queue::new(),
             started: now,
             state: State::Starting,
@@ -191,16 +188,16 @@ impl Worker {
         self.control.as_ref().map(AsFd::as_fd)
     }
 
-    /// Takes in what the worker said.
-    pub fn hear(&mut self, now: Instant) {
+    /// What the worker says next of its sessions, with the sockets that come along; `None`: nothing now.
+    pub fn hear(&mut self, now: Instant) -> Option<(ToMaster, Vec<OwnedFd>)> {
         while let Some(control) = &self.control {
             match fdpass::receive(control.as_fd()) {
-                Err(Errno::EAGAIN) => return,
+                Err(Errno::EAGAIN) => return None,
                 Err(Errno::EINTR) => {}
                 Ok(received) if !received.message.is_empty() => match ToMaster::decode(&received.message) {
                     Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
                     Some(ToMaster::Ready) => {}
-                    Some(message) => self.mail.push((message, received.descriptors)),
+                    Some(message) => return Some((message, received.descriptors)),
                     None => log::error!(
                         "worker {} (process {}) sent an unknown message",
                         self.slot,
@@ -214,6 +211,7 @@ impl Worker {
                 }
             }
         }
+        None
     }
 
     /// Tells it to finish its sessions and exit, within `limit`.

@@ -3,9 +3,10 @@
 //! Counters only rise, and outlive workers and reloads because they live here. Gauges stand in the row
 //! of the worker process that they describe: the master clears the row of a dead worker, so a killed
 //! worker leaves no session behind in the figures. Accesses are relaxed: the figures are independent of each other, but for
-//! those of sessions that go from one worker to another ([`Transit`]).
+//! those of sessions that go from one worker to another ([`Transit`]), and for what limits the sessions that the master
+//! keeps ([`Board::reserve_keeping`]).
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64, fence};
 
 use crate::ids::Direction;
@@ -24,7 +25,7 @@ pub const MAX_GROUPS: usize = 1024;
 
 /// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
 /// it whenever a field or a reason changes its place or meaning.
-const LAYOUT: &str = "culvert counters, layout 5";
+const LAYOUT: &str = "culvert counters, layout 6";
 
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
@@ -143,8 +144,10 @@ pub struct Board {
     pub sessions_offloaded: AtomicU64,
     /// Sessions that the master keeps, so that they outlive their worker.
     pub kept: AtomicU64,
-    /// How many it may keep: its limit on descriptors decides.
+    /// How many it may keep: its limit on descriptors decides. See [`Board::reserve_keeping`].
     pub kept_limit: AtomicU64,
+    /// Sessions that it was to keep and could not, because their sockets did not arrive.
+    pub unkept: AtomicU64,
     /// Sessions that a worker took over from another one.
     pub adopted: AtomicU64,
     /// Log lines dropped because the log could not keep up.
@@ -213,6 +216,8 @@ pub struct WorkerRow {
     pub listener_active: [AtomicU32; MAX_LISTENERS],
     /// Sessions for each peer.
     pub peer_active: [AtomicU32; MAX_PEERS],
+    /// Sessions for which it has reserved room with the master, which has not yet heard of them.
+    pub reserved: AtomicU32,
     /// Sessions that wait for a place, for any group.
     pub waiting: AtomicU32,
     /// Those that wait for each group.
@@ -317,6 +322,39 @@ impl Board {
     /// Counts the end of a session.
     pub fn count_close(&self, reason: CloseReason) {
         Self::add(&self.closes[reason as usize], 1);
+    }
+
+    /// Reserves room in the master's keeping for a session of the worker in that row; without it, its sockets are not to be
+    /// sent. False: there is none. The room is the session's until the master has it ([`Board::note_kept`]), the worker
+    /// gives it back, or its row is cleared.
+    pub fn reserve_keeping(&self, row: usize) -> bool {
+        let own = &self.workers[row].reserved;
+        own.fetch_add(1, SeqCst);
+        // Each adds before it counts, so of two at once one at least sees both: room may be refused that there is, but
+        // none is given that there is not. What the master has taken in is counted twice for a moment, for the same
+        // reason, and never not at all, because the rows are read first.
+        let rows = (self.worker_rows.load(SeqCst) as usize).min(MAX_WORKERS);
+        let reserved = self.workers[..rows]
+            .iter()
+            .map(|row| u64::from(row.reserved.load(SeqCst)));
+        let reserved: u64 = reserved.sum();
+        let fits = reserved + self.kept.load(SeqCst) <= self.kept_limit.load(SeqCst);
+        if !fits {
+            self.give_keeping_back(row);
+        }
+        fits
+    }
+
+    /// A session that room was reserved for is not sent after all.
+    pub fn give_keeping_back(&self, row: usize) {
+        let lower = |reserved: u32| reserved.checked_sub(1);
+        let _ = self.workers[row].reserved.fetch_update(SeqCst, SeqCst, lower);
+    }
+
+    /// The master has heard of a session that the worker in that row had reserved room for; it keeps so many now.
+    pub fn note_kept(&self, kept: u64, row: usize) {
+        self.kept.store(kept, SeqCst);
+        self.give_keeping_back(row);
     }
 
     /// The rows of living workers, with their places.
@@ -442,6 +480,7 @@ impl WorkerRow {
             &self.offloaded,
             &self.pairs,
             &self.slot_number,
+            &self.reserved,
             &self.waiting,
         ];
         self.queues.iter().for_each(QueueRow::clear);
@@ -492,5 +531,57 @@ mod tests {
             }
         });
         assert_eq!(missing, 0, "times it was nowhere");
+    }
+
+    fn board(limit: u64, rows: usize) -> Shared<Board> {
+        let board = Shared::<Board>::anonymous(1).unwrap();
+        board[0].kept_limit.store(limit, Relaxed);
+        board[0].worker_rows.store(rows as u32, Relaxed);
+        board
+    }
+
+    #[test]
+    fn workers_that_reserve_at_once_never_get_more_room_than_there_is() {
+        const LIMIT: u64 = 1000;
+        const WORKERS: usize = 4;
+        let board = board(LIMIT, WORKERS);
+        let reserved: u64 = std::thread::scope(|scope| {
+            let worker = |row| {
+                let board = &board[0];
+                // In batches, which nobody takes in meanwhile.
+                move || (0..LIMIT).filter(|_| board.reserve_keeping(row)).count() as u64
+            };
+            let workers: Vec<_> = (0..WORKERS).map(|row| scope.spawn(worker(row))).collect();
+            workers.into_iter().map(|worker| worker.join().unwrap()).sum()
+        });
+        assert!(reserved <= LIMIT, "{reserved}");
+        // What one was refused while others asked is there afterwards.
+        let more = (0..LIMIT).filter(|_| board[0].reserve_keeping(0)).count() as u64;
+        assert_eq!(reserved + more, LIMIT);
+    }
+
+    #[test]
+    fn room_is_taken_until_the_session_that_has_it_is_over() {
+        let board = board(3, 2);
+        let more = || board[0].reserve_keeping(0);
+        assert!([0, 1, 1].iter().all(|row| board[0].reserve_keeping(*row)));
+        assert!(!more(), "all is reserved");
+        for (kept, row) in [(1, 1), (2, 0), (3, 1)] {
+            board[0].note_kept(kept, row);
+            assert!(!more(), "{kept} are kept");
+        }
+        board[0].kept.store(2, Relaxed);
+        assert!(more() && !more());
+    }
+
+    #[test]
+    fn what_a_worker_had_reserved_is_free_when_it_is_gone() {
+        let board = board(2, 2);
+        assert!(board[0].reserve_keeping(1) && board[0].reserve_keeping(1));
+        assert!(!board[0].reserve_keeping(0));
+        board[0].give_keeping_back(1);
+        assert!(board[0].reserve_keeping(0) && !board[0].reserve_keeping(0));
+        board[0].clear_worker(1, 0);
+        assert!(board[0].reserve_keeping(0) && !board[0].reserve_keeping(0));
     }
 }

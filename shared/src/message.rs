@@ -8,7 +8,7 @@ use crate::sys::fdpass::MAX_DESCRIPTORS;
 
 /// The version of these messages, for two binaries to compare: workers of one may have a master of the other.
 /// Change it whenever a message changes its bytes or meaning.
-pub const LAYOUT: &str = "culvert messages, layout 3";
+pub const LAYOUT: &str = "culvert messages, layout 4";
 
 /// Sessions of one message at most: each may come with its two sockets.
 pub const BATCH: usize = MAX_DESCRIPTORS / 2;
@@ -47,8 +47,11 @@ pub enum ToWorker {
 pub enum ToMaster {
     /// The worker accepts connections.
     Ready,
-    /// Keep the sockets of these sessions, which come with the message, in case the worker dies.
+    /// Keep the sockets of these sessions, which come with the message, in case the worker dies. For each it has reserved
+    /// room ([`crate::counters::Board::reserve_keeping`]).
     Keep(Vec<SessionId>),
+    /// Here are other sockets of this session, which is kept.
+    KeepAgain(SessionId),
     /// The worker has let go of these sessions: another one is to adopt them.
     Over(Vec<SessionId>),
     /// These sessions have ended: close their sockets, free their places.
@@ -107,6 +110,7 @@ impl ToMaster {
         match self {
             ToMaster::Ready => encode(b'R', &[]),
             ToMaster::Keep(sessions) => encode(b'K', sessions),
+            ToMaster::KeepAgain(session) => encode(b'G', &[*session]),
             ToMaster::Over(sessions) => encode(b'O', sessions),
             ToMaster::Forget(sessions) => encode(b'F', sessions),
             ToMaster::Ask(questions) => {
@@ -131,6 +135,10 @@ impl ToMaster {
         match decode(bytes)? {
             (b'R', none) if none.is_empty() => Some(ToMaster::Ready),
             (b'K', sessions) => Some(ToMaster::Keep(sessions)),
+            (b'G', sessions) => match sessions[..] {
+                [session] => Some(ToMaster::KeepAgain(session)),
+                _ => None,
+            },
             (b'O', sessions) => Some(ToMaster::Over(sessions)),
             (b'F', sessions) => Some(ToMaster::Forget(sessions)),
             _ => None,
@@ -222,6 +230,7 @@ mod tests {
         for message in [
             ToMaster::Ready,
             ToMaster::Keep(some()),
+            ToMaster::KeepAgain(some()[1]),
             ToMaster::Over(some()),
             ToMaster::Forget(Vec::new()),
             ToMaster::Ask(vec![question(), question()]),
@@ -286,6 +295,7 @@ mod tests {
             b"D ",
             b"?",
             b"A123",
+            b"G",
             b"Lx",
             b"R000000000000",
             b"N",
@@ -302,7 +312,7 @@ mod tests {
     fn beginnings() -> Vec<Vec<u8>> {
         let mut answer = ToMaster::Ask(vec![question()]).encode();
         answer[0] = b'N';
-        let letters = b"QNLADHSRKOF".iter().map(|letter| vec![*letter]);
+        let letters = b"QNLADHSRKGOF".iter().map(|letter| vec![*letter]);
         letters.chain([answer.clone(), answer]).collect()
     }
 

@@ -34,15 +34,15 @@ impl Worker {
         sessions: Vec<SessionId>,
         mut sockets: impl Iterator<Item = OwnedFd>,
     ) -> u64 {
-        let mut adopted = 0;
+        let (mut adopted, mut missing) = (0, 0);
         for id in sessions {
-            // Descriptors are missing only where this process may open no more.
-            let (downstream, upstream) = (sockets.next(), sockets.next());
-            let taken = match (downstream, upstream) {
-                (Some(downstream), Some(upstream)) => self.adopt_one(id, downstream, upstream),
-                _ => Err("its sockets are missing: the limit on open descriptors is too low"),
+            // Both are there, or this process may open no more descriptors: one that came alone is closed.
+            let (Some(downstream), Some(upstream)) = (sockets.next(), sockets.next()) else {
+                missing += 1;
+                self.give_up(id);
+                continue;
             };
-            match taken {
+            match self.adopt_one(id, downstream, upstream) {
                 Ok(()) => adopted += 1,
                 Err(why) => {
                     log::error!(
@@ -50,14 +50,25 @@ impl Worker {
                         id.store,
                         id.place.0
                     );
-                    self.board[0].count_close(CloseReason::WorkerDied);
-                    self.give_back_of(id);
-                    self.keeping.forget(id);
+                    self.give_up(id);
                 }
             }
         }
+        if missing > 0 {
+            log::error!(
+                "{missing} sessions that an earlier worker left are reset: their sockets are missing, because the limit on \
+                 open descriptors is too low"
+            );
+        }
         Board::add(&self.board[0].adopted, adopted);
         adopted
+    }
+
+    /// A session is not taken over: the master closes its sockets, which resets it, and frees its place.
+    fn give_up(&mut self, id: SessionId) {
+        self.board[0].count_close(CloseReason::WorkerDied);
+        self.give_back_of(id);
+        self.keeping.forget(id);
     }
 
     fn adopt_one(

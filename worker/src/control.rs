@@ -34,7 +34,6 @@ impl Worker {
                 Err(Errno::EINTR) => continue,
                 Err(error) => {
                     log::error!("failed to read the master's message: {error}; draining");
-                    // So it is when the master has died with something unread.
                     self.end_naming();
                     self.drop_checks();
                     return self.drain();
@@ -53,6 +52,12 @@ impl Worker {
                 }
                 Some(ToWorker::Stop) => self.stopping = true,
                 Some(ToWorker::Log(syslog)) => {
+                    if received.are_missing {
+                        log::error!(
+                            "not every log was opened anew, the others go on as they are: the limit on open descriptors is \
+                             too low"
+                        );
+                    }
                     if let Some(descriptor) = descriptors.next() {
                         logging::set_output(match syslog {
                             Some(settings) => Output::Syslog(SyslogOutput::new(descriptor, &settings)),

@@ -96,7 +96,7 @@ impl Worker {
                     None => continue,
                 }
             }
-            if can_be_moved(&session) && self.is_room_to_keep() && self.fill_record(&mut session) {
+            if can_be_moved(&session) && self.can_be_kept(&mut session) {
                 old.push((token, session));
             } else {
                 self.table.put(token, session);
@@ -105,6 +105,7 @@ impl Worker {
         let sent = self.send_to_keep(&mut old);
         for (token, mut session) in old.drain(..).rev() {
             if sent.is_err() {
+                self.give_room_back(&mut session);
                 session.is_young = true;
                 self.keeping.young.push_front((token, now_ms + BATCH_EVERY_MS));
             }
@@ -121,9 +122,30 @@ impl Worker {
         }
     }
 
-    fn is_room_to_keep(&self) -> bool {
-        let board = &self.board[0];
-        board.kept.load(Relaxed) < board.kept_limit.load(Relaxed)
+    /// Makes a session ready to be kept: the master has room for it, and its record is filled. What the master keeps
+    /// already stays so.
+    fn can_be_kept(&mut self, session: &mut Session) -> bool {
+        let can = self.reserve_room(session) && self.fill_record(session);
+        if !can {
+            self.give_room_back(session);
+        }
+        can
+    }
+
+    /// Before its sockets are sent, because what the master has no room for it cannot refuse any more: from then on this
+    /// worker may let go of the session.
+    fn reserve_room(&self, session: &mut Session) -> bool {
+        let is_kept = session.seat.is_some_and(|seat| seat.kept);
+        if !is_kept && !session.has_room {
+            session.has_room = self.board[0].reserve_keeping(self.row);
+        }
+        is_kept || session.has_room
+    }
+
+    fn give_room_back(&self, session: &mut Session) {
+        if std::mem::take(&mut session.has_room) {
+            self.board[0].give_keeping_back(self.row);
+        }
     }
 
     /// Writes a session down, in a place that it takes for that if it has none. False: there is none.
@@ -146,31 +168,36 @@ impl Worker {
         true
     }
 
-    /// Sends the descriptors of sessions whose records are filled to the master. All or none.
+    /// Sends the descriptors of sessions whose records are filled, and that have room, to the master; those again of which
+    /// it has old ones. After an error the new ones are all not sent.
     fn send_to_keep(&self, sessions: &mut [(Token, Box<Session>)]) -> Result<(), Errno> {
-        let new: Vec<&mut Box<Session>> = sessions
-            .iter_mut()
-            .map(|(_, session)| session)
-            .filter(|session| session.seat.is_some_and(|seat| !seat.kept || seat.stale))
-            .collect();
+        let (mut new, mut ids) = (Vec::new(), Vec::new());
+        for (_, session) in sessions {
+            match session.seat {
+                Some(seat) if !seat.kept => {
+                    new.push(session);
+                    ids.push(seat.id);
+                }
+                Some(seat) if seat.stale => self.send_again(session)?,
+                _ => {}
+            }
+        }
         if new.is_empty() {
             return Ok(());
         }
-        let ids: Vec<SessionId> = new
-            .iter()
-            .filter_map(|session| session.seat)
-            .map(|seat| seat.id)
-            .collect();
         let descriptors: Vec<BorrowedFd<'_>> = new.iter().flat_map(|session| both_sockets(session)).collect();
         // Before they are sent: from then on the master may have to judge by it.
-        self.mark(&new, Kept::Yes);
+        new.iter().for_each(|session| self.mark(session, Kept::Yes));
         let sent = fdpass::send(self.control.as_fd(), &ToMaster::Keep(ids).encode(), &descriptors);
         if sent.is_err() {
-            self.mark(&new, Kept::No);
+            new.iter().for_each(|session| self.mark(session, Kept::No));
         } else {
-            for seat in new.into_iter().filter_map(|session| session.seat.as_mut()) {
-                seat.kept = true;
-                seat.stale = false;
+            for session in new {
+                // The master takes the reservation off.
+                session.has_room = false;
+                if let Some(seat) = &mut session.seat {
+                    seat.kept = true;
+                }
             }
         }
         sent
@@ -178,24 +205,44 @@ impl Worker {
 
     /// A session that the master keeps has another upstream socket now: its first or next peer is being tried.
     pub(crate) fn keep_again(&mut self, token: Token, session: &mut Session) {
-        let Some(seat) = session.seat.filter(|seat| seat.kept) else {
+        if session.seat.is_none_or(|seat| !seat.kept) {
             return;
-        };
+        }
         let filled = self.fill_record(session);
-        let message = ToMaster::Keep(vec![seat.id]).encode();
-        if !filled || fdpass::send(self.control.as_fd(), &message, &both_sockets(session)).is_err() {
-            // The master has the former socket: with that nobody could go on.
-            self.stop_keeping(session);
-            session.seat = Some(Seat { stale: true, ..seat });
+        if !filled || self.send_again(session).is_err() {
+            self.note_stale(session);
             self.note_young(token, session);
         }
     }
 
-    fn mark(&self, sessions: &[&mut Box<Session>], kept: Kept) {
-        for seat in sessions.iter().filter_map(|session| session.seat) {
-            if let Some(record) = self.wards[seat.ward].store.record(seat.id.place) {
-                record.set_kept(kept);
-            }
+    /// Sends the sockets of a session that the master keeps once more. It has room for them: the old ones go.
+    fn send_again(&self, session: &mut Session) -> Result<(), Errno> {
+        let Some(seat) = &mut session.seat else {
+            return Ok(());
+        };
+        seat.stale = false;
+        let message = ToMaster::KeepAgain(seat.id).encode();
+        self.mark(session, Kept::Yes);
+        let sent = fdpass::send(self.control.as_fd(), &message, &both_sockets(session));
+        if sent.is_err() {
+            self.note_stale(session);
+        }
+        sent
+    }
+
+    /// The master has the former socket: with that nobody could go on.
+    fn note_stale(&self, session: &mut Session) {
+        self.stop_keeping(session);
+        if let Some(seat) = &mut session.seat {
+            seat.stale = true;
+        }
+    }
+
+    fn mark(&self, session: &Session, kept: Kept) {
+        if let Some(seat) = session.seat
+            && let Some(record) = self.wards[seat.ward].store.record(seat.id.place)
+        {
+            record.set_kept(kept);
         }
     }
 
@@ -276,12 +323,12 @@ impl Worker {
             && !session.holds_bytes()
             && !session.queued
             && !self.is_stranded(session)
-            && (session.seat.is_some_and(|seat| seat.kept) || self.is_room_to_keep());
+            && self.reserve_room(session);
         if leaves && session.datapath == Datapath::Late {
             // Its record does not say that it is to be looked at once more.
             self.enter_kernel(token, session);
         }
-        leaves && self.fill_record(session)
+        leaves && self.can_be_kept(session)
     }
 
     /// Whether a session is better off here for now: it is to be kept, its listener is gone, and what was to become of
@@ -344,14 +391,7 @@ impl Worker {
 
     fn let_go(&self, sessions: &mut [(Token, Box<Session>)]) -> Result<(), Errno> {
         self.send_to_keep(sessions)?;
-        let seats = || sessions.iter().filter_map(|(_, session)| session.seat);
-        let mark = |kept| {
-            for seat in seats() {
-                if let Some(record) = self.wards[seat.ward].store.record(seat.id.place) {
-                    record.set_kept(kept);
-                }
-            }
-        };
+        let mark = |kept| sessions.iter().for_each(|(_, session)| self.mark(session, kept));
         mark(Kept::LetGo);
         let now_ms = clock::now_ms();
         let counts = || {
@@ -361,7 +401,8 @@ impl Worker {
         };
         // Before the master hears of it: they may have arrived before this process goes on.
         counts().for_each(|transit| transit.begin(1, now_ms));
-        let ids = seats().map(|seat| seat.id).collect();
+        let seats = sessions.iter().filter_map(|(_, session)| session.seat);
+        let ids = seats.map(|seat| seat.id).collect();
         let sent = fdpass::send(self.control.as_fd(), &ToMaster::Over(ids).encode(), &[]);
         if sent.is_err() {
             mark(Kept::Yes);
@@ -396,7 +437,8 @@ impl Worker {
     fn stay(&mut self) {
         self.keeping.handing_over = false;
         self.keeping.forgotten.clear();
-        for (token, session) in std::mem::take(&mut self.keeping.leaving) {
+        for (token, mut session) in std::mem::take(&mut self.keeping.leaving) {
+            self.give_room_back(&mut session);
             for side in [Side::Downstream, Side::Upstream] {
                 if let (Some(socket), Some(interest)) = (session.socket(side), session.watched[side.index()])
                 {

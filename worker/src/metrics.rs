@@ -207,6 +207,13 @@ impl Worker {
         page.sample("culvert_sessions_active", &[("path", "relay")], relayed);
         let help = "Open sessions that would outlive their worker.";
         page.one("culvert_sessions_kept", GAUGE, help, load(&board.kept));
+        let help = "Sessions that end with their worker because the master did not get their sockets.";
+        page.one(
+            "culvert_sessions_unkept_total",
+            COUNTER,
+            help,
+            load(&board.unkept),
+        );
         let help = "Sessions that a worker took over from another one.";
         page.one(
             "culvert_sessions_adopted_total",

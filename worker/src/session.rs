@@ -307,6 +307,8 @@ pub struct Session {
     pub holds: Vec<Held>,
     /// Its place in a store.
     pub seat: Option<Seat>,
+    /// The master has reserved room for its sockets, which were not sent yet.
+    pub has_room: bool,
     /// It is among those that are given to the master once they have lived long enough.
     pub is_young: bool,
     /// When it was accepted.
@@ -357,6 +359,7 @@ impl Session {
             datapath: Datapath::Pending,
             holds: Vec::new(),
             seat: None,
+            has_room: false,
             is_young: false,
             started_ms: now_ms,
             last_active_ms: now_ms,

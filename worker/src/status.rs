@@ -150,6 +150,7 @@ impl Worker {
                 "total": load(&board.sessions),
                 "total_offloaded": load(&board.sessions_offloaded),
                 "kept": load(&board.kept),
+                "unkept": load(&board.unkept),
                 "adopted": load(&board.adopted),
             },
             "bytes": {
