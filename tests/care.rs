@@ -1,10 +1,10 @@
 //! Workers die where no slot's worker can go on with their sessions: there is always another who does.
 
-use std::net::TcpStream;
-use std::time::Duration;
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
 
 use crate::harness::pattern::ping;
-use crate::harness::{PATIENCE, Plan, Proxy, Upstream, connect, exchange, patient, process, within};
+use crate::harness::{PATIENCE, Plan, Proxy, Upstream, connect, exchange, patient, process, receive, within};
 use crate::reload::half_a_reload;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -131,4 +131,67 @@ fn sessions_of_a_worker_that_dies_while_it_leaves_go_to_the_one_that_serves_at_o
     }
     end_well(clients);
     assert_eq!(proxy.settle().number("/closes/worker_died"), 0);
+}
+
+/// Eight sessions that the master keeps.
+fn eight(proxy: &Proxy, front: SocketAddr) -> Vec<TcpStream> {
+    let mut clients: Vec<_> = (0..8).map(|_| connect(front)).collect();
+    for client in &mut clients {
+        ping(client, 1, 2).expect("a session");
+    }
+    proxy.wait("all are kept", |s| s.number("/sessions/kept") == 8);
+    clients
+}
+
+#[track_caller]
+fn quit(proxy: &Proxy) {
+    proxy.signal(Signal::SIGQUIT);
+    let quits = || proxy.log().contains("SIGQUIT: finishing");
+    assert!(within(PATIENCE, quits), "{}", proxy.log());
+}
+
+#[test]
+fn sessions_that_are_being_handed_over_when_the_program_is_told_to_quit_are_finished() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let front = plan.server(&echo);
+    let mut proxy = plan.start();
+    let clients = eight(&proxy, front);
+    let old = proxy.worker();
+    tell(old, Signal::SIGSTOP);
+    proxy.signal(Signal::SIGHUP);
+    let switched = || proxy.log().contains("generation 2 serves");
+    assert!(within(PATIENCE, switched), "{}", proxy.log());
+    quit(&proxy);
+    tell(old, Signal::SIGCONT);
+    assert!(within(PATIENCE, || !process::is_alive(old)), "{}", proxy.log());
+    end_well(clients);
+    let exit = proxy.wait_for_exit(patient(SOON)).expect("an end");
+    assert!(exit.success(), "{exit}");
+}
+
+#[test]
+fn sessions_of_a_program_that_quits_outlive_their_worker_and_are_given_no_more_time_for_that() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().global("worker_shutdown_timeout = \"4s\"");
+    let front = plan.server(&echo);
+    let mut proxy = plan.start();
+    let mut clients = eight(&proxy, front);
+    let worker = proxy.worker();
+    let begun = Instant::now();
+    quit(&proxy);
+    std::thread::sleep(Duration::from_millis(1500));
+    let second = kill_the_last(&proxy, worker);
+    let mut idle = clients.split_off(4);
+    end_well(clients);
+    assert!(process::is_alive(second));
+    let exit = proxy
+        .wait_for_exit(patient(Duration::from_secs(8)))
+        .expect("an end");
+    assert!(exit.success(), "{exit}");
+    let took = begun.elapsed();
+    assert!(took < patient(Duration::from_secs(5)), "{took:?}");
+    for client in &mut idle {
+        receive(client, 9).must_be_a_prefix_and_a_reset(0);
+    }
 }

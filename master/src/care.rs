@@ -1,7 +1,7 @@
 //! Sees to it that every session that is kept has a worker that cares for it, or gets one. Most often that is the worker
 //! of its slot, or the one that replaces it. A store that no slot has any more, that of a worker whose generation was
-//! refused, and every store while the program is paused, get a worker of their own when the last one dies: it
-//! takes no connections, adopts what is there, and drains.
+//! refused, and every store while the program is paused or quits, get a worker of their own when the last one dies, or
+//! leaves: it takes no connections, adopts what is there, and drains.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,7 +20,8 @@ const REST: Duration = Duration::from_secs(1);
 impl Master {
     /// The stores of sessions that no worker cares for and none will.
     pub fn uncared(&self) -> Vec<Arc<Store>> {
-        match self.is_ending() {
+        let is_late = self.quit_by.is_some_and(|by| by <= Instant::now());
+        match self.phase == Phase::Stopping || is_late {
             true => Vec::new(),
             false => self.keeper.unheld_stores(|store| !self.is_awaited(store)),
         }
@@ -70,7 +71,10 @@ impl Master {
 
     /// Carers that have been given what there was take nothing more.
     pub fn drain_carers(&mut self, now: Instant) {
-        let limit = self.current.config.worker_shutdown_timeout;
+        let limit = match self.quit_by {
+            Some(by) => Some(by.saturating_duration_since(now)),
+            None => self.current.config.worker_shutdown_timeout,
+        };
         for worker in &mut self.workers {
             if worker.is_carer() && worker.state() == State::Serving && worker.to_adopt.is_empty() {
                 worker.drain(limit, now);

@@ -15,7 +15,7 @@ use culvert_shared::sys::fdpass;
 use culvert_worker::Store;
 use nix::errno::Errno;
 
-use crate::supervise::{Master, Phase};
+use crate::supervise::Master;
 use crate::worker::{State, Worker};
 
 /// The sessions that are kept.
@@ -324,11 +324,6 @@ impl Master {
                 worker.slot,
                 worker.pid
             );
-        }
-        if self.phase == Phase::Quitting {
-            // Nobody will come to see them end.
-            self.keeper.sessions.retain(|_, kept| kept.holder.is_some());
-            self.keeper.unheld.clear();
         }
     }
 }

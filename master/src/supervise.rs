@@ -123,6 +123,8 @@ pub struct Master {
     pub last_owner: u32,
     /// From when on a worker may be started for sessions that nobody cares for.
     pub care_from: Instant,
+    /// After QUIT: until when sessions may take to end, if that is limited.
+    pub quit_by: Option<Instant>,
     /// Some worker has accepted connections.
     pub has_served: bool,
     failure: Option<anyhow::Error>,
@@ -166,6 +168,7 @@ impl Master {
             upgrade,
             last_owner: 0,
             care_from: Instant::now(),
+            quit_by: None,
             has_served: false,
             failure: None,
         }
@@ -181,7 +184,7 @@ impl Master {
             true => self.go_on(now),
             false => self.fill_all_slots(now),
         }
-        while !(self.is_ending() && self.workers.is_empty()) {
+        while !(self.is_ending() && self.workers.is_empty() && self.uncared().is_empty()) {
             self.wait(signals)?;
             let now = Instant::now();
             (0..self.workers.len()).for_each(|at| self.hear(at, now));
@@ -417,6 +420,7 @@ impl Master {
         }
         let limit = self.current.config.worker_shutdown_timeout;
         log::info!("SIGQUIT: finishing {} sessions", self.open_sessions());
+        self.quit_by = limit.map(|limit| now + limit);
         self.end(Phase::Quitting);
         self.workers
             .iter_mut()
