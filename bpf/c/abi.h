@@ -45,7 +45,7 @@ struct flow {
 	__u32 held_bytes;	/* what it stands for in the slot's sum (struct slot_total) */
 	__u32 runaway_bytes;	/* user: outstanding bytes that no source reaches that can be held back; 0 = not known */
 	__u64 indexed_cookie;	/* what stands for it in `indices`; a stale one is replaced by the next `join` */
-	__u32 queued;		/* segments that the target's TCP had not taken when it was last looked */
+	__u32 queued;		/* segments that the target's TCP had not taken when a small one came last */
 	__u32 pad;
 	__u64 reserved[2];
 };

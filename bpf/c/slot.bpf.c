@@ -182,7 +182,8 @@ static __always_inline __u32 queued_segments(struct tcp_sock *target)
 
 /*
  * What a flow costs the kernel: its outstanding bytes, and what comes with each segment that is not taken yet. Without
- * the latter a sender of single bytes would take a thousand times what it may (seen: 3 GiB).
+ * the latter a sender of single bytes would take a thousand times what it may (seen: 3 GiB). The queue is another CPU's
+ * most of the time, and is looked at only where segments are small.
  */
 static __always_inline __s32 charge(struct flow *flow, struct tcp_sock *target, __s32 outstanding)
 {
@@ -271,7 +272,8 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 		flow->largest_outstanding_bytes = behind;
 	if (!shared)
 		return SK_PASS;
-	behind = charge(flow, target, behind);
+	if (len < 2 * SEGMENT_COST)
+		behind = charge(flow, target, behind);
 	count_held(flow, index, behind, shared);
 	if (flow->pause != PAUSE_OFF) {
 		/*
@@ -364,7 +366,9 @@ static __always_inline void tell_drained(struct tcp_sock *self, struct flow *flo
 
 	if (!(flow->flags & FLOW_STARTED))
 		return;
-	outstanding = charge(flow, self, outstanding_bytes(flow, self));
+	outstanding = outstanding_bytes(flow, self);
+	if (flow->queued)
+		outstanding = charge(flow, self, outstanding);
 	count_held(flow, other, outstanding, shared);
 	if (!flow->wake || outstanding >= (__s32)flow->low_bytes)
 		return;
