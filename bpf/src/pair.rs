@@ -395,14 +395,18 @@ impl SlotMaps {
         let acked = socket::tcp_info(target).map_or(0, |info| info.bytes_acked as u32);
         let acked = acked.wrapping_sub(flow.acked_base.load(Relaxed));
         let outstanding = (flow.forwarded_bytes.load(Relaxed) as u32).wrapping_sub(acked) as i32;
-        // What the program saw last may have been taken since: there are no more segments than bytes that are not.
-        let taken = socket::unacknowledged_bytes(target).unwrap_or(0);
-        let left = u64::try_from(outstanding).unwrap_or(0).saturating_sub(taken);
-        let queued = u64::from(flow.queued.load(Relaxed)).min(left);
-        let charge = i64::from(outstanding) + (queued * u64::from(SEGMENT_COST_BYTES)) as i64;
-        let outstanding = i32::try_from(charge).unwrap_or(i32::MAX);
-        self.count_held(flow, outstanding);
-        outstanding < flow.low_bytes.load(Relaxed) as i32 && self.has_room(place, direction)
+        let charge = match flow.queued.load(Relaxed) {
+            0 => outstanding,
+            // What the program saw last may have been taken since: there are no more segments than bytes that are not.
+            queued => {
+                let taken = socket::unacknowledged_bytes(target).unwrap_or(0);
+                let left = u64::try_from(outstanding).unwrap_or(0).saturating_sub(taken);
+                let cost = left.min(queued.into()) * u64::from(SEGMENT_COST_BYTES);
+                i32::try_from(i64::from(outstanding).saturating_add_unsigned(cost)).unwrap_or(i32::MAX)
+            }
+        };
+        self.count_held(flow, charge);
+        charge < flow.low_bytes.load(Relaxed) as i32 && self.has_room(place, direction)
     }
 
     /// As the programs' function of that name: the flow's part of the slot's sum.
