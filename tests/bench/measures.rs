@@ -23,10 +23,19 @@ pub struct Measure {
 
 #[derive(Debug)]
 enum Kind {
-    Bulk { streams: usize, to_downstream: bool },
+    Bulk {
+        streams: usize,
+        to_downstream: bool,
+    },
+    /// Pieces that are sent at once, each a segment.
+    Pieces {
+        bytes: u32,
+    },
     OneConnection,
     ManyConnections,
-    NewConnections { threads: usize },
+    NewConnections {
+        threads: usize,
+    },
     Idle,
     Stopped,
 }
@@ -37,6 +46,8 @@ pub const MEASURES: &[Measure] = &[
     bulk("down1", 1, true),
     bulk("up8", 8, false),
     bulk("down8", 8, true),
+    measure("pieces64", Kind::Pieces { bytes: 64 }),
+    measure("pieces1000", Kind::Pieces { bytes: 1000 }),
     measure("rr1", Kind::OneConnection),
     measure("rr64", Kind::ManyConnections),
     measure("conn1", Kind::NewConnections { threads: 1 }),
@@ -182,7 +193,13 @@ fn attempt(measure: &Measure, place: &Place, setup: &Setup, options: &Options) -
             streams,
             to_downstream,
         } => {
-            let (gbit_s, gib) = iperf(place, streams, to_downstream, seconds)?;
+            let streams = streams.to_string();
+            let options = ["-P", &streams, "-R"];
+            let (gbit_s, gib) = iperf(place, seconds, &options[..2 + usize::from(to_downstream)])?;
+            ("gbit_s", gbit_s, gib)
+        }
+        Kind::Pieces { bytes } => {
+            let (gbit_s, gib) = iperf(place, seconds, &["-N", "-l", &bytes.to_string()])?;
             ("gbit_s", gbit_s, gib)
         }
         Kind::OneConnection => {
@@ -210,31 +227,22 @@ fn attempt(measure: &Measure, place: &Place, setup: &Setup, options: &Options) -
     let seconds = load_begun.elapsed().as_secs_f64();
     let cpu = Cpu::now()?.since(before_load);
     let cost = match measure.kind {
-        Kind::Bulk { .. } => ("cpu_s_per_gib", cpu.busy_s / amount),
+        Kind::Bulk { .. } | Kind::Pieces { .. } => ("cpu_s_per_gib", cpu.busy_s / amount),
         _ => ("cpu_us_per_request", cpu.busy_s * 1e6 / amount),
     };
     Ok((vec![(name, value), cost], cpu, seconds))
 }
 
 /// Gbit/s and GiB received, by iperf3.
-fn iperf(place: &Place, streams: usize, to_downstream: bool, seconds: f64) -> Result<(f64, f64)> {
+fn iperf(place: &Place, seconds: f64, options: &[&str]) -> Result<(f64, f64)> {
     let port = place.proxy.address(IPERF).port();
     // iperf3 takes whole seconds. `timeout` is there for a contender that loses the end of a test.
     let seconds = seconds.round().max(1.0) as u64;
     let mut command = Command::new("timeout");
     command.arg((seconds + 10).to_string());
     command.args(["iperf3", "-c", "127.0.0.1", "-J"]);
-    command.args([
-        "-p",
-        &port.to_string(),
-        "-t",
-        &seconds.to_string(),
-        "-P",
-        &streams.to_string(),
-    ]);
-    if to_downstream {
-        command.arg("-R");
-    }
+    command.args(["-p", &port.to_string(), "-t", &seconds.to_string()]);
+    command.args(options);
     let output = command.output().context("failed to start iperf3")?;
     let result: Value = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("iperf3 ended with {} and wrote no JSON", output.status))?;
