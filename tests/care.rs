@@ -82,6 +82,16 @@ fn sessions_of_a_refused_generation_outlive_their_worker() {
     panic!("no worker was ready before another");
 }
 
+/// Eight sessions that the master keeps.
+fn eight(proxy: &Proxy, front: SocketAddr) -> Vec<TcpStream> {
+    let mut clients: Vec<_> = (0..8).map(|_| connect(front)).collect();
+    for client in &mut clients {
+        ping(client, 1, 2).expect("a session");
+    }
+    proxy.wait("all are kept", |s| s.number("/sessions/kept") == 8);
+    clients
+}
+
 #[test]
 fn sessions_of_a_paused_program_outlive_their_worker() {
     let echo = Upstream::echo("127.0.0.1");
@@ -89,11 +99,7 @@ fn sessions_of_a_paused_program_outlive_their_worker() {
     let mut plan = Plan::new().stream("on_reload = \"close\"");
     let front = plan.server(&echo);
     let proxy = plan.start();
-    let mut clients: Vec<_> = (0..8).map(|_| connect(front)).collect();
-    for client in &mut clients {
-        ping(client, 1, 2).expect("a session");
-    }
-    proxy.wait("all are kept", |s| s.number("/sessions/kept") == 8);
+    let clients = eight(&proxy, front);
     let worker = proxy.worker();
     proxy.signal(Signal::SIGWINCH);
     let paused = || proxy.log().contains("SIGWINCH: workers drain");
@@ -113,11 +119,7 @@ fn sessions_of_a_worker_that_dies_while_it_leaves_go_to_the_one_that_serves_at_o
     let mut plan = Plan::new().stream("ebpf_enable = false");
     let front = plan.server(&echo);
     let proxy = plan.start();
-    let mut clients: Vec<_> = (0..8).map(|_| connect(front)).collect();
-    for client in &mut clients {
-        ping(client, 1, 2).expect("a session");
-    }
-    proxy.wait("all are kept", |s| s.number("/sessions/kept") == 8);
+    let mut clients = eight(&proxy, front);
     let worker = proxy.worker();
     tell(worker, Signal::SIGSTOP);
     proxy.signal(Signal::SIGHUP);
@@ -131,16 +133,6 @@ fn sessions_of_a_worker_that_dies_while_it_leaves_go_to_the_one_that_serves_at_o
     }
     end_well(clients);
     assert_eq!(proxy.settle().number("/closes/worker_died"), 0);
-}
-
-/// Eight sessions that the master keeps.
-fn eight(proxy: &Proxy, front: SocketAddr) -> Vec<TcpStream> {
-    let mut clients: Vec<_> = (0..8).map(|_| connect(front)).collect();
-    for client in &mut clients {
-        ping(client, 1, 2).expect("a session");
-    }
-    proxy.wait("all are kept", |s| s.number("/sessions/kept") == 8);
-    clients
 }
 
 #[track_caller]
