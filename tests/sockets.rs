@@ -456,6 +456,8 @@ fn a_client_of_a_unix_socket_has_no_address() {
     assert_eq!(server.result(), "PROXY UNKNOWN\r\n");
     proxy.edit("\"allow unix:\"", "\"allow 0.0.0.0/0\"");
     proxy.reload();
+    // The file's socket is one for both generations: the old worker takes connections until its order comes.
+    proxy.wait("the new worker alone serves", |s| s.workers().len() == 1);
     let mut client = unix_connect(&path).expect("connecting");
     assert!(unix_ping(&mut client, b"hello").is_err(), "it was to be denied");
     assert!(
