@@ -3,11 +3,13 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::time::Duration;
 
 use crate::harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
 use crate::harness::sockets::{reset, send_and_hold};
 use crate::harness::{
-    Bytes, Front, Plan, Proxy, Towards, Upstream, connect, exchange, receive, receive_exactly, send,
+    Bytes, Flag, Front, Plan, Proxy, Towards, Upstream, connect, exchange, receive, receive_exactly, send,
+    within,
 };
 
 const UP: u64 = 51;
@@ -277,4 +279,44 @@ fn a_greeting_is_not_late() {
     receive_exactly(&mut upstream, UP, 50_000);
     drop(client);
     receive_from(&mut upstream, UP, 50_000, u64::MAX).must_be_whole(0);
+}
+
+#[test]
+fn where_sessions_are_many_and_short_the_next_ones_are_copied_first_until_there_are_fewer() {
+    const BYTES: u64 = 4 * MIB;
+    let upstream = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let front = plan.server_with("127.0.0.1", &upstream, "");
+    let proxy = plan.start();
+    let copied_first = || proxy.status().number("/sessions/total_copied_first");
+    let short = || ping(&mut connect(front), UP, 1).expect("a short session");
+    (0..100).for_each(|_| short());
+    assert_eq!(copied_first(), 0, "these were few");
+    let stop = Flag::default();
+    let began = std::thread::scope(|scope| {
+        let _stop = stop.raise_at_the_end();
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !stop.is_up() {
+                    short();
+                }
+            });
+        }
+        let began = within(Duration::from_secs(30), || copied_first() > 200);
+        // A long one among them.
+        let before = proxy.status().sockmap().to_upstream;
+        exchange(connect(front), DOWN, BYTES, DOWN).must_be_whole(BYTES);
+        stop.raise();
+        let carried = proxy.settle().sockmap().to_upstream - before;
+        assert!(carried > BYTES - MIB, "{carried} bytes of {BYTES} in the kernel");
+        began
+    });
+    assert!(began, "{:#}", proxy.status().json());
+    std::thread::sleep(Duration::from_secs(2));
+    let before = proxy.status();
+    short();
+    let after = proxy.settle();
+    assert_eq!(copied_first(), before.number("/sessions/total_copied_first"));
+    assert_eq!(after.relay(), before.relay(), "{:#}", after.json());
+    assert_eq!(after.fallbacks(), 0, "{:#}", after.json());
 }

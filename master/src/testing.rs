@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use culvert_shared::config::{
-    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, ListenOptions, LogTarget, OnReload,
-    Peer, ProxyBind, Rate, Server, Stream, Target, TcpCongestion, Upstream,
+    Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, ListenOptions, LogTarget, OffloadAfter,
+    OnReload, Peer, ProxyBind, Rate, Server, Stream, Target, TcpCongestion, Upstream,
 };
 
 /// One server for each listener, all proxying to the first upstream; one worker on CPU 0.
@@ -25,7 +25,7 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
         proxy_bind: ProxyBind::Off,
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
-        ebpf_offload_after: 0,
+        ebpf_offload_after: OffloadAfter::Auto,
         on_reload: OnReload::Keep,
         proxy_protocol: None,
         proxy_protocol_timeout: Duration::from_secs(30),

@@ -25,7 +25,7 @@ pub const MAX_GROUPS: usize = 1024;
 
 /// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
 /// it whenever a field or a reason changes its place or meaning.
-const LAYOUT: &str = "culvert counters, layout 6";
+const LAYOUT: &str = "culvert counters, layout 7";
 
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
@@ -142,6 +142,8 @@ pub struct Board {
     pub sessions: AtomicU64,
     /// Sessions that entered the kernel.
     pub sessions_offloaded: AtomicU64,
+    /// Sessions that user space began to copy because they might be short (`ebpf_offload_after`).
+    pub sessions_copied_first: AtomicU64,
     /// Sessions that the master keeps, so that they outlive their worker.
     pub kept: AtomicU64,
     /// How many it may keep: its limit on descriptors decides. See [`Board::reserve_keeping`].

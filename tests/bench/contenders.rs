@@ -63,10 +63,10 @@ pub const ALL: &[Contender] = &[
         },
     },
     Contender {
-        name: "culvert_late",
-        title: "Culvert, offloaded after 8k",
+        name: "at_once",
+        title: "Culvert, each session at once",
         kind: Kind::Culvert {
-            stream: "ebpf_offload_after = \"8k\"",
+            stream: "ebpf_offload_after = \"0\"",
             equipped: false,
         },
     },

@@ -43,7 +43,7 @@ const USAGE: &str = "arguments, as in: make bench BENCH=\"--quick --only up1,rr1
   --seconds N        how long one run of load takes (2)
   --quick            2 rounds of 1 second
   --only A,B         only these measures: up1 down1 up8 down8 pieces64 pieces1000 rr1 rr64 conn1 conn8 idle stopped
-  --contenders A,B   only these beside direct: culvert culvert_late relayed equipped nginx16k nginx256k haproxy
+  --contenders A,B   only these beside direct: culvert at_once relayed equipped nginx16k nginx256k haproxy
   --workers N        worker processes or threads of each proxy (2)
   --sessions N       idle sessions for the memory figure (2000)
   --stopped N        keep the stopped reader for N whole seconds (otherwise 20, or until nothing moves any more)

@@ -11,7 +11,7 @@ use culvert_shared::ids::Direction;
 use crate::access_line::Carried;
 use crate::clock;
 use crate::event_loop::Worker;
-use crate::session::{Session, Way, target};
+use crate::session::{Datapath, Session, Way, target};
 use crate::sockets;
 use crate::table::{Side, Token};
 
@@ -86,7 +86,12 @@ impl Worker {
             self.free_place(row);
         }
         board.count_close(reason);
-        let lasted_ms = clock::now_ms().saturating_sub(session.started_ms);
+        let now_ms = clock::now_ms();
+        let lasted_ms = now_ms.saturating_sub(session.started_ms);
+        if session.datapath != Datapath::Pending {
+            self.brevity
+                .note(session.listener, of_client.iter().sum(), now_ms);
+        }
         board.session_duration.count(1000 * lasted_ms);
         // The access log says the same, and where there is one, that is where it is looked for.
         let level = match session.settings.access_log {

@@ -25,6 +25,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use crate::accept::{Intake, Listening};
 use crate::access_log::AccessLogs;
 use crate::balance::Group;
+use crate::brevity::Brevity;
 use crate::check::{self, Checks};
 use crate::clock;
 use crate::drive::Next;
@@ -89,6 +90,8 @@ pub struct Worker {
     /// The stores that it cares for, its own slot's first.
     pub(crate) wards: Vec<Ward>,
     pub(crate) relay_reason: Option<String>,
+    /// How short the sessions of each listener are.
+    pub(crate) brevity: Brevity,
     pub(crate) totals: Option<Arc<Totals>>,
     pub(crate) pressure: Pressure,
     pub(crate) keeping: Keeping,
@@ -209,6 +212,7 @@ impl Worker {
             keeping: Keeping::default(),
             adopted: 0,
             relay_reason: start.relay_reason,
+            brevity: Brevity::default(),
             totals: start.totals,
             members: start.members,
             poll,

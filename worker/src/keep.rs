@@ -84,7 +84,7 @@ impl Worker {
                 continue;
             };
             session.is_young = false;
-            if session.datapath == Datapath::Late {
+            if session.is_late() {
                 entered += 1;
                 self.table.put(token, session);
                 self.with_session(token, |worker, session| {
@@ -324,7 +324,7 @@ impl Worker {
             && !session.queued
             && !self.is_stranded(session)
             && self.reserve_room(session);
-        if leaves && session.datapath == Datapath::Late {
+        if leaves && session.is_late() {
             // Its record does not say that it is to be looked at once more.
             self.enter_kernel(token, session);
         }
@@ -529,7 +529,7 @@ fn saved(session: &Session, seat: Seat, claim: Option<Claim>) -> Option<Saved> {
         carrier: match session.datapath {
             Datapath::Sockmap => Carrier::Sockmap,
             Datapath::Fallback(reason) => Carrier::Fallback(reason),
-            Datapath::Relay | Datapath::Late | Datapath::Pending => Carrier::Relay,
+            Datapath::Relay | Datapath::Late(_) | Datapath::Pending => Carrier::Relay,
         },
         upstream: upstream.map_or(String::new(), |upstream| upstream.name.clone()),
         claim,

@@ -16,6 +16,7 @@ mod access_line;
 mod access_log;
 mod adopt;
 mod balance;
+mod brevity;
 mod busy;
 mod check;
 mod client_hello;

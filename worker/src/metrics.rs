@@ -197,6 +197,13 @@ impl Worker {
             help,
             load(&board.sessions_offloaded),
         );
+        let help = "Sessions that were copied at first because they might be short (ebpf_offload_after).";
+        page.one(
+            "culvert_sessions_copied_first_total",
+            COUNTER,
+            help,
+            load(&board.sessions_copied_first),
+        );
         page.family(
             "culvert_sessions_active",
             GAUGE,

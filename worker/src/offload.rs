@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use culvert_bpf::{Joined, SlotMaps, Terms, flow_flag};
+use culvert_shared::config::OffloadAfter;
 use culvert_shared::counters::{Board, FallbackReason, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::SessionId;
@@ -13,6 +14,7 @@ use culvert_shared::sys::socket;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 
+use crate::brevity::SHORT_BYTES;
 use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::Worker;
@@ -24,9 +26,16 @@ impl Worker {
     /// Both ends are there: the kernel takes the session, or user space copies it.
     pub(crate) fn begin_streaming(&mut self, token: Token, session: &mut Session) -> Next {
         let kept = session.seat.is_some_and(|seat| seat.kept);
-        // One that is kept has lived for long enough.
-        if session.settings.ebpf_offload_after > 0 && !kept && self.may_enter(session).is_ok() {
-            session.datapath = Datapath::Late;
+        let copied_first = match session.settings.ebpf_offload_after {
+            // It has lived for long enough.
+            _ if kept => 0,
+            OffloadAfter::Bytes(bytes) => bytes,
+            OffloadAfter::Auto if self.brevity.is_expected(session.listener, clock::now_ms()) => SHORT_BYTES,
+            OffloadAfter::Auto => 0,
+        };
+        if copied_first > 0 && self.may_enter(session).is_ok() {
+            session.datapath = Datapath::Late(copied_first);
+            Board::add(&self.board[0].sessions_copied_first, 1);
             begin_copying(session);
         } else {
             self.enter_kernel(token, session);
@@ -42,7 +51,7 @@ impl Worker {
 
     /// The kernel takes the session now, if it takes it at all.
     pub(crate) fn enter_kernel(&mut self, token: Token, session: &mut Session) {
-        let late = session.datapath == Datapath::Late;
+        let late = session.is_late();
         let result = match late && !session.is_open() {
             true => Err(Datapath::Relay),
             false => self.offload(token, session),

@@ -172,8 +172,8 @@ pub struct Readiness {
 pub enum Datapath {
     /// It is still to be handed over.
     Pending,
-    /// User space copies until it has seen that the session is no short one.
-    Late,
+    /// User space copies until the session has moved so many bytes, and so is no short one.
+    Late(u64),
     /// The kernel has both sockets.
     Sockmap,
     /// User space copies because the operator says so.
@@ -188,7 +188,7 @@ impl Datapath {
         match self {
             Datapath::Pending => "none",
             Datapath::Sockmap => "sockmap",
-            Datapath::Late | Datapath::Relay | Datapath::Fallback(_) => "relay",
+            Datapath::Late(_) | Datapath::Relay | Datapath::Fallback(_) => "relay",
         }
     }
 }
@@ -418,9 +418,14 @@ impl Session {
         }
     }
 
+    /// Whether it is copied because it may be short.
+    pub fn is_late(&self) -> bool {
+        matches!(self.datapath, Datapath::Late(_))
+    }
+
     /// Whether it is copied because it may be short, and has moved enough by now to be none.
     pub fn is_long(&self) -> bool {
-        self.datapath == Datapath::Late && self.copied_bytes() >= self.settings.ebpf_offload_after
+        matches!(self.datapath, Datapath::Late(bytes) if self.copied_bytes() >= bytes)
     }
 
     fn copied_bytes(&self) -> u64 {

@@ -149,6 +149,7 @@ impl Worker {
                 "relayed": active.saturating_sub(offloaded),
                 "total": load(&board.sessions),
                 "total_offloaded": load(&board.sessions_offloaded),
+                "total_copied_first": load(&board.sessions_copied_first),
                 "kept": load(&board.kept),
                 "unkept": load(&board.unkept),
                 "adopted": load(&board.adopted),

@@ -56,8 +56,8 @@ pub(super) const KEYS: &[(&str, Default)] = &[
     // As much as Linux lets a socket's own send buffer grow to (tcp_wmem, 4 MiB): below it a fast stream over a
     // long way would be slower than without a proxy.
     ("stream.ebpf_backlog_size", Default::Text("4m")),
-    // The kernel carries what it can from the first byte on: that sessions are short is for the operator to know.
-    ("stream.ebpf_offload_after", Default::Text("0")),
+    // The kernel carries what it can from the first byte on, but where that would cost more than it saves.
+    ("stream.ebpf_offload_after", Default::Text("auto")),
     // A reload that takes a listener away says that nobody new shall come, not that those who are there shall go:
     // what nginx does too, as long as its old workers may live.
     ("stream.on_reload", Default::Text("keep")),

@@ -247,7 +247,7 @@ fn write_stream(out: &mut String, config: &Config, stream: &Stream) -> std::fmt:
     writeln!(
         out,
         "ebpf_offload_after = {}",
-        quoted(&write_size(stream.ebpf_offload_after as usize))
+        quoted(&stream.ebpf_offload_after.to_string())
     )?;
     let on_reload = OnReload::ALL.iter().find(|(_, what)| *what == stream.on_reload);
     writeln!(

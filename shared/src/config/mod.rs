@@ -27,6 +27,7 @@ mod listen;
 mod map;
 mod names;
 mod network;
+mod offload_after;
 mod proxy_bind;
 mod rate;
 mod servers;
@@ -57,6 +58,7 @@ pub use listen::{Keepalive, ListenOptions};
 pub use map::{MapEntry, Pattern, VariableMap};
 pub use names::is_host_name;
 pub use network::Network;
+pub use offload_after::OffloadAfter;
 pub use proxy_bind::ProxyBind;
 pub use rate::Rate;
 pub use syslog::Syslog;
@@ -503,8 +505,8 @@ pub struct Stream {
     pub ebpf_timer_period: Duration,
     /// Bytes that may be outstanding towards one side of an offloaded session before the other is held back.
     pub ebpf_backlog_size: u32,
-    /// Bytes that a session moves, both ways together, before the kernel takes it; 0: it is taken at once.
-    pub ebpf_offload_after: u64,
+    /// When the kernel takes a session.
+    pub ebpf_offload_after: OffloadAfter,
     /// What becomes of a session whose listener or peer is gone after a reload.
     pub on_reload: OnReload,
     /// Send the upstream a PROXY header of this version.

@@ -16,8 +16,8 @@ use super::template::{self, Unresolved, is_name_char};
 use super::upstreams::room;
 use super::valid::{self, Given};
 use super::{
-    Action, Address, Balance, LimitZone, Network, OnReload, Part, Peer, ProxyBind, Rate, Rule, Server,
-    Stream, Target, TcpCongestion, Template, Upstream, VariableMap,
+    Action, Address, Balance, LimitZone, Network, OffloadAfter, OnReload, Part, Peer, ProxyBind, Rate, Rule,
+    Server, Stream, Target, TcpCongestion, Template, Upstream, VariableMap,
 };
 use super::{address, units};
 
@@ -30,7 +30,6 @@ const BACKLOG_SIZE_MIN_BYTES: usize = 64 << 10;
 /// Sequence numbers are compared in 32 bits, signed.
 const BACKLOG_SIZE_MAX_BYTES: usize = 1 << 30;
 /// A session that has moved a gibibyte is not short by anybody's measure.
-const OFFLOAD_AFTER_MAX_BYTES: usize = 1 << 30;
 
 /// More peers than a program can have counters for.
 const TRIES_MAX: u32 = 65_535;
@@ -102,7 +101,7 @@ impl<'c, 'a> Servers<'c, 'a> {
             proxy_bind: ProxyBind::Off,
             ebpf_timer_period: hour,
             ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
-            ebpf_offload_after: 0,
+            ebpf_offload_after: OffloadAfter::Auto,
             on_reload: OnReload::Keep,
             proxy_protocol: None,
             proxy_protocol_timeout: hour,
@@ -170,7 +169,6 @@ impl<'c, 'a> Servers<'c, 'a> {
         let tries = |given: Given| valid::number(given, 0..=TRIES_MAX);
         let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
         let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
-        let offload_after = |given: Given| units::size(given, 0..=OFFLOAD_AFTER_MAX_BYTES);
         let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
         let preread = |given: Given| units::size(given, 1..=PREREAD_MAX_BYTES);
         let (zones, maps) = (self.zones, self.maps);
@@ -253,8 +251,8 @@ impl<'c, 'a> Servers<'c, 'a> {
                 .at(table, key, "ebpf_backlog_size", backlog)
                 .map_or(ebpf_backlog_size, |bytes| bytes as u32),
             ebpf_offload_after: check
-                .at(table, key, "ebpf_offload_after", offload_after)
-                .map_or(ebpf_offload_after, |bytes| bytes as u64),
+                .at(table, key, "ebpf_offload_after", OffloadAfter::read)
+                .unwrap_or(ebpf_offload_after),
             on_reload: check
                 .at(table, key, "on_reload", valid::on_reload)
                 .unwrap_or(on_reload),

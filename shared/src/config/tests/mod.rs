@@ -140,7 +140,7 @@ fn the_least_configuration_has_every_default() {
         proxy_bind: ProxyBind::Off,
         ebpf_timer_period: Duration::from_secs(2),
         ebpf_backlog_size: 4 << 20,
-        ebpf_offload_after: 0,
+        ebpf_offload_after: OffloadAfter::Auto,
         on_reload: OnReload::Keep,
         proxy_protocol: None,
         proxy_protocol_timeout: Duration::from_secs(30),

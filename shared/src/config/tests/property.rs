@@ -8,7 +8,7 @@ fn stream() -> impl Strategy<Value = Stream> {
     let millis = |range: std::ops::RangeInclusive<u64>| range.prop_map(Duration::from_millis);
     let year = 365 * 86_400_000;
     let times = (millis(1..=year), millis(1..=year), millis(10..=3_600_000));
-    let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30, 0u64..=1 << 30);
+    let sizes = (1usize..=64 << 20, 64u32 << 10..=1 << 30, offload_after());
     let next = (0u32..=65_535, millis(0..=year));
     let versions = prop::option::of(prop::sample::select(vec![ProxyProtocol::V1, ProxyProtocol::V2]));
     let networks = prop::collection::vec(network(), 0..3);
@@ -94,6 +94,13 @@ fn session_rate() -> impl Strategy<Value = Rate> {
     prop_oneof![
         (0u64..=1 << 40).prop_map(Rate::Fixed),
         map.prop_map(|map| Rate::Variable(Template(vec![map]))),
+    ]
+}
+
+fn offload_after() -> impl Strategy<Value = OffloadAfter> {
+    prop_oneof![
+        Just(OffloadAfter::Auto),
+        (0u64..=1 << 30).prop_map(OffloadAfter::Bytes),
     ]
 }
 
