@@ -46,8 +46,10 @@ struct flow {
 	__u32 runaway_bytes;	/* user: outstanding bytes that no source reaches that can be held back; 0 = not known */
 	__u64 indexed_cookie;	/* what stands for it in `indices`; a stale one is replaced by the next `join` */
 	__u32 queued;		/* segments that the target's TCP had not taken when a small one came last */
+	__u32 small;		/* segments in a row that were smaller than what they cost */
+	__u32 gather;		/* the source is held back so that small segments gather: user space is to copy them */
 	__u32 pad;
-	__u64 reserved[2];
+	__u64 reserved[1];
 };
 
 /*
@@ -94,6 +96,14 @@ struct slot_total {
  */
 enum segment_cost {
 	SEGMENT_COST = 1024,
+};
+
+/*
+ * Small segments in a row after which a flow's are gathered and copied, if half as many wait for the target's TCP although it
+ * has space: then they come faster than the kernel thread takes them, which it does one by one.
+ */
+enum gather_segments {
+	GATHER_SEGMENTS = 64,
 };
 
 /*

@@ -226,6 +226,24 @@ static __always_inline int has_room(struct slot_total *total)
 	return !total->limit_bytes || total->held_bytes < total->low_bytes;
 }
 
+/*
+ * Whether small segments come faster than the kernel thread takes them, which costs a wake-up and a tcp_sendmsg each. User space
+ * reads many at once. A reader that is slow is no reason: what its socket has no space for waits, whoever copies it.
+ */
+static __always_inline int is_to_gather(struct flow *flow, struct tcp_sock *target, __u32 len)
+{
+	struct sock *sk = &target->inet_conn.icsk_inet.sk;
+
+	if (len > SEGMENT_COST) {
+		if (flow->small)
+			flow->small = 0;
+		return 0;
+	}
+	flow->small++;
+	return flow->small >= GATHER_SEGMENTS && flow->queued >= GATHER_SEGMENTS / 2 &&
+	       sk->sk_wmem_queued < sk->sk_sndbuf >> 1;
+}
+
 static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u32 index, struct tcp_sock *target)
 {
 	struct slot_total *shared = slot();
@@ -288,6 +306,9 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 	if (behind > (__s32)flow->high_bytes || (behind > FLOW_FLOOR && is_full(shared))) {
 		flow->wake = 1;
 		flow->pause = PAUSE_WANTED;
+	} else if (is_to_gather(flow, target, len)) {
+		flow->gather = 1;
+		flow->pause = PAUSE_WANTED;
 	}
 	return SK_PASS;
 }
@@ -347,12 +368,14 @@ static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, 
 	if (__sync_val_compare_and_swap(&flow->pause, PAUSE_WANTED, PAUSE_ON) != PAUSE_WANTED)
 		return;
 	bpf_map_delete_elem(&sources, &index);
-	flow->pauses++;
-	__sync_fetch_and_add(&shared->pauses, 1);
-	cpu = bpf_get_smp_processor_id();
-	total = bpf_map_lookup_elem(&totals, &cpu);
-	if (total)
-		__sync_fetch_and_add(&total->pauses, 1);
+	if (!flow->gather) {
+		flow->pauses++;
+		__sync_fetch_and_add(&shared->pauses, 1);
+		cpu = bpf_get_smp_processor_id();
+		total = bpf_map_lookup_elem(&totals, &cpu);
+		if (total)
+			__sync_fetch_and_add(&total->pauses, 1);
+	}
 	tell(flow, index, EVENT_PAUSED);
 }
 

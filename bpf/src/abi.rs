@@ -30,8 +30,10 @@ pub struct Flow {
     pub runaway_bytes: AtomicU32,
     pub indexed_cookie: AtomicU64,
     pub queued: AtomicU32,
+    pub small: AtomicU32,
+    pub gather: AtomicU32,
     pub pad: AtomicU32,
-    pub reserved: [AtomicU64; 2],
+    pub reserved: [AtomicU64; 1],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -156,6 +158,8 @@ const _: () = {
     assert!(offset_of!(Flow, high_bytes) == offset_of!(types::flow, high_bytes));
     assert!(offset_of!(Flow, low_bytes) == offset_of!(types::flow, low_bytes));
     assert!(offset_of!(Flow, queued) == offset_of!(types::flow, queued));
+    assert!(offset_of!(Flow, small) == offset_of!(types::flow, small));
+    assert!(offset_of!(Flow, gather) == offset_of!(types::flow, gather));
     assert!(offset_of!(Flow, runaway_bytes) == offset_of!(types::flow, runaway_bytes));
     assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));
     assert!(offset_of!(Flow, wake) == offset_of!(types::flow, wake));
@@ -178,10 +182,12 @@ const _: () = {
     assert!(offset_of!(SlotTotal, lost_events) == offset_of!(types::slot_total, lost_events));
 };
 
-/// Bits of `flow.flags` (`enum flow_flag`, where they are explained). User space only reads them.
+/// Bits of `flow.flags` (`enum flow_flag`, where they are explained).
 pub mod flow_flag {
     use crate::skel::slot::types::flow_flag;
 
+    /// `next_seq` is valid.
+    pub const STARTED: u32 = flow_flag::FLOW_STARTED.0;
     /// A segment began after `next_seq`: bytes are missing.
     pub const GAP: u32 = flow_flag::FLOW_GAP.0;
     /// The other socket was not in the map: bytes were left to user space.

@@ -16,7 +16,7 @@ use libbpf_rs::libbpf_sys;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::abi::{
-    FLOW_FLOOR_BYTES, Flow, JoinRequest, SEGMENT_COST_BYTES, SlotTotal, flow_pause, join_answer,
+    FLOW_FLOOR_BYTES, Flow, JoinRequest, SEGMENT_COST_BYTES, SlotTotal, flow_flag, flow_pause, join_answer,
 };
 use crate::events::{Events, LANES, Lane};
 use crate::load::Entry;
@@ -58,6 +58,8 @@ pub struct FlowState {
     pub pauses: u32,
     /// Its source is held back.
     pub paused: bool,
+    /// It is held back so that small segments gather, not for its reader.
+    pub gathers: bool,
 }
 
 /// On what terms a pair is joined.
@@ -278,6 +280,8 @@ impl SlotMaps {
                 &flow.pauses,
                 &flow.largest_outstanding_bytes,
                 &flow.queued,
+                &flow.small,
+                &flow.gather,
             ] {
                 counter.store(0, Relaxed);
             }
@@ -328,6 +332,7 @@ impl SlotMaps {
         let index = self.index(place, direction.index());
         let flow = &self.flows[index];
         flow.wake.store(0, Relaxed);
+        flow.gather.store(0, Relaxed);
         if flow
             .pause
             .compare_exchange(flow_pause::WANTED, flow_pause::OFF, AcqRel, Acquire)
@@ -344,6 +349,38 @@ impl SlotMaps {
         flow.pause.store(flow_pause::OFF, Release);
         let _ = socket::set_receive_low_water(source, 1);
         true
+    }
+
+    /// Takes over a direction whose source is held back, for a while: user space copies it from now on, once what the kernel
+    /// has of it is out.
+    pub fn withdraw(&self, place: Place, direction: Direction) {
+        let flow = &self.flows[self.index(place, direction.index())];
+        flow.gather.store(0, Relaxed);
+        flow.pause.store(flow_pause::OFF, Release);
+    }
+
+    /// Gives a direction back to the kernel that was withdrawn. `sent_bytes` is what user space has sent in it, as
+    /// for [`SlotMaps::join`]. False: the kernel does not take its source again.
+    pub fn rejoin(
+        &self,
+        place: Place,
+        direction: Direction,
+        source: BorrowedFd<'_>,
+        sent_bytes: u64,
+    ) -> bool {
+        let index = self.index(place, direction.index());
+        let flow = &self.flows[index];
+        // The next segment says anew where the stream stands.
+        flow.flags.fetch_and(!flow_flag::STARTED, AcqRel);
+        flow.acked_base.store(sent_bytes as u32, Relaxed);
+        for counter in [&flow.wake, &flow.queued, &flow.small] {
+            counter.store(0, Relaxed);
+        }
+        let rejoined = self.insert_socket(&self.sources, index, source).is_ok();
+        if rejoined {
+            let _ = socket::set_receive_low_water(source, 1);
+        }
+        rejoined
     }
 
     /// Makes this worker the one that is told about a pair, and that goes on where another one left off.
@@ -466,6 +503,7 @@ impl SlotMaps {
             flags: flow.flags.load(Relaxed),
             pauses: flow.pauses.load(Relaxed),
             paused: flow.pause.load(SeqCst) == flow_pause::ON,
+            gathers: flow.gather.load(Relaxed) != 0,
         }
     }
 

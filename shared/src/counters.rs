@@ -142,6 +142,8 @@ pub struct Board {
     pub sessions: AtomicU64,
     /// Sessions that entered the kernel.
     pub sessions_offloaded: AtomicU64,
+    /// Times that the pieces of a direction were so small, and came so fast, that user space copied them for a while.
+    pub gathers: AtomicU64,
     /// Sessions that user space began to copy because they might be short (`ebpf_offload_after`).
     pub sessions_copied_first: AtomicU64,
     /// Sessions that the master keeps, so that they outlive their worker.

@@ -133,6 +133,14 @@ impl Worker {
         let tried = std::mem::take(&mut saved.tried);
         let mut session = revive(saved, downstream, upstream, server, settings, seat);
         session.tried = self.tried_by(&session, &tried);
+        if session.joined().is_some() {
+            // Of what the worker before copied for a while only, it did not write down until when.
+            let now_ms = clock::now_ms();
+            session
+                .streams
+                .iter_mut()
+                .for_each(|stream| stream.back_ms = Some(now_ms));
+        }
         self.take_in(session, died);
         record.end_adoption();
         Ok(())

@@ -127,6 +127,7 @@ impl Worker {
         if session.is_long() {
             self.enter_kernel(token, session);
         }
+        self.give_back_gathered(session);
         if again { Next::Again } else { self.wait(session) }
     }
 
@@ -211,6 +212,7 @@ impl Worker {
             {
                 wake_ms = wake_ms.min(pace.due_ns().div_ceil(1_000_000));
             }
+            wake_ms = wake_ms.min(stream.due_back_ms().unwrap_or(u64::MAX));
             // What looks at the session for another reason, maybe every few milliseconds, must not put this off.
             if stream.way == Way::Settling || (stream.way == Way::Kernel && end_is_near) {
                 wake_ms = wake_ms.min(stream.look_ms);

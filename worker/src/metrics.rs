@@ -292,6 +292,13 @@ impl Worker {
             help,
             self.totals.as_ref().map_or(0, |totals| totals.pauses()),
         );
+        let help = "Times that small pieces came so fast that they were copied for a while.";
+        page.one(
+            "culvert_datapath_gathers_total",
+            COUNTER,
+            help,
+            load(&self.board[0].gathers),
+        );
     }
 
     fn listener_metrics(&self, page: &mut Page) {

@@ -295,7 +295,7 @@ impl Worker {
 ///
 /// The SYN that opens a connection is acknowledged like a byte; that of an accepted one is not counted
 /// (tcp_create_openreq_child starts behind it).
-fn sent_by_us(session: &Session, direction: Direction) -> u64 {
+pub(crate) fn sent_by_us(session: &Session, direction: Direction) -> u64 {
     let syn = u64::from(target(direction) == Side::Upstream);
     syn + session.streams[direction.index()].written_bytes
 }

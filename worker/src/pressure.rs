@@ -5,12 +5,14 @@ use std::collections::HashSet;
 use std::os::fd::AsFd;
 
 use anyhow::Result;
-use culvert_bpf::{Event, EventKind, Events, LaneNumber, SlotMaps, flow_flag};
+use culvert_bpf::{Event, EventKind, Events, FlowState, LaneNumber, SlotMaps, flow_flag};
+use culvert_shared::counters::Board;
 use culvert_shared::ids::{Direction, Owner};
 
 use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::{PRESSURE_TIMER, Worker};
+use crate::offload::sent_by_us;
 use crate::session::{Buffers, Session, source, target};
 use crate::sockets;
 use crate::store::Ward;
@@ -21,6 +23,9 @@ use crate::table::{Side, Token};
 const LOOK_MS: u64 = 100;
 /// The same for a worker that is told nothing at all, because every ring buffer of its slot has a reader.
 const LOOK_UNTOLD_MS: u64 = 5;
+
+/// How long small pieces are copied before the kernel is given their direction again: trying costs about a millisecond.
+const GATHER_MS: u64 = 250;
 
 /// The smallest receive buffer for a source that is held back from time to time. With a smaller one the last
 /// ACK that is sent while it is let go (from its socket backlog, which tcp_space subtracts) closes the
@@ -94,6 +99,9 @@ impl Worker {
     fn take_kernel_event(&mut self, token: Token, event: Event) {
         let direction = event.direction;
         self.with_session(token, |worker, session| match event.kind {
+            EventKind::Paused if worker.flow(session, direction).gathers => {
+                worker.gather(token, session, direction)
+            }
             EventKind::Paused => {
                 worker.note_paused(token, direction);
                 worker.size_buffers(token, session, direction);
@@ -125,7 +133,8 @@ impl Worker {
     /// Looks at all of a session of which some events were lost.
     pub(crate) fn catch_up(&mut self, token: Token, session: &mut Session) -> Next {
         for direction in Direction::BOTH {
-            if self.flow(session, direction).paused {
+            let flow = self.flow(session, direction);
+            if flow.paused && !flow.gathers {
                 self.size_buffers(token, session, direction);
             }
             if let Next::Close(reason) = self.look_at_flow(token, session, direction) {
@@ -137,10 +146,18 @@ impl Worker {
 
     /// Looks at a flow of which it is not known what has happened.
     pub(crate) fn look_at_flow(&mut self, token: Token, session: &mut Session, direction: Direction) -> Next {
-        let flags = self.flow(session, direction).flags;
+        let FlowState {
+            flags,
+            paused,
+            gathers,
+            ..
+        } = self.flow(session, direction);
         if flags & flow_flag::FATAL != 0 {
             let what = format!("{}: {}", direction.name(), flow_flag::describe(flags));
             return Next::Close(self.explain(session, Trouble::Integrity(what)));
+        }
+        if paused && gathers {
+            return self.gather(token, session, direction);
         }
         if self.is_due(session, direction) {
             return self.resume(token, session, direction);
@@ -149,6 +166,42 @@ impl Worker {
             self.note_paused(token, direction);
         }
         self.wait(session)
+    }
+
+    /// The pieces of a direction are so small, and come so fast, that each would wake the kernel thread that takes it. For a
+    /// while they gather in the receive queue of their source, and are copied many at once.
+    fn gather(&mut self, token: Token, session: &mut Session, direction: Direction) -> Next {
+        if let Some((maps, place)) = self.pair(session) {
+            maps.withdraw(place, direction);
+        }
+        // Copied or not, it is bounded as what is held back.
+        self.size_buffers(token, session, direction);
+        Board::add(&self.board[0].gathers, 1);
+        session.stream(direction).copy_until(clock::now_ms() + GATHER_MS);
+        self.stream(token, session)
+    }
+
+    /// Gives directions that were copied for a while back to the kernel, when it is time.
+    pub(crate) fn give_back_gathered(&mut self, session: &mut Session) {
+        for direction in Direction::BOTH {
+            let due_ms = session.stream(direction).due_back_ms();
+            if due_ms.is_none_or(|due_ms| clock::now_ms() < due_ms) {
+                continue;
+            }
+            session.stream(direction).back_ms = None;
+            // From here on who dies cannot say who has forwarded what comes next.
+            self.begin_copying(session);
+            let sent_bytes = sent_by_us(session, direction);
+            let rejoined = match (self.pair(session), session.socket(source(direction))) {
+                (Some((maps, place)), Some(socket)) => {
+                    maps.rejoin(place, direction, socket.as_fd(), sent_bytes)
+                }
+                _ => false,
+            };
+            if rejoined {
+                session.stream(direction).offload();
+            }
+        }
     }
 
     /// A flow is held back, from now on or since before this worker had it.

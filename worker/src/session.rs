@@ -79,6 +79,8 @@ pub struct Stream {
     pub look_ms: u64,
     /// Its limit in bytes per second; `None`: without. A limited direction is copied.
     pub pace: Option<Pace>,
+    /// When a direction that is copied for a while goes back to the kernel; `None`: it does not.
+    pub back_ms: Option<u64>,
 }
 
 impl Stream {
@@ -95,6 +97,7 @@ impl Stream {
             patience_ms: 1,
             look_ms: 0,
             pace: None,
+            back_ms: None,
         }
     }
 
@@ -105,6 +108,20 @@ impl Stream {
             self.way = Way::Kernel;
         }
         self.check_invariants();
+    }
+
+    /// User space copies it until then.
+    pub fn copy_until(&mut self, back_ms: u64) {
+        if self.way == Way::Kernel {
+            self.back_ms = Some(back_ms);
+            self.settle();
+        }
+    }
+
+    /// When the kernel is to be given it again, if it is copied for a while.
+    pub fn due_back_ms(&self) -> Option<u64> {
+        let free = self.pace.is_none() && self.pending.is_empty() && !self.source_ended;
+        self.back_ms.filter(|_| self.way == Way::Relay && free)
     }
 
     /// The source has nothing more for the kernel: it has ended, or what is left is user space's.

@@ -158,6 +158,7 @@ impl Worker {
                 "sockmap": by_direction(|way| self.totals.as_ref().map_or(0, |totals| totals.forwarded_bytes(way))),
                 "relay": by_direction(|way| load(&board.relay_bytes[way.index()])),
             },
+            "gathers": load(&board.gathers),
             "pauses": self.totals.as_ref().map_or(0, |totals| totals.pauses()),
             "cpus": self.cpu_status(),
             "fallbacks": by_reason(FallbackReason::ALL.iter().map(|reason| reason.name()), &board.fallbacks),
