@@ -46,7 +46,7 @@ struct flow {
 	__u32 runaway_bytes;	/* user: outstanding bytes that no source reaches that can be held back; 0 = not known */
 	__u64 indexed_cookie;	/* what stands for it in `indices`; a stale one is replaced by the next `join` */
 	__u32 queued;		/* segments that the target's TCP had not taken when a small one came last */
-	__u32 small;		/* segments in a row that were smaller than what they cost */
+	__u32 small;		/* small segments in a row */
 	__u32 gather;		/* the source is held back so that small segments gather: user space is to copy them */
 	__u32 pad;
 	__u64 reserved[1];

@@ -33,6 +33,9 @@
 /* A flow's part of the slot's sum follows it in steps of this: most segments need no atomic for it. */
 #define HELD_STEP (16 * 1024)
 
+/* Below this a segment is small: what it costs beside its bytes is no less than half as much as they are. */
+#define SMALL_SEGMENT (2 * SEGMENT_COST)
+
 /* Puts the types into the object's BTF, which user space takes their layout from. */
 const volatile struct event event_layout;
 const volatile enum flow_floor flow_floor_layout;
@@ -234,7 +237,7 @@ static __always_inline int is_to_gather(struct flow *flow, struct tcp_sock *targ
 {
 	struct sock *sk = &target->inet_conn.icsk_inet.sk;
 
-	if (len > SEGMENT_COST) {
+	if (len >= SMALL_SEGMENT) {
 		if (flow->small)
 			flow->small = 0;
 		return 0;
@@ -290,7 +293,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 		flow->largest_outstanding_bytes = behind;
 	if (!shared)
 		return SK_PASS;
-	if (len < 2 * SEGMENT_COST)
+	if (len < SMALL_SEGMENT)
 		behind = charge(flow, target, behind);
 	count_held(flow, index, behind, shared);
 	if (flow->pause != PAUSE_OFF) {

@@ -29,8 +29,6 @@ const PREREAD_MAX_BYTES: usize = 64 << 10;
 const BACKLOG_SIZE_MIN_BYTES: usize = 64 << 10;
 /// Sequence numbers are compared in 32 bits, signed.
 const BACKLOG_SIZE_MAX_BYTES: usize = 1 << 30;
-/// A session that has moved a gibibyte is not short by anybody's measure.
-
 /// More peers than a program can have counters for.
 const TRIES_MAX: u32 = 65_535;
 

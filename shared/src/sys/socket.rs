@@ -93,42 +93,13 @@ pub fn written_bytes(fd: BorrowedFd<'_>, expected: u64) -> io::Result<Option<u64
 /// `SO_RCVLOWAT`: setting it makes the kernel look at the receive queue again (tcp_set_rcvlowat calls
 /// tcp_data_ready under the socket lock), which runs the verdict program on what is waiting there.
 pub fn set_receive_low_water(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
-    // SAFETY: the kernel reads one int from the address given, which lives across the call.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            std::ptr::from_ref(&bytes).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if result != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    set_int(fd, IntOption::ReceiveLowWater, bytes)
 }
 
 /// `SO_ATTACH_REUSEPORT_EBPF`: from now on the program chooses among the sockets of the group that this one
 /// belongs to. Another program that did is replaced. It lasts as long as the group.
 pub fn attach_reuseport(fd: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let program = program.as_raw_fd();
-    // SAFETY: the kernel reads one int from the address given, which lives across the call.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_REUSEPORT_EBPF,
-            std::ptr::from_ref(&program).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if result != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    set_int(fd, IntOption::AttachReuseport, program.as_raw_fd())
 }
 
 /// An option whose value is an int, and for which there is no safe wrapper.
@@ -147,6 +118,13 @@ pub enum IntOption {
     TransparentV6,
     /// Binding to an address without a port leaves the port to connect(2).
     BindAddressNoPort,
+    /// Bytes that a peer may be allowed to have on its way, until the kernel's own sizing of the receive buffer says
+    /// otherwise.
+    WindowClamp,
+    /// See [`set_receive_low_water`].
+    ReceiveLowWater,
+    /// See [`attach_reuseport`].
+    AttachReuseport,
 }
 
 /// See [`IntOption::BufferLock`].
@@ -166,6 +144,9 @@ impl IntOption {
             IntOption::TransparentV4 => (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
             IntOption::TransparentV6 => (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT),
             IntOption::BindAddressNoPort => (libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT),
+            IntOption::WindowClamp => (libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP),
+            IntOption::ReceiveLowWater => (libc::SOL_SOCKET, libc::SO_RCVLOWAT),
+            IntOption::AttachReuseport => (libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_EBPF),
         }
     }
 }
