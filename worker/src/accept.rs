@@ -219,7 +219,8 @@ impl Worker {
                     listening.address
                 );
                 listening.resting = true;
-                self.wheel.set(ACCEPT_TIMER, clock::now_ms() + REST_MS);
+                // All that rest try again at once (as in nginx): one after the other must not put the first one off.
+                self.wheel.set_earlier(ACCEPT_TIMER, clock::now_ms() + REST_MS);
                 self.heed(listener);
                 false
             }
