@@ -254,6 +254,14 @@ impl Worker {
         load.count_taken(std::mem::take(&mut self.intake.accepted));
     }
 
+    /// Its slot is another worker's from now on. That has told its own load when it began, and this one since: a slot without
+    /// room would be passed over, so that nothing wakes the other one, which would say how it is.
+    pub(crate) fn leave_slot(&self) {
+        if let Some(load) = &self.intake.load {
+            load.publish(0, self.config.worker_connections);
+        }
+    }
+
     /// A session has ended: listeners that rest for want of room may go on.
     pub(crate) fn make_room(&mut self) {
         for listener in 0..self.listeners.len() {
