@@ -1,5 +1,6 @@
 //! Which worker gets a new connection, and that none is lost while workers come and go.
 
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::harness::pattern::{pause, ping};
 use crate::harness::sockets::{connect_from, connect_with_late_ack};
 use crate::harness::status::Worker;
-use crate::harness::{Flag, Plan, Proxy, Status, Upstream, connect, process, within};
+use crate::harness::{Flag, PATIENCE, Plan, Port, Proxy, Status, Upstream, connect, process, within};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -170,6 +171,65 @@ fn with_every_syn_on_one_cpu_no_worker_has_much_more_than_its_share() {
         drop(clients);
         proxy.settle();
     }
+}
+
+#[test]
+fn what_a_worker_tells_last_before_it_leaves_keeps_no_connections_from_the_one_that_follows_it() {
+    const ROOM: usize = 6;
+    let echo = Upstream::echo("127.0.0.1");
+    let port = Port::claim();
+    let http = port.on("127.0.0.1");
+    let mut plan = Plan::new().workers(2).global(&format!(
+        "worker_cpu_affinity = [\"01\", \"10\"]\nworker_connections = {ROOM}\nhttp = {{ listen = \"{http}\" }}"
+    ));
+    let front = plan.server(&echo);
+    let proxy = plan.start();
+    must_choose_by_cpu(&proxy);
+    wait_for_all(&proxy, front);
+    let old: Vec<i32> = by_slot(&proxy.status()).iter().map(|w| w.pid).collect();
+    stay_on(0);
+    // They are nobody's to take over, and fill the worker.
+    let mut clients: Vec<TcpStream> = (0..ROOM).map(|_| connect(http)).collect();
+    let full = within(PATIENCE, || process::connections(old[0]).len() == ROOM);
+    assert!(full, "{:?}", process::connections(old[0]));
+    let stop = Flag::default();
+    std::thread::scope(|scope| {
+        let _at_the_end = stop.raise_at_the_end();
+        let client = &mut clients[0];
+        // So it has something to tell, also once its successor has said that it has room.
+        scope.spawn(|| {
+            let asked = |client: &mut TcpStream| {
+                client
+                    .write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                    .is_ok()
+                    && client.read(&mut [0; 1024]).is_ok_and(|read| read > 0)
+            };
+            while !stop.is_up() && asked(client) {}
+        });
+        proxy.signal(Signal::SIGHUP);
+        let mut new = Vec::new();
+        let forked = within(PATIENCE, || {
+            new = process::children(proxy.pid());
+            new.retain(|pid| !old.contains(pid));
+            new.len() == 2
+        });
+        assert!(forked, "{}", proxy.log());
+        let last = Pid::from_raw(new.into_iter().max().expect("a worker"));
+        kill(last, Signal::SIGSTOP).expect("stopping a worker");
+        pause(300);
+        kill(last, Signal::SIGCONT).expect("waking a worker");
+        proxy.wait("the next generation serves alone", |s| {
+            s.generation() == 2 && s.workers().len() == 2
+        });
+    });
+    let mut sessions = Vec::new();
+    for seed in 0..3 {
+        let mut client = connect(front);
+        ping(&mut client, seed, 1).expect("a session");
+        sessions.push(client);
+    }
+    let taken: Vec<u64> = by_slot(&proxy.status()).iter().map(|w| w.sessions).collect();
+    assert_eq!(taken, [3, 0], "the clients are on the CPU of slot 0");
 }
 
 #[test]

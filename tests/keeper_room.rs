@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::harness::pattern::pause;
+use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run};
-use crate::harness::{Front, PATIENCE, Plan, Proxy, process, within};
+use crate::harness::{Front, PATIENCE, Plan, Proxy, Upstream, connect, patient, process, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -283,4 +283,35 @@ fn sessions_whose_sockets_do_not_reach_the_worker_that_adopts_them_are_reset_and
     drop(pairs);
     proxy.settle();
     assert!(within(PATIENCE, || kept(&proxy) == 0));
+}
+
+#[test]
+fn listeners_of_a_worker_without_descriptors_try_again_twice_a_second_however_many_they_are() {
+    const LISTENERS: usize = 7;
+    const GAP_MS: u64 = 300;
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let fronts: Vec<_> = (0..LISTENERS).map(|_| plan.server(&echo)).collect();
+    let proxy = plan.start();
+    let worker = proxy.worker();
+    let enough = leave_room_for(worker, 0);
+    let mut clients = Vec::new();
+    for front in &fronts {
+        clients.push(connect(*front));
+        pause(GAP_MS);
+    }
+    let first = format!("failed to accept on {}: ", fronts[0]);
+    let tries = proxy.log().matches(&first).count();
+    // Each of the others has found no descriptor while the first one rested.
+    assert!((3..=8).contains(&tries), "{tries} tries: {}", proxy.log());
+    limit(worker, enough);
+    let begun = Instant::now();
+    for client in &mut clients {
+        ping(client, 1, 1).expect("a session, once there are descriptors");
+    }
+    assert!(
+        begun.elapsed() < patient(Duration::from_millis(1000)),
+        "{:?}",
+        begun.elapsed()
+    );
 }

@@ -341,6 +341,34 @@ fn a_client_whose_listener_is_gone_before_it_has_said_where_to_goes_there_all_th
 }
 
 #[test]
+fn a_worker_that_stays_for_such_a_client_hears_nothing_of_the_sessions_that_others_have_now() {
+    const PINGS: u64 = 200;
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let gone = plan.server_listening(IN, &echo, IN);
+    let front = plan.server_with("127.0.0.1", &echo, "ebpf_enable = false");
+    let proxy = plan.start();
+    let _case = Case::new("half a header", gone, &[&V1[..9]], None);
+    let mut client = connect(front);
+    ping(&mut client, 1, 1).expect("a session");
+    proxy.wait("both are there", |s| s.active() == 2);
+    let elsewhere = Port::claim();
+    proxy.edit(&gone.to_string(), &elsewhere.on("127.0.0.1").to_string());
+    let old = proxy.worker();
+    proxy.reload();
+    proxy.wait("each has one", |s| s.workers().iter().all(|w| w.sessions == 1));
+    let before = process::voluntary_switches(old);
+    for round in 0..PINGS {
+        ping(&mut client, round, 1).expect("the session goes on");
+    }
+    let woken = process::voluntary_switches(old) - before;
+    assert!(
+        woken <= 10,
+        "{PINGS} pings that others copy wake it {woken} times"
+    );
+}
+
+#[test]
 fn a_client_whose_listener_is_gone_before_it_has_said_where_to_is_reset_where_that_is_wanted() {
     let (proxy, mut case, _told) = with_its_listener_gone("close");
     replace(&proxy, Event::Reload);

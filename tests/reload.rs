@@ -238,6 +238,34 @@ pub fn half_a_reload(proxy: &Proxy) -> Option<(Vec<i32>, i32)> {
 }
 
 #[test]
+fn the_limit_of_all_sessions_of_a_worker_is_changed_by_a_reload_and_not_by_one_that_is_refused() {
+    let echo = Upstream::echo("127.0.0.1");
+    let line = |megabytes: u64| format!("worker_backlog_size = \"{megabytes}m\"");
+    let begin = || {
+        let mut plan = Plan::new().workers(2).global(&line(64));
+        plan.server(&echo);
+        let proxy = plan.start();
+        proxy.edit(&line(64), &line(32));
+        half_a_reload(&proxy).map(|(old, last)| (proxy, old, last))
+    };
+    let (proxy, old, last) = (0..5).find_map(|_| begin()).expect("a worker that is not ready");
+    let must_be = |megabytes: u64| {
+        let status = proxy.wait("one generation is there", |s| s.workers().len() == 2);
+        for worker in 0..2 {
+            let limit = status.number(&format!("/workers/{worker}/backlog_limit_bytes"));
+            assert_eq!(limit, megabytes << 20, "{:#}", status.json());
+        }
+    };
+    tell(last, Signal::SIGKILL);
+    let refused = || proxy.log().contains("reload refused");
+    assert!(within(PATIENCE, refused), "{}", proxy.log());
+    old.iter().for_each(|&pid| tell(pid, Signal::SIGCONT));
+    must_be(64);
+    proxy.reload();
+    must_be(32);
+}
+
+#[test]
 fn sessions_that_workers_of_a_refused_generation_have_taken_go_on() {
     let echo = Upstream::echo("127.0.0.1");
     // With a store that both generations have, and with one of its own.

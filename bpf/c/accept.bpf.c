@@ -173,9 +173,12 @@ int choose(struct sk_reuseport_md *md)
 	if (!first)
 		return SK_PASS;
 	bpf_loop(SLOTS, look_at, &look, 0);
+	/* There is no slot yet: as if there were no program, the kernel takes a socket of the group by its hash. */
+	if (look.least_weight >> 32 == RANK_NONE)
+		return SK_PASS;
 	/*
 	 * A slot without a socket has just been added or removed. If it is the other's turn and that has none
-	 * either, or there is no slot yet, the kernel takes a socket of the group by its hash.
+	 * either, the hash decides as well.
 	 */
 	if (!home_is_fair(&look) || give(md, *first, look.home))
 		give(md, *first, look.least);

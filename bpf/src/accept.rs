@@ -385,6 +385,17 @@ mod tests {
     }
 
     #[test]
+    fn as_long_as_no_slot_is_shown_no_socket_is_preferred() {
+        let steering = Steering::open().expect("loading (needs CAP_BPF)");
+        let (address, sockets) = pair();
+        let _group = group(&steering, &sockets);
+        let clients: Vec<TcpStream> = (0..40).map(|_| TcpStream::connect(address).unwrap()).collect();
+        let taken = [accepted(&sockets[0]), accepted(&sockets[1])];
+        assert!(taken.iter().all(|taken| *taken > 4), "{taken:?}");
+        drop(clients);
+    }
+
+    #[test]
     fn a_worker_that_tells_its_room_before_its_slot_is_shown_gets_connections() {
         let steering = Steering::open().expect("loading (needs CAP_BPF)");
         let (address, sockets) = pair();

@@ -160,7 +160,7 @@ impl Entry {
 
 /// Why loading fails most often.
 const LOAD_FAILED: &str = "failed to load the BPF programs (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, \
-                           or root, and a kernel with BTF)";
+                           or root, and Linux 5.17 with BTF)";
 
 /// What the programs have counted since the program started, by CPU, and what the worker slots hold.
 pub struct Totals {

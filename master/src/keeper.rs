@@ -135,7 +135,7 @@ impl Keeper {
     }
 
     /// Takes the sessions of a worker that is gone from it; closes those that nobody can take over. Says how
-    /// many live on.
+    /// many live on of those that it had; what it was still to adopt is not among them.
     fn bury(&mut self, owner: Owner, stores: &[Arc<Store>]) -> usize {
         let mut left = 0;
         let unheld = &mut self.unheld;
@@ -144,13 +144,13 @@ impl Keeper {
                 return true;
             }
             let record = stores.iter().find_map(|store| store.record_of(*id));
-            let lives = record.is_some_and(|record| record.can_be_taken_over());
-            if lives {
-                kept.holder = None;
-                unheld.push(*id);
-                left += 1;
-            }
-            lives
+            let Some(record) = record.filter(|record| record.can_be_taken_over()) else {
+                return false;
+            };
+            kept.holder = None;
+            unheld.push(*id);
+            left += usize::from(record.owner() == Some(owner));
+            true
         });
         left
     }
@@ -354,6 +354,7 @@ pub type Queue = VecDeque<SessionId>;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use culvert_shared::sessions::{Kept as SessionState, Places};
     use culvert_shared::sys::shm::Shared;
 
     const OWNER: Owner = Owner(7);
@@ -370,15 +371,38 @@ mod tests {
         fdpass::pair().ok().map(|(left, right)| [left, right])
     }
 
-    #[test]
-    fn a_session_is_kept_only_with_both_of_its_newest_sockets() {
+    /// Number 1, with 4 places.
+    fn stores() -> [Arc<Store>; 1] {
         let (records, records_file) = Shared::in_file(c"records", 4).unwrap();
-        let stores = [Arc::new(Store {
+        [Arc::new(Store {
             id: 1,
             records,
             records_file,
             maps: None,
-        })];
+        })]
+    }
+
+    #[test]
+    fn sessions_that_a_worker_was_to_adopt_and_did_not_are_none_that_it_left() {
+        let stores = stores();
+        let records = &stores[0].records;
+        let before = Owner(3);
+        // Its own, and one of an earlier worker whose sockets wait for it.
+        for owner in [OWNER, before] {
+            let place = Places::new(4, owner).take(records).unwrap();
+            records[place.0 as usize].set_kept(SessionState::Yes);
+        }
+        let mut keeper = Keeper::default();
+        for place in 0..2 {
+            assert!(keeper.keep(id(1, place), OWNER, &stores, sockets()));
+        }
+        assert_eq!(keeper.bury(OWNER, &stores), 1);
+        assert_eq!(keeper.unheld().len(), 2, "both wait for another one");
+    }
+
+    #[test]
+    fn a_session_is_kept_only_with_both_of_its_newest_sockets() {
+        let stores = stores();
         let mut keeper = Keeper::default();
         assert!(keeper.keep(id(1, 0), OWNER, &stores, sockets()));
         assert!(keeper.keep(id(1, 1), OWNER, &stores, sockets()));

@@ -180,7 +180,7 @@ impl Kernel {
         if let Some(store) = kept {
             return Ok((Arc::clone(store), false));
         }
-        let made = self.make_store(config.worker_connections, with_maps);
+        let made = self.make_store(config, with_maps);
         let made = made.with_context(|| format!("failed to make the maps of worker slot {slot}"))?;
         Ok((Arc::new(made), true))
     }
@@ -221,11 +221,15 @@ impl Kernel {
         self.bpf.is_some() && wanted(config)
     }
 
-    fn make_store(&mut self, worker_connections: u32, with_maps: bool) -> Result<Store> {
+    fn make_store(&mut self, config: &Config, with_maps: bool) -> Result<Store> {
+        let sessions = config.worker_connections;
         let bpf = self.bpf.as_ref().filter(|_| with_maps);
-        let maps = bpf.map(|bpf| bpf.load_slot(worker_connections)).transpose()?;
+        let maps = bpf.map(|bpf| bpf.load_slot(sessions)).transpose()?;
+        if let Some(maps) = &maps {
+            maps.limit_total(config.worker_backlog_size);
+        }
         self.last_store += 1;
-        let (records, records_file) = Shared::in_file(c"culvert-sessions", worker_connections as usize)?;
+        let (records, records_file) = Shared::in_file(c"culvert-sessions", sessions as usize)?;
         Ok(Store {
             id: self.last_store,
             records,
@@ -287,6 +291,13 @@ impl StoreTable {
     /// Why a slot has no maps.
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
+    }
+
+    /// What all sessions of a store together may have outstanding. To be said when its generation serves: until then a store
+    /// that is not new is another one's.
+    pub fn limit_totals(&self, bytes: Option<u64>) {
+        let maps = self.all().filter_map(|store| store.maps.as_ref());
+        maps.for_each(|maps| maps.limit_total(bytes));
     }
 
     /// Whether somebody cares for a store.

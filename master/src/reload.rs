@@ -235,6 +235,7 @@ impl Master {
         // in a socket, then close theirs, and with it the address is free or refuses at once.
         self.current = generation;
         self.board[0].kept_limit.store(self.current.keeper_room, Relaxed);
+        (self.current.stores).limit_totals(self.current.config.worker_backlog_size);
         if let Err(error) = self.current.listeners.apply(&self.current.config) {
             log::warn!("a listener keeps its old settings: {error:#}");
         }

@@ -219,7 +219,8 @@ impl Worker {
                     listening.address
                 );
                 listening.resting = true;
-                self.wheel.set(ACCEPT_TIMER, clock::now_ms() + REST_MS);
+                // All that rest try again at once (as in nginx): one after the other must not put the first one off.
+                self.wheel.set_earlier(ACCEPT_TIMER, clock::now_ms() + REST_MS);
                 self.heed(listener);
                 false
             }
@@ -251,6 +252,14 @@ impl Worker {
             load.publish(sessions, limit.saturating_sub(sessions));
         }
         load.count_taken(std::mem::take(&mut self.intake.accepted));
+    }
+
+    /// Its slot is another worker's from now on. That has told its own load when it began, and this one since: a slot without
+    /// room would be passed over, so that nothing wakes the other one, which would say how it is.
+    pub(crate) fn leave_slot(&self) {
+        if let Some(load) = &self.intake.load {
+            load.publish(0, self.config.worker_connections);
+        }
     }
 
     /// A session has ended: listeners that rest for want of room may go on.

@@ -88,6 +88,7 @@ impl Worker {
         self.draining = true;
         self.gauges().draining.store(1, Relaxed);
         self.stop_listening();
+        self.leave_slot();
         self.end_idle_http();
         if let Some(limit) = self.config.worker_shutdown_timeout {
             let due_ms = clock::now_ms() + limit.as_millis() as u64;

@@ -156,7 +156,7 @@ impl Worker {
         let wards = start
             .stores
             .into_iter()
-            .map(|store| Ward::open(store, start.owner, start.config.worker_backlog_size))
+            .map(|store| Ward::open(store, start.owner))
             .collect::<Result<Vec<Ward>>>()?;
         for fd in wards.iter().filter_map(|ward| ward.reader.raw_fd()) {
             registry

@@ -411,8 +411,14 @@ impl Worker {
         sent
     }
 
-    /// Forgets a session that another worker has now. Its sockets stay open, the master has them.
+    /// Forgets a session that another worker has now. Its sockets stay open, the master has them; so this worker, which may
+    /// have a reason to stay, would go on to be woken by them.
     fn release(&mut self, token: Token, session: Session) {
+        let sockets = [Side::Downstream, Side::Upstream].map(|side| session.socket(side));
+        sockets
+            .into_iter()
+            .flatten()
+            .for_each(|socket| self.sockets.unwatch(socket));
         if !session.is_status {
             WorkerRow::down(&self.gauges().sessions);
             WorkerRow::down(&self.gauges().listener_active[session.listener]);

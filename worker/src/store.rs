@@ -85,11 +85,7 @@ pub struct Ward {
 
 impl Ward {
     /// Opens a store for a worker.
-    /// `total_bytes`: what all its sessions together may have outstanding.
-    pub fn open(store: Arc<Store>, owner: Owner, total_bytes: Option<u64>) -> Result<Ward> {
-        if let Some(maps) = &store.maps {
-            maps.limit_total(total_bytes);
-        }
+    pub fn open(store: Arc<Store>, owner: Owner) -> Result<Ward> {
         let capacity = store.records.len();
         Ok(Ward {
             places: Places::new(capacity, owner),
