@@ -424,6 +424,50 @@ fn sessions_that_are_copied_in_user_space_survive_an_upgrade() {
 }
 
 #[test]
+fn access_logs_that_cannot_be_opened_anew_are_written_on_and_rotated_after_an_upgrade() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (mut plan, binary) = with_own_binary(Plan::new().workers(2));
+    let (folder, away) = (plan.file("logs"), plan.file("away"));
+    std::fs::create_dir(&folder).expect("a folder");
+    let log = |name: &str| {
+        let path = folder.join(name).display().to_string();
+        format!("access_log = {{ path = \"{path}\", format = \"json\", flush = \"0\" }}")
+    };
+    let fronts = ["one.log", "other.log"].map(|name| plan.server_with("127.0.0.1", &echo, &log(name)));
+    let proxy = plan.start();
+    let old = pids(&proxy);
+    std::fs::rename(&folder, &away).expect("moving the folder away");
+
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    let upgraded = within(SOON, || process::executable(proxy.pid()) == binary);
+    assert!(upgraded, "{}", proxy.log());
+    // Its workers would have none.
+    proxy.wait("the reload is refused", |s| s.number("/reloads/failed") == 1);
+    assert_eq!(pids(&proxy), old, "the old workers serve on");
+    let writes_to = |folder: &Path| {
+        for (front, name) in fronts.iter().zip(["one.log", "other.log"]) {
+            ping(&mut connect(*front), 1, 3).expect("a session");
+            let read = || std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+            let said = format!("\"listener\":\"{front}\"");
+            let written = within(SOON, || read().lines().count() == 1 && read().contains(&said));
+            assert!(written, "{}, {name}: {}", folder.display(), read());
+        }
+    };
+    writes_to(&away);
+    std::fs::create_dir(&folder).expect("the folder again");
+    proxy.signal(Signal::SIGUSR1);
+    let opened = || {
+        ["one.log", "other.log"]
+            .iter()
+            .all(|name| folder.join(name).exists())
+    };
+    assert!(within(SOON, opened), "{}", proxy.log());
+    writes_to(&folder);
+    proxy.reload();
+}
+
+#[test]
 fn connections_that_wait_while_the_program_is_paused_outwait_an_upgrade() {
     let echo = Upstream::echo("127.0.0.1");
     let (mut plan, binary) = with_own_binary(Plan::new().workers(2));
