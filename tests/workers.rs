@@ -214,6 +214,19 @@ fn a_worker_that_is_killed_again_and_again_is_replaced_each_time() {
     }
 }
 
+#[test]
+fn a_dead_worker_is_replaced_though_whoever_started_the_program_ignores_the_deaths_of_its_children() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().launched_by(&["env", "--ignore-signal=CHLD"]);
+    let front = plan.server(&echo);
+    let mut proxy = plan.start();
+    let pid = proxy.worker();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("killing the worker");
+    ping(&mut connect(front), 1, 3).expect("a session after the replacement");
+    assert_ne!(proxy.worker(), pid);
+    proxy.stop();
+}
+
 /// How often all threads of the process went to sleep within the next three seconds.
 fn wake_ups(pid: i32) -> u64 {
     let before = process::voluntary_switches(pid);
