@@ -196,7 +196,7 @@ const OPEN: &[i64] = &[
     libc::SYS_recvfrom,
     libc::SYS_sendmsg,
     libc::SYS_recvmsg,
-    // Descriptors, the log's among them.
+    // Descriptors, the log's among them; fcntl is below.
     libc::SYS_read,
     libc::SYS_readv,
     libc::SYS_write,
@@ -205,7 +205,6 @@ const OPEN: &[i64] = &[
     libc::SYS_close_range,
     libc::SYS_dup,
     libc::SYS_dup3,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_lseek,
     // Waiting.
@@ -288,6 +287,11 @@ fn allowed() -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     }
     for request in [libc::TIOCOUTQ, libc::FIONREAD, libc::FIONBIO] {
         allow(libc::SYS_ioctl, vec![equal(1, request)?])?;
+    }
+    // Not F_SETOWN and F_SETSIG, by which the kernel sends any signal to any process of the same user, nor F_SETFL, by which
+    // a log that is appended to could be written over.
+    for command in [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL] {
+        allow(libc::SYS_fcntl, vec![equal(1, command as u64)?])?;
     }
     // No memory becomes code.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
