@@ -180,6 +180,7 @@ impl Master {
     /// The first workers could not be started, or the loop itself fails.
     pub fn run(mut self, signals: &SignalFd) -> Result<()> {
         let now = Instant::now();
+        self.keeper.allow(self.current.keeper_room);
         match self.has_served {
             true => self.go_on(now),
             false => self.fill_all_slots(now),
@@ -187,7 +188,7 @@ impl Master {
         while !(self.is_ending() && self.workers.is_empty() && self.uncared().is_empty()) {
             self.wait(signals)?;
             let now = Instant::now();
-            (0..self.workers.len()).for_each(|at| self.hear(at, now));
+            self.hear_all(now);
             self.look_after_sessions();
             self.look_up(now);
             while let Some(info) = signals.read_signal().context("failed to read a signal")? {
@@ -332,6 +333,7 @@ impl Master {
         let blueprint = Blueprint {
             generation: &self.current,
             slot,
+            row: self.free_rows().next(),
             post: Post::Slot,
             owner,
             board: &self.board,
@@ -377,7 +379,7 @@ impl Master {
             return self.upgrade.note_end(pid, status);
         };
         // What it said before it died counts.
-        self.hear(at, now);
+        self.hear_out(at, now);
         self.look_after_sessions();
         let worker = self.workers.swap_remove(at);
         self.names.hosts.forget(worker.owner);

@@ -25,6 +25,10 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a worker is told nothing more after the host had no memory for it.
 const REST: Duration = Duration::from_millis(20);
 
+/// What is heard from a worker in one turn of the master's loop: one that never stops talking is to keep it from nothing
+/// else.
+const MESSAGES_AT_ONCE: usize = 64;
+
 /// Answers that wait for a worker to listen: more than it may have asked for at once.
 const UNHEARD_MAX: usize = 2048;
 
@@ -89,6 +93,8 @@ pub struct Worker {
     pub to_adopt: Queue,
     /// When it was forked.
     pub started: Instant,
+    /// Messages of this turn.
+    heard: usize,
     state: State,
     leaving: bool,
     control: Option<OwnedFd>,
@@ -144,6 +150,7 @@ impl Worker {
             rest_until: None,
             to_adopt: Queue::new(),
             started: now,
+            heard: 0,
             state: State::Starting,
             leaving: false,
             control,
@@ -188,9 +195,14 @@ impl Worker {
         self.control.as_ref().map(AsFd::as_fd)
     }
 
-    /// What the worker says next of its sessions, with the sockets that come along; `None`: nothing now.
+    /// What the worker says next of its sessions, with the sockets that come along; `None`: nothing now, or enough for
+    /// this turn.
     pub fn hear(&mut self, now: Instant) -> Option<(ToMaster, Vec<OwnedFd>)> {
         while let Some(control) = &self.control {
+            if self.heard == MESSAGES_AT_ONCE {
+                return None;
+            }
+            self.heard += 1;
             match fdpass::receive(control.as_fd()) {
                 Err(Errno::EAGAIN) => return None,
                 Err(Errno::EINTR) => {}
@@ -212,6 +224,11 @@ impl Worker {
             }
         }
         None
+    }
+
+    /// Lets more be heard in this turn, if there may be more.
+    pub fn hear_on(&mut self) -> bool {
+        std::mem::take(&mut self.heard) == MESSAGES_AT_ONCE
     }
 
     /// Tells it to finish its sessions and exit, within `limit`.
@@ -335,6 +352,7 @@ impl Worker {
 
     /// Does what is due.
     pub fn advance(&mut self, now: Instant) {
+        self.heard = 0;
         self.say_on();
         if self.state.deadline().is_none_or(|deadline| now < deadline) {
             return;
@@ -534,6 +552,29 @@ mod tests {
         }
         assert_eq!(orders, [(ToWorker::Log(None), 1), (ToWorker::HandOver, 0)]);
         assert_eq!(answers_between, 0);
+    }
+
+    #[test]
+    fn a_worker_that_never_stops_talking_is_listened_to_in_turns() {
+        for message in [&b"R"[..], b"?", b"F"] {
+            let (mut worker, theirs, now) = worker();
+            let mut sent = 0;
+            while fdpass::send(theirs.as_fd(), message, &[]).is_ok() {
+                sent += 1;
+            }
+            assert!(sent > MESSAGES_AT_ONCE);
+            while worker.hear(now).is_some() {}
+            assert_eq!(worker.heard, MESSAGES_AT_ONCE);
+            assert!(fdpass::send(theirs.as_fd(), message, &[]).is_ok(), "{message:?}");
+            worker.advance(now);
+            assert_eq!(worker.heard, 0);
+            let mut turns = 0;
+            while worker.hear_on() || turns == 0 {
+                while worker.hear(now).is_some() {}
+                turns += 1;
+            }
+            assert_eq!(turns, 1 + (sent + 1 - MESSAGES_AT_ONCE) / MESSAGES_AT_ONCE);
+        }
     }
 
     #[test]
