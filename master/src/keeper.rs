@@ -16,7 +16,7 @@ use culvert_worker::Store;
 use nix::errno::Errno;
 
 use crate::supervise::Master;
-use crate::worker::{State, Worker};
+use crate::worker::{State, Worker, never_wait};
 
 /// The sessions that are kept. A worker is believed what it says of sessions that are in its care, and of no others: they may
 /// be in the hands of another one.
@@ -38,8 +38,17 @@ struct Kept {
     holder: Option<Owner>,
     /// Where its record is. What nobody else has any more is still to be cared for.
     store: Arc<Store>,
-    /// Downstream and upstream.
-    sockets: [OwnedFd; 2],
+    sockets: Sockets,
+}
+
+/// Downstream and upstream.
+struct Sockets([OwnedFd; 2]);
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        // Its worker has had them meanwhile.
+        self.0.iter().for_each(never_wait);
+    }
 }
 
 impl Keeper {
@@ -49,7 +58,7 @@ impl Keeper {
             let kept = Kept {
                 holder,
                 store,
-                sockets,
+                sockets: Sockets(sockets),
             };
             (id, kept)
         };
@@ -68,7 +77,7 @@ impl Keeper {
     /// The sessions, the worker that cares for each, its sockets.
     pub fn sessions(&self) -> impl Iterator<Item = (SessionId, Option<Owner>, [BorrowedFd<'_>; 2])> {
         let sessions = self.sessions.iter();
-        sessions.map(|(id, kept)| (*id, kept.holder, kept.sockets.each_ref().map(AsFd::as_fd)))
+        sessions.map(|(id, kept)| (*id, kept.holder, kept.sockets.0.each_ref().map(AsFd::as_fd)))
     }
 
     /// Those that no worker cares for.
@@ -119,7 +128,7 @@ impl Keeper {
         let kept = Kept {
             holder: Some(owner),
             store: Arc::clone(store),
-            sockets,
+            sockets: Sockets(sockets),
         };
         self.sessions.insert(id, kept);
         true
@@ -134,7 +143,7 @@ impl Keeper {
             .filter(|kept| kept.holder == Some(owner));
         match (kept, sockets) {
             (Some(kept), Some(sockets)) => {
-                kept.sockets = sockets;
+                kept.sockets = Sockets(sockets);
                 true
             }
             (Some(_), None) => {
@@ -214,7 +223,7 @@ impl Keeper {
                 .collect();
             let sockets: Vec<_> = ids
                 .iter()
-                .flat_map(|id| &self.sessions[id].sockets)
+                .flat_map(|id| &self.sessions[id].sockets.0)
                 .map(AsFd::as_fd)
                 .collect();
             let Some(control) = worker.control() else { return };
@@ -409,6 +418,7 @@ pub type Queue = VecDeque<SessionId>;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
     use culvert_shared::sessions::Places;
     use culvert_shared::sys::shm::Shared;
 
@@ -501,6 +511,21 @@ mod tests {
         }
         assert!([0, 2].map(|place| stores[0].records[place].owner()) == [None; 2]);
         assert_eq!(keeper.sessions().count(), 1);
+    }
+
+    #[test]
+    fn sockets_whose_close_would_wait_for_their_peers_hold_up_nobody() {
+        let stores = [store(1)];
+        let mut keeper = Keeper::default();
+        keeper.allow(1);
+        let [left, right] = [testing::lingering(), testing::lingering()];
+        let theirs = [&left.0, &right.0].map(|socket| socket.try_clone().unwrap());
+        assert!(keeper.keep(id(1, 0), OWNER, &stores, Some([left.0.into(), right.0.into()])));
+        theirs.iter().for_each(testing::linger);
+        drop(theirs);
+        let begun = Instant::now();
+        keeper.forget(id(1, 0), OWNER, &stores);
+        assert!(begun.elapsed() < testing::LINGER / 2, "{:?}", begun.elapsed());
     }
 
     #[test]

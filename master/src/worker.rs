@@ -12,7 +12,9 @@ use culvert_shared::message::{ToMaster, ToWorker};
 use culvert_shared::sys::fdpass;
 use culvert_worker::Store;
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::unistd::Pid;
 
 use crate::access_log::AccessLogs;
@@ -206,16 +208,19 @@ impl Worker {
             match fdpass::receive(control.as_fd()) {
                 Err(Errno::EAGAIN) => return None,
                 Err(Errno::EINTR) => {}
-                Ok(received) if !received.message.is_empty() => match ToMaster::decode(&received.message) {
-                    Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
-                    Some(ToMaster::Ready) => {}
-                    Some(message) => return Some((message, received.descriptors)),
-                    None => log::error!(
-                        "worker {} (process {}) sent an unknown message",
-                        self.slot,
-                        self.pid
-                    ),
-                },
+                Ok(received) if !received.message.is_empty() => {
+                    received.descriptors.iter().for_each(never_wait);
+                    match ToMaster::decode(&received.message) {
+                        Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
+                        Some(ToMaster::Ready) => {}
+                        Some(message) => return Some((message, received.descriptors)),
+                        None => log::error!(
+                            "worker {} (process {}) sent an unknown message",
+                            self.slot,
+                            self.pid
+                        ),
+                    }
+                }
                 Ok(_) | Err(_) => {
                     // Most likely it is dying. It cannot be steered any more, so make sure of that.
                     self.control = None;
@@ -419,6 +424,21 @@ impl Worker {
     }
 }
 
+/// Sees to it that closing a socket that a worker has sent does not hold up the master: with SO_LINGER set to a time,
+/// whoever closes it last waits until its peer has everything, or for that long (inet_release, tcp_close).
+pub fn never_wait(socket: &OwnedFd) {
+    if let Ok(linger) = getsockopt(socket, sockopt::Linger)
+        && linger.l_onoff != 0
+        && linger.l_linger != 0
+    {
+        let at_once = libc::linger {
+            l_linger: 0,
+            ..linger
+        };
+        let _ = setsockopt(socket, sockopt::Linger, &at_once);
+    }
+}
+
 /// Whether a control socket has no room for a message now; the loop waits until it has.
 fn is_full(errno: Errno) -> bool {
     matches!(errno, Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM)
@@ -427,6 +447,7 @@ fn is_full(errno: Errno) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
 
     /// A worker whose process does not exist: the id is beyond what Linux gives out (PID_MAX_LIMIT).
     fn worker() -> (Worker, OwnedFd, Instant) {
@@ -575,6 +596,16 @@ mod tests {
             }
             assert_eq!(turns, 1 + (sent + 1 - MESSAGES_AT_ONCE) / MESSAGES_AT_ONCE);
         }
+    }
+
+    #[test]
+    fn a_socket_whose_close_would_wait_for_its_peer_holds_up_nobody() {
+        let (mut worker, theirs, now) = worker();
+        let (socket, _peer) = testing::lingering();
+        fdpass::send(theirs.as_fd(), &ToMaster::Ready.encode(), &[socket.as_fd()]).unwrap();
+        drop(socket);
+        worker.hear(now);
+        assert!(now.elapsed() < testing::LINGER / 2, "{:?}", now.elapsed());
     }
 
     #[test]
