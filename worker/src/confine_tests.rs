@@ -3,6 +3,7 @@
 
 use super::*;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{setsockopt, sockopt};
 use std::ffi::CString;
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
@@ -100,6 +101,13 @@ fn the_attempt() {
         "signalling another process" => {
             panic!("{:?}", nix::sys::signal::kill(nix::unistd::getppid(), None))
         }
+        "choosing among the workers" => {
+            let program = libc::sock_fprog {
+                len: 0,
+                filter: std::ptr::null_mut(),
+            };
+            panic!("{:?}", setsockopt(&tcp, sockopt::AttachReusePortCbpf, &program))
+        }
         "writing over a log" => panic!("{:?}", fcntl(&tcp, FcntlArg::F_SETFL(OFlag::empty()))),
         "listening" => panic!("{:?}", TcpListener::bind("127.0.0.1:0")),
         "a datagram socket" => panic!("{:?}", std::os::unix::net::UnixDatagram::unbound()),
@@ -108,6 +116,7 @@ fn the_attempt() {
             let stream = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
             stream.set_nonblocking(true).unwrap();
             tcp.accept().unwrap();
+            setsockopt(&stream, sockopt::KeepAlive, &true).unwrap();
             fcntl(tcp.try_clone().unwrap(), FcntlArg::F_GETFL).unwrap();
             UnixStream::connect(path).unwrap();
             let second = std::thread::Builder::new().name("second".into()).spawn(|| ());
@@ -139,6 +148,7 @@ fn what_no_worker_does_ends_the_process() {
         "tracing",
         "signalling another process",
         "writing over a log",
+        "choosing among the workers",
         "listening",
         "a datagram socket",
         "making a map",
