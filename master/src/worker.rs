@@ -169,12 +169,19 @@ impl Worker {
 
     /// A worker that another binary has forked, in this process.
     pub fn taken_over(born: Born, state: State, leaving: bool, to_adopt: Queue, now: Instant) -> Worker {
-        Worker {
+        let mut worker = Worker {
             state,
             leaving,
             to_adopt,
             ..Worker::new(born, now)
+        };
+        // That binary may have had no room to say it. Twice does no harm, and a worker that has handed over goes on so.
+        match state {
+            State::Draining(_) => worker.say(ToWorker::Drain, &[]),
+            State::Stopping(_) => worker.say(ToWorker::Stop, &[]),
+            State::Starting | State::Serving | State::Killed => {}
         }
+        worker
     }
 
     /// How far it has got.
@@ -449,8 +456,13 @@ mod tests {
     use super::*;
     use crate::testing;
 
-    /// A worker whose process does not exist: the id is beyond what Linux gives out (PID_MAX_LIMIT).
     fn worker() -> (Worker, OwnedFd, Instant) {
+        let (born, theirs, now) = born();
+        (Worker::new(born, now), theirs, now)
+    }
+
+    /// Of a worker whose process does not exist: the id is beyond what Linux gives out (PID_MAX_LIMIT).
+    fn born() -> (Born, OwnedFd, Instant) {
         let (control, theirs) = fdpass::pair().unwrap();
         let now = Instant::now();
         let pid = Pid::from_raw((1 << 22) + 1);
@@ -465,7 +477,7 @@ mod tests {
             resolvers: Vec::new(),
             control: Some(control),
         };
-        (Worker::new(born, now), theirs, now)
+        (born, theirs, now)
     }
 
     fn heard(theirs: &OwnedFd) -> Option<ToWorker> {
@@ -606,6 +618,20 @@ mod tests {
         drop(socket);
         worker.hear(now);
         assert!(now.elapsed() < testing::LINGER / 2, "{:?}", now.elapsed());
+    }
+
+    #[test]
+    fn what_another_binary_may_have_had_no_room_to_say_is_said_again() {
+        let now = Instant::now();
+        for (state, order) in [
+            (State::Serving, None),
+            (State::Draining(None), Some(ToWorker::Drain)),
+            (State::Stopping(now), Some(ToWorker::Stop)),
+        ] {
+            let (born, theirs, now) = born();
+            let _worker = Worker::taken_over(born, state, order.is_some(), Queue::new(), now);
+            assert_eq!(heard(&theirs), order);
+        }
     }
 
     #[test]
