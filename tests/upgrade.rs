@@ -226,6 +226,24 @@ fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
     ping(&mut client, 5, 3).expect("the session after an upgrade at last");
 }
 
+#[test]
+fn a_program_that_has_much_to_say_against_an_upgrade_is_heard() {
+    let (plan, binary) = with_own_binary(Plan::new());
+    let proxy = plan.start();
+    let wrong: String = (0..2000).map(|n| format!("nonsense_{n} = 1\n")).collect();
+    proxy.edit(
+        "worker_processes = 1\n",
+        &format!("worker_processes = 1\n{wrong}"),
+    );
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    proxy.wait("it is refused", |s| s.number("/reloads/failed") == 1);
+    let log = proxy.log();
+    let refused = log.lines().find(|line| line.contains("refused"));
+    let why = "the configuration has errors: ";
+    assert!(refused.is_some_and(|line| line.contains(why)), "{log}");
+}
+
 /// A copy of the binary that says of its memory that it is laid out in another way.
 fn of_another_layout(at: &Path, what: &str) {
     let mut bytes = std::fs::read(env!("CARGO_BIN_EXE_master")).expect("reading the binary");
