@@ -40,6 +40,9 @@ use crate::worker::{State, Worker};
 /// The longest sleep, well within what poll(2) can count.
 const LONGEST_SLEEP: Duration = Duration::from_secs(3600);
 
+/// How long the master sleeps where it cannot wait for events.
+const WAIT_RETRY: Duration = Duration::from_millis(20);
+
 /// What the program as a whole is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -186,7 +189,7 @@ impl Master {
             false => self.fill_all_slots(now),
         }
         while !(self.is_ending() && self.workers.is_empty() && self.uncared().is_empty()) {
-            self.wait(signals)?;
+            self.wait(signals);
             let now = Instant::now();
             self.hear_all(now);
             self.look_after_sessions();
@@ -228,7 +231,7 @@ impl Master {
         Owner(self.last_owner)
     }
 
-    fn wait(&self, signals: &SignalFd) -> Result<()> {
+    fn wait(&self, signals: &SignalFd) {
         let now = Instant::now();
         let mut sources = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         sources.extend(self.workers.iter().filter_map(|worker| {
@@ -267,8 +270,10 @@ impl Master {
             .min(LONGEST_SLEEP);
         let timeout = PollTimeout::try_from(sleep).unwrap_or(PollTimeout::MAX);
         match poll(&mut sources, timeout) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(error) => Err(error).context("failed to wait for events"),
+            Ok(_) | Err(Errno::EINTR) => {}
+            // The kernel has no memory, or this process may have fewer descriptors than it waits for. What there is is heard
+            // all the same.
+            Err(_) => std::thread::sleep(WAIT_RETRY),
         }
     }
 
