@@ -244,6 +244,28 @@ fn a_program_that_has_much_to_say_against_an_upgrade_is_heard() {
     assert!(refused.is_some_and(|line| line.contains(why)), "{log}");
 }
 
+#[test]
+fn a_program_that_could_not_go_on_with_the_configuration_in_force_is_refused() {
+    need("prlimit", "util-linux");
+    let without_the_right = ["setpriv", "--bounding-set=-sys_resource", "--"];
+    let (plan, binary) = with_own_binary(Plan::new().global("worker_connections = 1000"));
+    let plan = plan.launched_by(&[&without_the_right[..], &["prlimit", "--nofile=4096"]].concat());
+    let proxy = plan.start();
+    let old = pids(&proxy);
+    // Enough for the file as it is now, and it cannot be raised again.
+    proxy.edit("worker_connections = 1000", "worker_connections = 100");
+    let mut command = Command::new("prlimit");
+    command.args(["--pid", &proxy.pid().to_string(), "--nofile=1024:1024"]);
+    run(command, Duration::from_secs(10)).must_succeed("prlimit");
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    let why = "with the configuration that is in force: worker_connections = 1000 needs";
+    assert!(within(SOON, || proxy.log().contains(why)), "{}", proxy.log());
+    assert_eq!(pids(&proxy), old, "nothing has changed");
+    proxy.reload();
+    upgrade(&proxy, &binary);
+}
+
 /// A copy of the binary that says of its memory that it is laid out in another way.
 fn of_another_layout(at: &Path, what: &str) {
     let mut bytes = std::fs::read(env!("CARGO_BIN_EXE_master")).expect("reading the binary");

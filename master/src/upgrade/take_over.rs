@@ -72,7 +72,10 @@ pub fn run(args: Args, document: RawFd) -> Result<ExitCode> {
 }
 
 /// The configuration that is in force, for when the one in the file is refused.
-fn current_config(args: &Args, dumped: &str) -> Result<Config> {
+///
+/// # Errors
+/// Neither can be read.
+pub(super) fn current_config(args: &Args, dumped: &str) -> Result<Config> {
     config::load_dumped(dumped)
         // Another version may have other keys; it has taken the file when it was asked.
         .or_else(|_| config::load(&args.config, &args.set))
