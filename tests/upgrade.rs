@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use crate::harness::dns::DnsServer;
+use crate::harness::greeter::{greeter_on, seed};
 use crate::harness::load::{Load, Sizes};
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run};
-use crate::harness::{Plan, Proxy, Upstream, connect, process, within};
+use crate::harness::{Plan, Port, Proxy, Upstream, connect, process, within};
 use nix::sys::signal::Signal;
 
 /// An upgrade is through, or refused, in this time.
@@ -139,7 +141,7 @@ fn an_upgrade_may_take_listeners_away_and_bring_others() {
     let (plan, binary) = with_own_binary(Plan::new().workers(2));
     let mut plan = plan;
     let (stays, goes) = (plan.server(&echo), plan.server(&echo));
-    let new = crate::harness::Port::claim();
+    let new = Port::claim();
     let proxy = plan.start();
     let mut client = connect(goes);
     ping(&mut client, 1, 3).expect("a session before");
@@ -505,6 +507,33 @@ fn access_logs_that_cannot_be_opened_anew_are_written_on_and_rotated_after_an_up
     assert!(within(SOON, opened), "{}", proxy.log());
     writes_to(&folder);
     proxy.reload();
+}
+
+#[test]
+fn peers_are_found_by_their_names_though_the_reload_after_an_upgrade_is_refused() {
+    let port = Port::claim().number;
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
+    let server = DnsServer::started("127.0.0.2 backend.test");
+    let (plan, binary) = with_own_binary(Plan::new());
+    let folder = plan.file("logs");
+    std::fs::create_dir(&folder).expect("a folder");
+    let log = format!("access_log = \"{}\"", folder.join("access.log").display());
+    let mut plan = plan.stream(&server.resolver("")).stream(&log).tables(&format!(
+        "[[upstream]]\nname = \"group\"\nserver = [{{ address = \"backend.test:{port}\", resolve = true }}]"
+    ));
+    let front = plan.server("group");
+    let proxy = plan.start();
+    assert_eq!(seed(front), Some(2));
+    std::fs::remove_dir_all(&folder).expect("removing the folder");
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    proxy.wait("the reload is refused", |s| s.number("/reloads/failed") == 1);
+    assert_eq!(process::executable(proxy.pid()), binary, "{}", proxy.log());
+    let worker = nix::unistd::Pid::from_raw(proxy.worker());
+    nix::sys::signal::kill(worker, Signal::SIGKILL).expect("killing the worker");
+    assert!(within(SOON, || seed(front) == Some(2)), "{}", proxy.log());
+    server.change("127.0.0.3 backend.test");
+    assert!(within(SOON, || seed(front) == Some(3)), "{}", proxy.log());
 }
 
 #[test]

@@ -215,6 +215,8 @@ impl Master {
     /// After an exec: workers of this binary take over from those of the one before.
     fn go_on(&mut self, now: Instant) {
         self.reap(now);
+        // Should that reload be refused, its own workers have to know of peers, too.
+        self.want_names(now);
         if self.phase == Phase::Serving {
             self.begin_reload(now);
         }
