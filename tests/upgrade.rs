@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use crate::harness::dns::DnsServer;
+use crate::harness::greeter::{greeter_on, seed};
 use crate::harness::load::{Load, Sizes};
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run};
-use crate::harness::{Plan, Proxy, Upstream, connect, process, within};
+use crate::harness::{Plan, Port, Proxy, Upstream, connect, process, within};
 use nix::sys::signal::Signal;
 
 /// An upgrade is through, or refused, in this time.
@@ -139,7 +141,7 @@ fn an_upgrade_may_take_listeners_away_and_bring_others() {
     let (plan, binary) = with_own_binary(Plan::new().workers(2));
     let mut plan = plan;
     let (stays, goes) = (plan.server(&echo), plan.server(&echo));
-    let new = crate::harness::Port::claim();
+    let new = Port::claim();
     let proxy = plan.start();
     let mut client = connect(goes);
     ping(&mut client, 1, 3).expect("a session before");
@@ -224,6 +226,46 @@ fn a_program_that_cannot_take_over_is_refused_and_the_old_one_goes_on() {
 
     upgrade(&proxy, &binary);
     ping(&mut client, 5, 3).expect("the session after an upgrade at last");
+}
+
+#[test]
+fn a_program_that_has_much_to_say_against_an_upgrade_is_heard() {
+    let (plan, binary) = with_own_binary(Plan::new());
+    let proxy = plan.start();
+    let wrong: String = (0..2000).map(|n| format!("nonsense_{n} = 1\n")).collect();
+    proxy.edit(
+        "worker_processes = 1\n",
+        &format!("worker_processes = 1\n{wrong}"),
+    );
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    proxy.wait("it is refused", |s| s.number("/reloads/failed") == 1);
+    let log = proxy.log();
+    let refused = log.lines().find(|line| line.contains("refused"));
+    let why = "the configuration has errors: ";
+    assert!(refused.is_some_and(|line| line.contains(why)), "{log}");
+}
+
+#[test]
+fn a_program_that_could_not_go_on_with_the_configuration_in_force_is_refused() {
+    need("prlimit", "util-linux");
+    let without_the_right = ["setpriv", "--bounding-set=-sys_resource", "--"];
+    let (plan, binary) = with_own_binary(Plan::new().global("worker_connections = 1000"));
+    let plan = plan.launched_by(&[&without_the_right[..], &["prlimit", "--nofile=4096"]].concat());
+    let proxy = plan.start();
+    let old = pids(&proxy);
+    // Enough for the file as it is now, and it cannot be raised again.
+    proxy.edit("worker_connections = 1000", "worker_connections = 100");
+    let mut command = Command::new("prlimit");
+    command.args(["--pid", &proxy.pid().to_string(), "--nofile=1024:1024"]);
+    run(command, Duration::from_secs(10)).must_succeed("prlimit");
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    let why = "with the configuration that is in force: worker_connections = 1000 needs";
+    assert!(within(SOON, || proxy.log().contains(why)), "{}", proxy.log());
+    assert_eq!(pids(&proxy), old, "nothing has changed");
+    proxy.reload();
+    upgrade(&proxy, &binary);
 }
 
 /// A copy of the binary that says of its memory that it is laid out in another way.
@@ -421,6 +463,77 @@ fn sessions_that_are_copied_in_user_space_survive_an_upgrade() {
     assert_eq!(proxy.status().active(), 2);
     drop((old, young));
     assert_eq!(proxy.settle().relay().sum(), 2 * 24 * 3 * 4);
+}
+
+#[test]
+fn access_logs_that_cannot_be_opened_anew_are_written_on_and_rotated_after_an_upgrade() {
+    let echo = Upstream::echo("127.0.0.1");
+    let (mut plan, binary) = with_own_binary(Plan::new().workers(2));
+    let (folder, away) = (plan.file("logs"), plan.file("away"));
+    std::fs::create_dir(&folder).expect("a folder");
+    let log = |name: &str| {
+        let path = folder.join(name).display().to_string();
+        format!("access_log = {{ path = \"{path}\", format = \"json\", flush = \"0\" }}")
+    };
+    let fronts = ["one.log", "other.log"].map(|name| plan.server_with("127.0.0.1", &echo, &log(name)));
+    let proxy = plan.start();
+    let old = pids(&proxy);
+    std::fs::rename(&folder, &away).expect("moving the folder away");
+
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    let upgraded = within(SOON, || process::executable(proxy.pid()) == binary);
+    assert!(upgraded, "{}", proxy.log());
+    // Its workers would have none.
+    proxy.wait("the reload is refused", |s| s.number("/reloads/failed") == 1);
+    assert_eq!(pids(&proxy), old, "the old workers serve on");
+    let writes_to = |folder: &Path| {
+        for (front, name) in fronts.iter().zip(["one.log", "other.log"]) {
+            ping(&mut connect(*front), 1, 3).expect("a session");
+            let read = || std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+            let said = format!("\"listener\":\"{front}\"");
+            let written = within(SOON, || read().lines().count() == 1 && read().contains(&said));
+            assert!(written, "{}, {name}: {}", folder.display(), read());
+        }
+    };
+    writes_to(&away);
+    std::fs::create_dir(&folder).expect("the folder again");
+    proxy.signal(Signal::SIGUSR1);
+    let opened = || {
+        ["one.log", "other.log"]
+            .iter()
+            .all(|name| folder.join(name).exists())
+    };
+    assert!(within(SOON, opened), "{}", proxy.log());
+    writes_to(&folder);
+    proxy.reload();
+}
+
+#[test]
+fn peers_are_found_by_their_names_though_the_reload_after_an_upgrade_is_refused() {
+    let port = Port::claim().number;
+    let (_two, _three) = (greeter_on("127.0.0.2", port, 2), greeter_on("127.0.0.3", port, 3));
+    let server = DnsServer::started("127.0.0.2 backend.test");
+    let (plan, binary) = with_own_binary(Plan::new());
+    let folder = plan.file("logs");
+    std::fs::create_dir(&folder).expect("a folder");
+    let log = format!("access_log = \"{}\"", folder.join("access.log").display());
+    let mut plan = plan.stream(&server.resolver("")).stream(&log).tables(&format!(
+        "[[upstream]]\nname = \"group\"\nserver = [{{ address = \"backend.test:{port}\", resolve = true }}]"
+    ));
+    let front = plan.server("group");
+    let proxy = plan.start();
+    assert_eq!(seed(front), Some(2));
+    std::fs::remove_dir_all(&folder).expect("removing the folder");
+    install(&binary, good);
+    proxy.signal(Signal::SIGUSR2);
+    proxy.wait("the reload is refused", |s| s.number("/reloads/failed") == 1);
+    assert_eq!(process::executable(proxy.pid()), binary, "{}", proxy.log());
+    let worker = nix::unistd::Pid::from_raw(proxy.worker());
+    nix::sys::signal::kill(worker, Signal::SIGKILL).expect("killing the worker");
+    assert!(within(SOON, || seed(front) == Some(2)), "{}", proxy.log());
+    server.change("127.0.0.3 backend.test");
+    assert!(within(SOON, || seed(front) == Some(3)), "{}", proxy.log());
 }
 
 #[test]

@@ -3,9 +3,11 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::harness::pattern::{pause, ping};
+use crate::harness::program::{need, run};
 use crate::harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -212,6 +214,42 @@ fn a_worker_that_is_killed_again_and_again_is_replaced_each_time() {
         assert!(replaced, "not replaced in round {round}");
         ping(&mut connect(front), round, 3).expect("a session after the replacement");
     }
+}
+
+#[test]
+fn a_dead_worker_is_replaced_though_whoever_started_the_program_ignores_the_deaths_of_its_children() {
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().launched_by(&["env", "--ignore-signal=CHLD"]);
+    let front = plan.server(&echo);
+    let mut proxy = plan.start();
+    let pid = proxy.worker();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("killing the worker");
+    ping(&mut connect(front), 1, 3).expect("a session after the replacement");
+    assert_ne!(proxy.worker(), pid);
+    proxy.stop();
+}
+
+#[test]
+fn a_master_without_descriptors_goes_on_and_replaces_its_worker_when_it_has_some_again() {
+    need("prlimit", "util-linux");
+    let echo = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new();
+    let front = plan.server(&echo);
+    let mut proxy = plan.start();
+    let worker = proxy.worker();
+    let limit = |soft: &str| {
+        let mut command = Command::new("prlimit");
+        command.args(["--pid", &proxy.pid().to_string(), &format!("--nofile={soft}:")]);
+        run(command, Duration::from_secs(10)).must_succeed("prlimit");
+    };
+    // Fewer than it waits for: poll(2) refuses that.
+    limit("0");
+    kill(Pid::from_raw(worker), Signal::SIGKILL).expect("killing the worker");
+    let tried = || proxy.log().contains("failed to start worker 0");
+    assert!(within(Duration::from_secs(5), tried), "{}", proxy.log());
+    limit("4096");
+    ping(&mut connect(front), 1, 3).expect("a session after the replacement");
+    proxy.stop();
 }
 
 /// How often all threads of the process went to sleep within the next three seconds.

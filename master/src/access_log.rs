@@ -20,9 +20,16 @@ impl AccessLogs {
     /// # Errors
     /// One of them cannot be opened.
     pub fn open(config: &Config) -> Result<AccessLogs> {
+        AccessLogs::with(config, Files::default())
+    }
+
+    /// The same where some are open already.
+    ///
+    /// # Errors
+    /// One of the others cannot be opened.
+    pub fn with(config: &Config, mut files: Files) -> Result<AccessLogs> {
         // Workers have the time zone from here, because they may not open its file.
         local_time(0);
-        let mut files = Files::default();
         let logs = config.access_logs();
         let open = logs
             .iter()
@@ -40,6 +47,11 @@ impl AccessLogs {
             file.try_clone().with_context(what)
         });
         copies.collect()
+    }
+
+    /// The names of the places, in order.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        self.0.iter().map(|(target, _)| target.to_string())
     }
 
     /// The files, in order.
@@ -63,6 +75,16 @@ impl AccessLogs {
 pub struct Files(HashMap<LogTarget, Arc<OwnedFd>>);
 
 impl Files {
+    /// Those that another binary has opened, by their names, as far as the configuration has them.
+    pub fn of(config: &Config, opened: &HashMap<String, Arc<OwnedFd>>) -> Files {
+        let logs = config.access_logs();
+        let own = logs.iter().filter_map(|log| {
+            let file = opened.get(&log.target.to_string())?;
+            Some((log.target.clone(), Arc::clone(file)))
+        });
+        Files(own.collect())
+    }
+
     fn get(&mut self, target: &LogTarget) -> Result<Arc<OwnedFd>> {
         if let Some(file) = self.0.get(target) {
             return Ok(Arc::clone(file));

@@ -11,6 +11,7 @@ use culvert_bpf::Cgroup;
 use culvert_shared::counters::Board;
 use culvert_shared::logging;
 use culvert_shared::sys::shm::Shared;
+use culvert_shared::sys::signals;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -52,6 +53,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     };
 
+    // Whoever started this program may ignore the deaths of its children, which is inherited: then the kernel reaps them and
+    // says nothing (do_notify_parent), and their ids may be others' at once. Not at an upgrade, which has it from here.
+    signals::restore(&[Signal::SIGCHLD])?;
     // From here on a signal waits until the loop reads it, so none can interrupt the start half-way.
     let signals = take_signals()?;
 

@@ -50,6 +50,7 @@ impl Master {
             let blueprint = Blueprint {
                 generation: &self.current,
                 slot,
+                row: self.free_rows().next(),
                 post: Post::Carer(store),
                 owner,
                 board: &self.board,

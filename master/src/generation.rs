@@ -130,7 +130,7 @@ impl Generation {
         })
     }
 
-    /// The one that another binary has served; nothing is made anew.
+    /// The one that another binary has served; nothing is made anew that could not be had.
     ///
     /// # Errors
     /// A limit is too low.
@@ -141,6 +141,7 @@ impl Generation {
         listeners: Listeners,
         stores: StoreTable,
         limits: Limits,
+        access_logs: AccessLogs,
     ) -> Result<Generation> {
         Ok(Generation {
             number,
@@ -148,7 +149,7 @@ impl Generation {
             keeper_room: limits::raise_descriptors(&config)?,
             assigned: rows.assign(&config)?,
             lookout: Arc::new(Lookout::new()?),
-            access_logs: AccessLogs::open(&config)?,
+            access_logs,
             members: member_sets(&config)?,
             present: vec![Vec::new(); config.upstreams.len()],
             config: Arc::new(config),

@@ -16,14 +16,18 @@ use culvert_worker::Store;
 use nix::errno::Errno;
 
 use crate::supervise::Master;
-use crate::worker::{State, Worker};
+use crate::worker::{State, Worker, never_wait};
 
-/// The sessions that are kept.
+/// The sessions that are kept. A worker is believed what it says of sessions that are in its care, and of no others: they may
+/// be in the hands of another one.
 #[derive(Default)]
 pub struct Keeper {
     sessions: HashMap<SessionId, Kept>,
     /// Sessions that no worker cares for.
     unheld: Vec<SessionId>,
+    /// How many there have ever been descriptors for. Workers reserve room before they send; one that does not is not to
+    /// leave the master without.
+    room: usize,
 }
 
 /// Where a kept session is to be entered by a binary that goes on with it: as in [`Keeper`].
@@ -34,8 +38,17 @@ struct Kept {
     holder: Option<Owner>,
     /// Where its record is. What nobody else has any more is still to be cared for.
     store: Arc<Store>,
-    /// Downstream and upstream.
-    sockets: [OwnedFd; 2],
+    sockets: Sockets,
+}
+
+/// Downstream and upstream.
+struct Sockets([OwnedFd; 2]);
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        // Its worker has had them meanwhile.
+        self.0.iter().for_each(never_wait);
+    }
 }
 
 impl Keeper {
@@ -45,20 +58,26 @@ impl Keeper {
             let kept = Kept {
                 holder,
                 store,
-                sockets,
+                sockets: Sockets(sockets),
             };
             (id, kept)
         };
         Keeper {
             sessions: sessions.into_iter().map(kept).collect(),
             unheld,
+            room: 0,
         }
+    }
+
+    /// So many may be kept from now on. A worker may have reserved room before by what was said earlier.
+    pub fn allow(&mut self, room: u64) {
+        self.room = self.room.max(usize::try_from(room).unwrap_or(usize::MAX));
     }
 
     /// The sessions, the worker that cares for each, its sockets.
     pub fn sessions(&self) -> impl Iterator<Item = (SessionId, Option<Owner>, [BorrowedFd<'_>; 2])> {
         let sessions = self.sessions.iter();
-        sessions.map(|(id, kept)| (*id, kept.holder, kept.sockets.each_ref().map(AsFd::as_fd)))
+        sessions.map(|(id, kept)| (*id, kept.holder, kept.sockets.0.each_ref().map(AsFd::as_fd)))
     }
 
     /// Those that no worker cares for.
@@ -83,7 +102,14 @@ impl Keeper {
         stores.into_values().collect()
     }
 
-    /// Takes a session in, if its sockets have come and somebody has its store.
+    /// Whether a kept session is in the care of this worker.
+    fn is_of(&self, id: SessionId, owner: Owner) -> bool {
+        self.sessions
+            .get(&id)
+            .is_some_and(|kept| kept.holder == Some(owner))
+    }
+
+    /// Takes a session in, if its sockets have come, somebody has its store, and there is room.
     fn keep(
         &mut self,
         id: SessionId,
@@ -91,14 +117,18 @@ impl Keeper {
         stores: &[Arc<Store>],
         sockets: Option<[OwnedFd; 2]>,
     ) -> bool {
-        let store = stores.iter().find(|store| store.id == id.store);
+        let store = stores.iter().find(|store| store.record_of(id).is_some());
         let (Some(sockets), Some(store)) = (sockets, store) else {
             return false;
         };
+        let is_anothers = self.sessions.contains_key(&id) && !self.is_of(id, owner);
+        if is_anothers || self.sessions.len() >= self.room {
+            return false;
+        }
         let kept = Kept {
             holder: Some(owner),
             store: Arc::clone(store),
-            sockets,
+            sockets: Sockets(sockets),
         };
         self.sessions.insert(id, kept);
         true
@@ -106,32 +136,57 @@ impl Keeper {
 
     /// Exchanges the sockets of a session that is kept. Where the new ones have not come it is kept no longer: with the old
     /// ones nobody could go on.
-    fn keep_again(&mut self, id: SessionId, sockets: Option<[OwnedFd; 2]>) -> bool {
-        match (self.sessions.get_mut(&id), sockets) {
+    fn keep_again(&mut self, id: SessionId, owner: Owner, sockets: Option<[OwnedFd; 2]>) -> bool {
+        let kept = self
+            .sessions
+            .get_mut(&id)
+            .filter(|kept| kept.holder == Some(owner));
+        match (kept, sockets) {
             (Some(kept), Some(sockets)) => {
-                kept.sockets = sockets;
+                kept.sockets = Sockets(sockets);
                 true
             }
-            (_, _) => {
+            (Some(_), None) => {
                 self.sessions.remove(&id);
                 false
             }
+            (None, _) => false,
         }
     }
 
     /// Their worker has let go of these sessions. Says how many of them are not kept, so that nobody can go on with them.
-    fn let_go(&mut self, sessions: Vec<SessionId>) -> usize {
+    fn let_go(&mut self, owner: Owner, sessions: Vec<SessionId>) -> usize {
         let mut lost = 0;
         for id in sessions {
             match self.sessions.get_mut(&id) {
-                Some(kept) => {
+                Some(kept) if kept.holder == Some(owner) => {
                     kept.holder = None;
                     self.unheld.push(id);
                 }
+                Some(_) => {}
                 None => lost += 1,
             }
         }
         lost
+    }
+
+    /// Its worker says that a session is over: its sockets are closed, and its place is freed.
+    fn forget(&mut self, id: SessionId, owner: Owner, stores: &[Arc<Store>]) {
+        let Some((store, record)) = stores
+            .iter()
+            .find_map(|store| Some((store, store.record_of(id)?)))
+        else {
+            return;
+        };
+        let is_its_own = match self.sessions.get(&id) {
+            Some(kept) => kept.holder == Some(owner),
+            // One that was not to be kept.
+            None => record.owner() == Some(owner),
+        };
+        if is_its_own {
+            self.sessions.remove(&id);
+            store.free(id.place);
+        }
     }
 
     /// Takes the sessions of a worker that is gone from it; closes those that nobody can take over. Says how
@@ -157,9 +212,6 @@ impl Keeper {
 
     /// Sends a worker the sessions that it is to adopt, as far as it takes them now.
     fn send(&self, worker: &mut Worker) {
-        let Some(control) = worker.control().and_then(|fd| fd.try_clone_to_owned().ok()) else {
-            return;
-        };
         while !worker.to_adopt.is_empty() {
             let batch = worker.to_adopt.len().min(BATCH);
             let ids: Vec<SessionId> = worker
@@ -171,10 +223,11 @@ impl Keeper {
                 .collect();
             let sockets: Vec<_> = ids
                 .iter()
-                .flat_map(|id| &self.sessions[id].sockets)
+                .flat_map(|id| &self.sessions[id].sockets.0)
                 .map(AsFd::as_fd)
                 .collect();
-            match fdpass::send(control.as_fd(), &ToWorker::Adopt(ids).encode(), &sockets) {
+            let Some(control) = worker.control() else { return };
+            match fdpass::send(control, &ToWorker::Adopt(ids).encode(), &sockets) {
                 Ok(()) => drop(worker.to_adopt.drain(..batch)),
                 // Waited for by the loop; a worker that is gone is buried.
                 Err(Errno::EAGAIN | Errno::EPIPE | Errno::ECONNRESET) => return,
@@ -192,6 +245,21 @@ impl Keeper {
 }
 
 impl Master {
+    /// Hears every worker.
+    pub fn hear_all(&mut self, now: Instant) {
+        for at in 0..self.workers.len() {
+            self.hear(at, now);
+        }
+    }
+
+    /// Does what a worker that is gone has asked for before.
+    pub fn hear_out(&mut self, at: usize, now: Instant) {
+        self.hear(at, now);
+        while self.workers[at].hear_on() {
+            self.hear(at, now);
+        }
+    }
+
     /// Does what a worker has asked for: message by message, so that there are never more descriptors open that the
     /// keeper does not have yet than come with one.
     pub fn hear(&mut self, at: usize, now: Instant) {
@@ -211,11 +279,11 @@ impl Master {
                     self.note_unkept(at, unkept);
                 }
                 ToMaster::KeepAgain(id) => {
-                    let taken = self.keeper.keep_again(id, pair());
+                    let taken = self.keeper.keep_again(id, worker.owner, pair());
                     self.note_unkept(at, usize::from(!taken));
                 }
                 ToMaster::Over(sessions) => {
-                    let lost = self.keeper.let_go(sessions);
+                    let lost = self.keeper.let_go(worker.owner, sessions);
                     if lost > 0 {
                         // It has closed their sockets, or is about to.
                         Board::add(
@@ -231,11 +299,7 @@ impl Master {
                 }
                 ToMaster::Forget(sessions) => {
                     for id in sessions {
-                        self.keeper.sessions.remove(&id);
-                        let store = worker.stores.iter().find(|store| store.record_of(id).is_some());
-                        if let Some(store) = store {
-                            store.free(id.place);
-                        }
+                        self.keeper.forget(id, worker.owner, &worker.stores);
                     }
                 }
                 ToMaster::Ask(questions) => {
@@ -354,6 +418,7 @@ pub type Queue = VecDeque<SessionId>;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
     use culvert_shared::sessions::{Kept as SessionState, Places};
     use culvert_shared::sys::shm::Shared;
 
@@ -371,20 +436,28 @@ mod tests {
         fdpass::pair().ok().map(|(left, right)| [left, right])
     }
 
-    /// Number 1, with 4 places.
-    fn stores() -> [Arc<Store>; 1] {
-        let (records, records_file) = Shared::in_file(c"records", 4).unwrap();
-        [Arc::new(Store {
+    /// Number 1, with a session of OWNER at each place.
+    fn store(places: usize) -> Arc<Store> {
+        let store = empty_store(places);
+        let mut taken = Places::new(places, OWNER);
+        (0..places).for_each(|_| assert!(taken.take(&store.records).is_some()));
+        store
+    }
+
+    /// Number 1.
+    fn empty_store(places: usize) -> Arc<Store> {
+        let (records, records_file) = Shared::in_file(c"records", places).unwrap();
+        Arc::new(Store {
             id: 1,
             records,
             records_file,
             maps: None,
-        })]
+        })
     }
 
     #[test]
     fn sessions_that_a_worker_was_to_adopt_and_did_not_are_none_that_it_left() {
-        let stores = stores();
+        let stores = [empty_store(4)];
         let records = &stores[0].records;
         let before = Owner(3);
         // Its own, and one of an earlier worker whose sockets wait for it.
@@ -393,6 +466,7 @@ mod tests {
             records[place.0 as usize].set_kept(SessionState::Yes);
         }
         let mut keeper = Keeper::default();
+        keeper.allow(9);
         for place in 0..2 {
             assert!(keeper.keep(id(1, place), OWNER, &stores, sockets()));
         }
@@ -402,8 +476,9 @@ mod tests {
 
     #[test]
     fn a_session_is_kept_only_with_both_of_its_newest_sockets() {
-        let stores = stores();
+        let stores = [store(4)];
         let mut keeper = Keeper::default();
+        keeper.allow(9);
         assert!(keeper.keep(id(1, 0), OWNER, &stores, sockets()));
         assert!(keeper.keep(id(1, 1), OWNER, &stores, sockets()));
         assert!(!keeper.keep(id(1, 2), OWNER, &stores, None));
@@ -411,18 +486,93 @@ mod tests {
             !keeper.keep(id(9, 3), OWNER, &stores, sockets()),
             "nobody has its store"
         );
-        assert!(keeper.keep_again(id(1, 0), sockets()));
+        assert!(keeper.keep_again(id(1, 0), OWNER, sockets()));
         assert!(
-            !keeper.keep_again(id(1, 1), None),
+            !keeper.keep_again(id(1, 1), OWNER, None),
             "with the old ones nobody can go on"
         );
         assert!(
-            !keeper.keep_again(id(1, 2), sockets()),
+            !keeper.keep_again(id(1, 2), OWNER, sockets()),
             "no room was reserved for it"
         );
         let kept: Vec<_> = keeper.sessions().map(|(id, holder, _)| (id, holder)).collect();
         assert_eq!(kept, [(id(1, 0), Some(OWNER))]);
-        assert_eq!(keeper.let_go((0..4).map(|place| id(1, place)).collect()), 3);
+        let all = (0..4).map(|place| id(1, place)).collect();
+        assert_eq!(keeper.let_go(OWNER, all), 3);
         assert_eq!(keeper.unheld(), [id(1, 0)]);
+    }
+
+    #[test]
+    fn a_worker_is_believed_nothing_of_sessions_that_are_not_in_its_care() {
+        const LIAR: Owner = Owner(8);
+        let stores = [store(4)];
+        let mut keeper = Keeper::default();
+        keeper.allow(9);
+        let (held, unheld) = (id(1, 0), id(1, 1));
+        assert!([held, unheld].map(|id| keeper.keep(id, OWNER, &stores, sockets())) == [true; 2]);
+        assert_eq!(keeper.let_go(OWNER, vec![unheld]), 0);
+        let are_as_before = |keeper: &Keeper| {
+            let holders: HashMap<_, _> = keeper.sessions().map(|(id, holder, _)| (id, holder)).collect();
+            let owners = stores[0].records[..2].iter().map(|record| record.owner());
+            holders == HashMap::from([(held, Some(OWNER)), (unheld, None)])
+                && keeper.unheld() == [unheld]
+                && owners.eq([Some(OWNER); 2])
+        };
+        for id in [held, unheld] {
+            assert!(!keeper.keep(id, LIAR, &stores, sockets()));
+            assert!(!keeper.keep_again(id, LIAR, sockets()));
+            assert!(!keeper.keep_again(id, LIAR, None));
+            assert_eq!(keeper.let_go(LIAR, vec![id]), 0);
+            keeper.forget(id, LIAR, &stores);
+            assert!(are_as_before(&keeper), "{id:?}");
+        }
+        assert_eq!(keeper.let_go(OWNER, vec![unheld]), 0);
+        assert!(are_as_before(&keeper), "let go of twice");
+        // One that is not kept.
+        keeper.forget(id(1, 2), LIAR, &stores);
+        assert_eq!(stores[0].records[2].owner(), Some(OWNER));
+        for own in [held, id(1, 2)] {
+            keeper.forget(own, OWNER, &stores);
+        }
+        assert!([0, 2].map(|place| stores[0].records[place].owner()) == [None; 2]);
+        assert_eq!(keeper.sessions().count(), 1);
+    }
+
+    #[test]
+    fn sockets_whose_close_would_wait_for_their_peers_hold_up_nobody() {
+        let stores = [store(1)];
+        let mut keeper = Keeper::default();
+        keeper.allow(1);
+        let [left, right] = [testing::lingering(), testing::lingering()];
+        let theirs = [&left.0, &right.0].map(|socket| socket.try_clone().unwrap());
+        assert!(keeper.keep(id(1, 0), OWNER, &stores, Some([left.0.into(), right.0.into()])));
+        theirs.iter().for_each(testing::linger);
+        drop(theirs);
+        let begun = Instant::now();
+        keeper.forget(id(1, 0), OWNER, &stores);
+        assert!(begun.elapsed() < testing::LINGER / 2, "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn a_worker_that_reserves_no_room_gets_no_more_than_there_are_descriptors_for() {
+        let stores = [store(4)];
+        let mut keeper = Keeper::default();
+        keeper.allow(2);
+        let taken = [0, 1, 2].map(|place| keeper.keep(id(1, place), OWNER, &stores, sockets()));
+        assert_eq!(taken, [true, true, false]);
+        let elsewhere = SessionId {
+            place: Place(4),
+            ..id(1, 0)
+        };
+        keeper.allow(9);
+        assert!(
+            !keeper.keep(elsewhere, OWNER, &stores, sockets()),
+            "no such place"
+        );
+        keeper.allow(1);
+        assert!(
+            keeper.keep(id(1, 2), OWNER, &stores, sockets()),
+            "it was reserved earlier"
+        );
     }
 }

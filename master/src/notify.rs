@@ -104,7 +104,9 @@ impl Teller {
             self.told = Told::Stopping;
             say.push("STOPPING=1".to_owned());
         }
-        if self.told == Told::Nothing && view.serving >= view.slots {
+        // A program that is paused may have become another binary, which has told nothing yet and owes signs of life.
+        let is_ready = view.serving >= view.slots || view.phase == Phase::Paused;
+        if self.told == Told::Nothing && is_ready {
             self.told = Told::Ready;
             self.reloads = view.reloads;
             self.beat_at = self.beat_every.map(|_| now);
@@ -297,6 +299,19 @@ mod tests {
         };
         assert_eq!(said(&mut teller, &ending, now), ["STOPPING", "STATUS"]);
         assert!(said(&mut teller, &view(), now).iter().all(|key| key != "READY"));
+    }
+
+    #[test]
+    fn a_paused_program_that_became_another_binary_gives_signs_of_life() {
+        let second = Duration::from_secs(1);
+        let (mut teller, now) = (Teller::new(Some(2 * second)), Instant::now());
+        let paused = View {
+            phase: Phase::Paused,
+            serving: 0,
+            ..view()
+        };
+        assert_eq!(said(&mut teller, &paused, now), ["READY", "STATUS", "WATCHDOG"]);
+        assert_eq!(said(&mut teller, &paused, now + second), ["WATCHDOG"]);
     }
 
     #[test]

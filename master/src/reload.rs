@@ -119,11 +119,7 @@ impl Master {
             false => Some(PidFile::acquire(&config.pid)?),
         };
         let wanted = config.worker_cpus.len();
-        let free = self.board[0]
-            .workers
-            .iter()
-            .filter(|row| row.pid.load(Relaxed) == 0)
-            .count();
+        let free = self.free_rows().count();
         ensure!(
             wanted <= free,
             "{} worker processes are alive, there is room for {free} more and {wanted} are needed: wait until old \
@@ -165,6 +161,7 @@ impl Master {
             let blueprint = Blueprint {
                 generation,
                 slot,
+                row: self.free_rows().next(),
                 post: Post::Slot,
                 owner,
                 board: &self.board,
@@ -236,6 +233,7 @@ impl Master {
         self.current = generation;
         self.board[0].kept_limit.store(self.current.keeper_room, Relaxed);
         (self.current.stores).limit_totals(self.current.config.worker_backlog_size);
+        self.keeper.allow(self.current.keeper_room);
         if let Err(error) = self.current.listeners.apply(&self.current.config) {
             log::warn!("a listener keeps its old settings: {error:#}");
         }
@@ -306,7 +304,7 @@ impl Master {
         // Sessions that its workers have taken go on under its rows, so nobody else may be given these.
         self.current.rows = pending.generation.rows;
         // One may have said in this very turn that it is ready, and serve since.
-        (0..self.workers.len()).for_each(|at| self.hear(at, now));
+        self.hear_all(now);
         for worker in self
             .workers
             .iter_mut()

@@ -1,5 +1,6 @@
 //! Filling a worker slot: fork, and in the child pin, drop rights, serve.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use nix::unistd::Pid;
 use crate::error_log::ErrorLog;
 use crate::generation::Generation;
 use crate::rights;
+use crate::supervise::Master;
 use crate::worker::{Born, Worker};
 
 /// A worker is steered through its control socket only. These would reach it as well: a terminal sends
@@ -51,6 +53,8 @@ pub struct Blueprint<'a> {
     pub generation: &'a Generation,
     /// Its slot.
     pub slot: usize,
+    /// Its row on the board: one of [`Master::free_rows`].
+    pub row: Option<usize>,
     /// What it is for.
     pub post: Post,
     /// Its mark.
@@ -87,11 +91,16 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
     let Blueprint {
         generation,
         slot,
+        row,
         owner,
         board,
         ..
     } = blueprint;
-    let row = free_row(&board[0])?;
+    let row = row.with_context(|| {
+        format!(
+            "{MAX_WORKERS} worker processes are alive, old generations included: wait until some have drained"
+        )
+    })?;
     board[0].worker_rows.fetch_max(row as u32 + 1, Relaxed);
     let (ours, theirs) = fdpass::pair()?;
     let stores = blueprint.stores();
@@ -131,10 +140,12 @@ pub fn spawn(blueprint: Blueprint<'_>) -> Result<Worker> {
     }
 }
 
-fn free_row(board: &Board) -> Result<usize> {
-    board.workers.iter().position(|row| row.pid.load(Relaxed) == 0).with_context(|| {
-        format!("{MAX_WORKERS} worker processes are alive, old generations included: wait until some have drained")
-    })
+impl Master {
+    /// Rows of the board that no worker has. The board is not asked: workers can write there.
+    pub fn free_rows(&self) -> impl Iterator<Item = usize> {
+        let taken: HashSet<usize> = self.workers.iter().map(|worker| worker.row).collect();
+        (0..MAX_WORKERS).filter(move |row| !taken.contains(row))
+    }
 }
 
 /// The child's whole life; returns its exit status.
@@ -156,6 +167,7 @@ fn prepare(blueprint: &Blueprint<'_>, row: usize, control: OwnedFd) -> Result<Wo
     let Blueprint {
         generation,
         slot,
+        row: _,
         owner,
         board,
         ref totals,

@@ -40,6 +40,9 @@ use crate::worker::{State, Worker};
 /// The longest sleep, well within what poll(2) can count.
 const LONGEST_SLEEP: Duration = Duration::from_secs(3600);
 
+/// How long the master sleeps where it cannot wait for events.
+const WAIT_RETRY: Duration = Duration::from_millis(20);
+
 /// What the program as a whole is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -180,14 +183,15 @@ impl Master {
     /// The first workers could not be started, or the loop itself fails.
     pub fn run(mut self, signals: &SignalFd) -> Result<()> {
         let now = Instant::now();
+        self.keeper.allow(self.current.keeper_room);
         match self.has_served {
             true => self.go_on(now),
             false => self.fill_all_slots(now),
         }
         while !(self.is_ending() && self.workers.is_empty() && self.uncared().is_empty()) {
-            self.wait(signals)?;
+            self.wait(signals);
             let now = Instant::now();
-            (0..self.workers.len()).for_each(|at| self.hear(at, now));
+            self.hear_all(now);
             self.look_after_sessions();
             self.look_up(now);
             while let Some(info) = signals.read_signal().context("failed to read a signal")? {
@@ -211,6 +215,8 @@ impl Master {
     /// After an exec: workers of this binary take over from those of the one before.
     fn go_on(&mut self, now: Instant) {
         self.reap(now);
+        // Should that reload be refused, its own workers have to know of peers, too.
+        self.want_names(now);
         if self.phase == Phase::Serving {
             self.begin_reload(now);
         }
@@ -227,7 +233,7 @@ impl Master {
         Owner(self.last_owner)
     }
 
-    fn wait(&self, signals: &SignalFd) -> Result<()> {
+    fn wait(&self, signals: &SignalFd) {
         let now = Instant::now();
         let mut sources = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         sources.extend(self.workers.iter().filter_map(|worker| {
@@ -266,8 +272,10 @@ impl Master {
             .min(LONGEST_SLEEP);
         let timeout = PollTimeout::try_from(sleep).unwrap_or(PollTimeout::MAX);
         match poll(&mut sources, timeout) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(error) => Err(error).context("failed to wait for events"),
+            Ok(_) | Err(Errno::EINTR) => {}
+            // The kernel has no memory, or this process may have fewer descriptors than it waits for. What there is is heard
+            // all the same.
+            Err(_) => std::thread::sleep(WAIT_RETRY),
         }
     }
 
@@ -332,6 +340,7 @@ impl Master {
         let blueprint = Blueprint {
             generation: &self.current,
             slot,
+            row: self.free_rows().next(),
             post: Post::Slot,
             owner,
             board: &self.board,
@@ -377,7 +386,7 @@ impl Master {
             return self.upgrade.note_end(pid, status);
         };
         // What it said before it died counts.
-        self.hear(at, now);
+        self.hear_out(at, now);
         self.look_after_sessions();
         let worker = self.workers.swap_remove(at);
         self.names.hosts.forget(worker.owner);

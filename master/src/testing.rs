@@ -1,7 +1,11 @@
-//! Configurations for unit tests.
+//! Configurations and sockets for unit tests.
 
-use std::net::SocketAddr;
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
+
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
 
 use culvert_shared::config::{
     Action, Address, Balance, Config, ErrorLog, FlowSteering, Listen, ListenOptions, LogTarget, OffloadAfter,
@@ -88,4 +92,27 @@ pub fn config(listeners: &[&str], upstreams: &[(&str, &[&str])]) -> Config {
 
 fn address(text: &str) -> SocketAddr {
     text.parse().unwrap()
+}
+
+/// See [`lingering`].
+pub const LINGER: Duration = Duration::from_secs(6);
+
+/// A connection whose peer reads nothing, and has not got everything: closing the first socket takes [`LINGER`].
+pub fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[0; 65_536]).is_ok() {}
+    linger(&socket);
+    (socket, peer)
+}
+
+/// Has closing the socket wait.
+pub fn linger(socket: &TcpStream) {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: LINGER.as_secs() as libc::c_int,
+    };
+    setsockopt(socket, sockopt::Linger, &linger).unwrap();
 }

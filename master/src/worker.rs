@@ -12,7 +12,9 @@ use culvert_shared::message::{ToMaster, ToWorker};
 use culvert_shared::sys::fdpass;
 use culvert_worker::Store;
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::unistd::Pid;
 
 use crate::access_log::AccessLogs;
@@ -24,6 +26,10 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a worker is told nothing more after the host had no memory for it.
 const REST: Duration = Duration::from_millis(20);
+
+/// What is heard from a worker in one turn of the master's loop: one that never stops talking is to keep it from nothing
+/// else.
+const MESSAGES_AT_ONCE: usize = 64;
 
 /// Answers that wait for a worker to listen: more than it may have asked for at once.
 const UNHEARD_MAX: usize = 2048;
@@ -89,6 +95,8 @@ pub struct Worker {
     pub to_adopt: Queue,
     /// When it was forked.
     pub started: Instant,
+    /// Messages of this turn.
+    heard: usize,
     state: State,
     leaving: bool,
     control: Option<OwnedFd>,
@@ -144,6 +152,7 @@ impl Worker {
             rest_until: None,
             to_adopt: Queue::new(),
             started: now,
+            heard: 0,
             state: State::Starting,
             leaving: false,
             control,
@@ -160,12 +169,19 @@ impl Worker {
 
     /// A worker that another binary has forked, in this process.
     pub fn taken_over(born: Born, state: State, leaving: bool, to_adopt: Queue, now: Instant) -> Worker {
-        Worker {
+        let mut worker = Worker {
             state,
             leaving,
             to_adopt,
             ..Worker::new(born, now)
+        };
+        // That binary may have had no room to say it. Twice does no harm, and a worker that has handed over goes on so.
+        match state {
+            State::Draining(_) => worker.say(ToWorker::Drain, &[]),
+            State::Stopping(_) => worker.say(ToWorker::Stop, &[]),
+            State::Starting | State::Serving | State::Killed => {}
         }
+        worker
     }
 
     /// How far it has got.
@@ -188,22 +204,30 @@ impl Worker {
         self.control.as_ref().map(AsFd::as_fd)
     }
 
-    /// What the worker says next of its sessions, with the sockets that come along; `None`: nothing now.
+    /// What the worker says next of its sessions, with the sockets that come along; `None`: nothing now, or enough for
+    /// this turn.
     pub fn hear(&mut self, now: Instant) -> Option<(ToMaster, Vec<OwnedFd>)> {
         while let Some(control) = &self.control {
+            if self.heard == MESSAGES_AT_ONCE {
+                return None;
+            }
+            self.heard += 1;
             match fdpass::receive(control.as_fd()) {
                 Err(Errno::EAGAIN) => return None,
                 Err(Errno::EINTR) => {}
-                Ok(received) if !received.message.is_empty() => match ToMaster::decode(&received.message) {
-                    Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
-                    Some(ToMaster::Ready) => {}
-                    Some(message) => return Some((message, received.descriptors)),
-                    None => log::error!(
-                        "worker {} (process {}) sent an unknown message",
-                        self.slot,
-                        self.pid
-                    ),
-                },
+                Ok(received) if !received.message.is_empty() => {
+                    received.descriptors.iter().for_each(never_wait);
+                    match ToMaster::decode(&received.message) {
+                        Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
+                        Some(ToMaster::Ready) => {}
+                        Some(message) => return Some((message, received.descriptors)),
+                        None => log::error!(
+                            "worker {} (process {}) sent an unknown message",
+                            self.slot,
+                            self.pid
+                        ),
+                    }
+                }
                 Ok(_) | Err(_) => {
                     // Most likely it is dying. It cannot be steered any more, so make sure of that.
                     self.control = None;
@@ -212,6 +236,11 @@ impl Worker {
             }
         }
         None
+    }
+
+    /// Lets more be heard in this turn, if there may be more.
+    pub fn hear_on(&mut self) -> bool {
+        std::mem::take(&mut self.heard) == MESSAGES_AT_ONCE
     }
 
     /// Tells it to finish its sessions and exit, within `limit`.
@@ -335,6 +364,7 @@ impl Worker {
 
     /// Does what is due.
     pub fn advance(&mut self, now: Instant) {
+        self.heard = 0;
         self.say_on();
         if self.state.deadline().is_none_or(|deadline| now < deadline) {
             return;
@@ -401,6 +431,21 @@ impl Worker {
     }
 }
 
+/// Sees to it that closing a socket that a worker has sent does not hold up the master: with SO_LINGER set to a time,
+/// whoever closes it last waits until its peer has everything, or for that long (inet_release, tcp_close).
+pub fn never_wait(socket: &OwnedFd) {
+    if let Ok(linger) = getsockopt(socket, sockopt::Linger)
+        && linger.l_onoff != 0
+        && linger.l_linger != 0
+    {
+        let at_once = libc::linger {
+            l_linger: 0,
+            ..linger
+        };
+        let _ = setsockopt(socket, sockopt::Linger, &at_once);
+    }
+}
+
 /// Whether a control socket has no room for a message now; the loop waits until it has.
 fn is_full(errno: Errno) -> bool {
     matches!(errno, Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM)
@@ -409,9 +454,15 @@ fn is_full(errno: Errno) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
 
-    /// A worker whose process does not exist: the id is beyond what Linux gives out (PID_MAX_LIMIT).
     fn worker() -> (Worker, OwnedFd, Instant) {
+        let (born, theirs, now) = born();
+        (Worker::new(born, now), theirs, now)
+    }
+
+    /// Of a worker whose process does not exist: the id is beyond what Linux gives out (PID_MAX_LIMIT).
+    fn born() -> (Born, OwnedFd, Instant) {
         let (control, theirs) = fdpass::pair().unwrap();
         let now = Instant::now();
         let pid = Pid::from_raw((1 << 22) + 1);
@@ -426,7 +477,7 @@ mod tests {
             resolvers: Vec::new(),
             control: Some(control),
         };
-        (Worker::new(born, now), theirs, now)
+        (born, theirs, now)
     }
 
     fn heard(theirs: &OwnedFd) -> Option<ToWorker> {
@@ -534,6 +585,53 @@ mod tests {
         }
         assert_eq!(orders, [(ToWorker::Log(None), 1), (ToWorker::HandOver, 0)]);
         assert_eq!(answers_between, 0);
+    }
+
+    #[test]
+    fn a_worker_that_never_stops_talking_is_listened_to_in_turns() {
+        for message in [&b"R"[..], b"?", b"F"] {
+            let (mut worker, theirs, now) = worker();
+            let mut sent = 0;
+            while fdpass::send(theirs.as_fd(), message, &[]).is_ok() {
+                sent += 1;
+            }
+            assert!(sent > MESSAGES_AT_ONCE);
+            while worker.hear(now).is_some() {}
+            assert_eq!(worker.heard, MESSAGES_AT_ONCE);
+            assert!(fdpass::send(theirs.as_fd(), message, &[]).is_ok(), "{message:?}");
+            worker.advance(now);
+            assert_eq!(worker.heard, 0);
+            let mut turns = 0;
+            while worker.hear_on() || turns == 0 {
+                while worker.hear(now).is_some() {}
+                turns += 1;
+            }
+            assert_eq!(turns, 1 + (sent + 1 - MESSAGES_AT_ONCE) / MESSAGES_AT_ONCE);
+        }
+    }
+
+    #[test]
+    fn a_socket_whose_close_would_wait_for_its_peer_holds_up_nobody() {
+        let (mut worker, theirs, now) = worker();
+        let (socket, _peer) = testing::lingering();
+        fdpass::send(theirs.as_fd(), &ToMaster::Ready.encode(), &[socket.as_fd()]).unwrap();
+        drop(socket);
+        worker.hear(now);
+        assert!(now.elapsed() < testing::LINGER / 2, "{:?}", now.elapsed());
+    }
+
+    #[test]
+    fn what_another_binary_may_have_had_no_room_to_say_is_said_again() {
+        let now = Instant::now();
+        for (state, order) in [
+            (State::Serving, None),
+            (State::Draining(None), Some(ToWorker::Drain)),
+            (State::Stopping(now), Some(ToWorker::Stop)),
+        ] {
+            let (born, theirs, now) = born();
+            let _worker = Worker::taken_over(born, state, order.is_some(), Queue::new(), now);
+            assert_eq!(heard(&theirs), order);
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! then the sessions, or the host names, that it is about.
 
 use crate::config::Syslog;
-use crate::hosts::{Answer, Question};
+use crate::hosts::{self, Answer, Question};
 use crate::sessions::Place;
 use crate::sys::fdpass::MAX_DESCRIPTORS;
 
@@ -126,6 +126,9 @@ impl ToMaster {
         if let Some((b'Q', mut rest)) = bytes.split_first() {
             let mut questions = Vec::new();
             while !rest.is_empty() {
+                if questions.len() == hosts::BATCH {
+                    return None;
+                }
                 let (question, behind) = Question::decode(rest)?;
                 questions.push(question);
                 rest = behind;
@@ -178,7 +181,6 @@ fn decode(bytes: &[u8]) -> Option<(u8, Vec<SessionId>)> {
 mod tests {
     use super::*;
     use crate::config::is_host_name;
-    use crate::hosts;
     use crate::sys::fdpass::MESSAGE_BYTES;
     use proptest::prelude::*;
     use std::net::IpAddr;
@@ -286,6 +288,18 @@ mod tests {
         let mut cut = ToMaster::Ask(vec![question()]).encode();
         cut.pop();
         assert_eq!(ToMaster::decode(&cut), None);
+    }
+
+    #[test]
+    fn more_questions_than_one_message_has_are_no_message() {
+        let short = Question {
+            resolver: 0,
+            host: "a".to_owned(),
+        };
+        let asked = |count| ToMaster::Ask(vec![short.clone(); count]);
+        let most = asked(hosts::BATCH);
+        assert_eq!(ToMaster::decode(&most.encode()), Some(most));
+        assert_eq!(ToMaster::decode(&asked(hosts::BATCH + 1).encode()), None);
     }
 
     #[test]

@@ -182,7 +182,7 @@ const REFUSED: &[i64] = &[
 
 /// Open to a worker whatever the arguments. None of them, but for those of unix sockets, names a path, makes a process or reaches another.
 const OPEN: &[i64] = &[
-    // Connections.
+    // Connections; setsockopt is below.
     libc::SYS_accept4,
     libc::SYS_connect,
     // For proxy_bind. A unix socket cannot be bound to a path, because landlock denies making one.
@@ -191,12 +191,11 @@ const OPEN: &[i64] = &[
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
     libc::SYS_sendto,
     libc::SYS_recvfrom,
     libc::SYS_sendmsg,
     libc::SYS_recvmsg,
-    // Descriptors, the log's among them.
+    // Descriptors, the log's among them; fcntl is below.
     libc::SYS_read,
     libc::SYS_readv,
     libc::SYS_write,
@@ -205,7 +204,6 @@ const OPEN: &[i64] = &[
     libc::SYS_close_range,
     libc::SYS_dup,
     libc::SYS_dup3,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_lseek,
     // Waiting.
@@ -288,6 +286,29 @@ fn allowed() -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     }
     for request in [libc::TIOCOUTQ, libc::FIONREAD, libc::FIONBIO] {
         allow(libc::SYS_ioctl, vec![equal(1, request)?])?;
+    }
+    // Not F_SETOWN and F_SETSIG, by which the kernel sends any signal to any process of the same user, nor F_SETFL, by which
+    // a log that is appended to could be written over.
+    for command in [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL] {
+        allow(libc::SYS_fcntl, vec![equal(1, command as u64)?])?;
+    }
+    // No program is attached to a socket: one at a listener chooses among those of all workers, and outlives this one.
+    let at_socket = libc::SOL_SOCKET as u64;
+    let elsewhere = SeccompCondition::new(1, Len::Dword, Op::Ne, at_socket)?;
+    allow(libc::SYS_setsockopt, vec![elsewhere])?;
+    for option in [
+        libc::SO_LINGER,
+        libc::SO_RCVLOWAT,
+        libc::SO_OOBINLINE,
+        libc::SO_RCVBUF,
+        libc::SO_SNDBUF,
+        libc::SO_KEEPALIVE,
+        libc::SO_REUSEADDR,
+    ] {
+        allow(
+            libc::SYS_setsockopt,
+            vec![equal(1, at_socket)?, equal(2, option as u64)?],
+        )?;
     }
     // No memory becomes code.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {

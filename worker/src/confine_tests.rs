@@ -2,6 +2,8 @@
 //! ignored otherwise, because a confined process stays so and some attempts end it.
 
 use super::*;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{setsockopt, sockopt};
 use std::ffi::CString;
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
@@ -99,6 +101,14 @@ fn the_attempt() {
         "signalling another process" => {
             panic!("{:?}", nix::sys::signal::kill(nix::unistd::getppid(), None))
         }
+        "choosing among the workers" => {
+            let program = libc::sock_fprog {
+                len: 0,
+                filter: std::ptr::null_mut(),
+            };
+            panic!("{:?}", setsockopt(&tcp, sockopt::AttachReusePortCbpf, &program))
+        }
+        "writing over a log" => panic!("{:?}", fcntl(&tcp, FcntlArg::F_SETFL(OFlag::empty()))),
         "listening" => panic!("{:?}", TcpListener::bind("127.0.0.1:0")),
         "a datagram socket" => panic!("{:?}", std::os::unix::net::UnixDatagram::unbound()),
         "making a map" => panic!("{:?}", culvert_bpf::Bpf::open(&cgroup).map(drop)),
@@ -106,6 +116,8 @@ fn the_attempt() {
             let stream = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
             stream.set_nonblocking(true).unwrap();
             tcp.accept().unwrap();
+            setsockopt(&stream, sockopt::KeepAlive, &true).unwrap();
+            fcntl(tcp.try_clone().unwrap(), FcntlArg::F_GETFL).unwrap();
             UnixStream::connect(path).unwrap();
             let second = std::thread::Builder::new().name("second".into()).spawn(|| ());
             second.unwrap().join().unwrap();
@@ -135,6 +147,8 @@ fn what_no_worker_does_ends_the_process() {
         "starting a process",
         "tracing",
         "signalling another process",
+        "writing over a log",
+        "choosing among the workers",
         "listening",
         "a datagram socket",
         "making a map",

@@ -12,6 +12,7 @@ use culvert_shared::config;
 use culvert_shared::sys::inherit;
 
 use super::document::{self, State};
+use super::take_over;
 use crate::args::Args;
 use crate::generation;
 use crate::{check, kernel};
@@ -24,7 +25,9 @@ pub fn run(args: &Args, document: RawFd) -> ExitCode {
     match examine(args, document) {
         Ok(()) => check::print(YES),
         Err(error) => {
-            check::complain(&format!("{error:#}"));
+            // As much as is read of it: a pipe that is full would hold this process up until it is given up.
+            let words: String = format!("{error:#}").chars().take(super::WORDS).collect();
+            check::complain(&words);
             ExitCode::FAILURE
         }
     }
@@ -41,6 +44,9 @@ fn examine(args: &Args, document: RawFd) -> Result<()> {
         }
     };
     generation::check(&config, &state.rows)?;
+    // Until it has reloaded it goes on with the present one, and by then nobody could be told that it cannot.
+    let present = take_over::current_config(args, &state.config)?;
+    generation::check(&present, &state.rows).context("with the configuration that is in force")?;
     if state.bpf.is_some() && kernel::wanted(&config) {
         // In this process and with maps of its own: the ones in use do not notice.
         kernel::open_trusted(&Cgroup::stay())

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::rows::Rows;
 
 /// The version of [`State`]: change it with it.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 
 #[derive(Serialize, Deserialize)]
 struct Head {
@@ -92,6 +92,8 @@ pub struct State {
     pub limits: LimitsState,
     /// The log.
     pub log: RawFd,
+    /// The access logs of the current generation, in order: the name of each, and its descriptor. Several may write to one.
+    pub access_logs: Vec<(String, RawFd)>,
     /// The pid file, and the descriptor that holds its lock.
     pub pid_file: (PathBuf, RawFd),
 }
@@ -317,6 +319,7 @@ mod tests {
                 secret: [u64::MAX, 1],
             },
             log: 3,
+            access_logs: vec![("/var/log/culvert/access.log".into(), 31)],
             pid_file: ("/run/culvert.pid".into(), 26),
         }
     }

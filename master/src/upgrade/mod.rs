@@ -110,7 +110,8 @@ impl Upgrade {
     /// Forgets it: the program does something else now.
     pub fn abandon(&mut self) {
         self.wanted = false;
-        if let Some(attempt) = self.attempt.take() {
+        // The id of one that has ended may be another's by now.
+        if let Some(attempt) = self.attempt.take().filter(|attempt| attempt.ended.is_none()) {
             let _ = kill(attempt.child, Signal::SIGKILL);
         }
     }
@@ -333,6 +334,29 @@ mod tests {
         assert_eq!(why("first\n\nsecond\n", exited(1)), "first; second");
         assert!(why("", exited(3)).contains("exited with status 3"));
         assert!(why("", killed).contains("did not say within 10s"));
+    }
+
+    #[test]
+    fn the_id_of_a_program_that_has_answered_and_ended_is_not_signalled() {
+        let mut innocent = Command::new("sleep").arg("50").spawn().unwrap();
+        let child = Pid::from_raw(innocent.id() as i32);
+        let (board_file, _) = culvert_shared::sys::fdpass::pair().unwrap();
+        let mut upgrade = Upgrade::from("/nonexistent".into(), board_file);
+        let mut ask = |ended| {
+            upgrade.attempt = Some(Attempt {
+                child,
+                words: std::io::pipe().unwrap().0,
+                file: FileMark([0; 5]),
+                deadline: None,
+                ended,
+            });
+            upgrade.abandon();
+        };
+        ask(Some(WaitStatus::Exited(child, 0)));
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(innocent.try_wait().unwrap(), None);
+        ask(None);
+        assert!(!innocent.wait().unwrap().success(), "it still runs, and is asked");
     }
 
     #[test]

@@ -91,6 +91,10 @@ impl Master {
                 secret: limits.secret(),
             },
             log: descriptors.add(self.log.as_fd()),
+            access_logs: (self.current.access_logs.names())
+                .zip(self.current.access_logs.descriptors())
+                .map(|(name, file)| (name, descriptors.add(file)))
+                .collect(),
             pid_file: (
                 self.pid_file.path().to_owned(),
                 descriptors.add(self.pid_file.descriptor()),

@@ -1,7 +1,7 @@
 //! The new binary, in the process of the old one: rebuilds the master from the document and goes on. Workers of
 //! the old binary serve until those of this one are ready, as at a reload.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use nix::unistd::Pid;
 
 use super::Upgrade;
 use super::document::{self, Id, Stage, State, StoreState, WorkerState};
-use crate::access_log::AccessLogs;
+use crate::access_log::{AccessLogs, Files};
 use crate::args::Args;
 use crate::boot;
 use crate::error_log::ErrorLog;
@@ -72,7 +72,10 @@ pub fn run(args: Args, document: RawFd) -> Result<ExitCode> {
 }
 
 /// The configuration that is in force, for when the one in the file is refused.
-fn current_config(args: &Args, dumped: &str) -> Result<Config> {
+///
+/// # Errors
+/// Neither can be read.
+pub(super) fn current_config(args: &Args, dumped: &str) -> Result<Config> {
     config::load_dumped(dumped)
         // Another version may have other keys; it has taken the file when it was asked.
         .or_else(|_| config::load(&args.config, &args.set))
@@ -96,6 +99,9 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
     let listeners = (state.listeners.iter())
         .map(|(address, slot, socket)| Ok((address.clone(), *slot, inherit::take(*socket)?)))
         .collect::<Result<Vec<_>>>()?;
+    // Not opened anew: their folder may be gone by now, and nobody could be asked any more.
+    let opened = take_access_logs(state)?;
+    let access_logs = AccessLogs::with(&config, Files::of(&config, &opened))?;
     let generation = Generation::taken_over(
         state.generation,
         config,
@@ -103,6 +109,7 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
         Listeners::of(listeners)?,
         take_table(state, &stores)?,
         Limits::taken_over(take_all(state.limits.memory)?, state.limits.secret)?,
+        access_logs,
     )?;
     let outside = Outside {
         log,
@@ -118,11 +125,17 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
         master.phase = Phase::Paused;
     }
     master.keeper = take_keeper(state, &stores)?;
+    // Not if the configuration is another one, see `current_config`.
+    let names = state.access_logs.iter().map(|(name, _)| name.as_str());
+    let has_its_access_logs = master.current.access_logs.names().eq(names);
     for worker in &state.workers {
         let mut worker = take_worker(worker, &stores, now)?;
         // One that is leaving may be of a generation that was refused, which had the same number.
         if worker.generation == master.current.number && !worker.is_leaving() {
             worker.resolvers = master.current.config.resolvers();
+            if has_its_access_logs {
+                worker.access_logs = master.current.access_logs.clone();
+            }
         }
         master.workers.push(worker);
     }
@@ -135,6 +148,21 @@ fn rebuild(args: Args, config: Config, log: ErrorLog, state: &mut State) -> Resu
 fn take_all<const N: usize>(numbers: [RawFd; N]) -> Result<[OwnedFd; N]> {
     let taken: Vec<OwnedFd> = numbers.into_iter().map(inherit::take).collect::<Result<_>>()?;
     taken.try_into().map_err(|_| anyhow!("descriptors are missing"))
+}
+
+/// By their names.
+fn take_access_logs(state: &State) -> Result<HashMap<String, Arc<OwnedFd>>> {
+    let mut taken: BTreeMap<RawFd, Arc<OwnedFd>> = BTreeMap::new();
+    let mut named = HashMap::new();
+    for (name, number) in &state.access_logs {
+        let file = match taken.get(number) {
+            Some(file) => Arc::clone(file),
+            None => Arc::new(inherit::take(*number)?),
+        };
+        taken.insert(*number, Arc::clone(&file));
+        named.insert(name.clone(), file);
+    }
+    Ok(named)
 }
 
 fn take_entries(state: &State) -> Result<Vec<Arc<Entry>>> {
@@ -252,9 +280,8 @@ fn take_worker(state: &WorkerState, stores: &Stores, now: Instant) -> Result<Wor
             .iter()
             .map(|id| find(stores, *id))
             .collect::<Result<_>>()?,
-        // It goes on with the files that it has, for the moment that it still lives.
+        // Those of the present generation are known, see `rebuild`; another one goes on with the files that it has.
         access_logs: AccessLogs::default(),
-        // Those of the present generation are known, see `rebuild`.
         resolvers: Vec::new(),
         control: state.control.map(inherit::take).transpose()?,
     };

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use crate::config::ProxyProtocol;
-use crate::counters::FallbackReason;
+use crate::counters::{FallbackReason, MAX_LISTENERS, MAX_PEERS};
 use crate::limits::MAX_HOLDS;
 use crate::queue::Claim;
 
@@ -347,8 +347,12 @@ impl Saved {
                 _ => return None,
             },
             is_status: has(STATUS),
-            listener: words[at::ROWS] as u32,
-            peer: Some(peer).filter(|row| *row != u32::MAX),
+            listener: Some(words[at::ROWS] as u32).filter(|row| (*row as usize) < MAX_LISTENERS)?,
+            peer: match peer {
+                u32::MAX => None,
+                row if (row as usize) < MAX_PEERS => Some(row),
+                _ => return None,
+            },
             tcp: has(TCP),
             joined: has(JOINED),
             carrier,
@@ -440,6 +444,21 @@ mod tests {
         assert_eq!(read(&hello("x".repeat(500))), Some(hello(String::new())));
     }
 
+    #[test]
+    fn a_record_that_names_rows_which_the_board_has_not_makes_no_sense() {
+        let mut words = [0; at::END];
+        for place in [at::CLIENT, at::LOCAL] {
+            words[place..][..3].copy_from_slice(&address_words(([192, 0, 2, 1], 1).into()));
+        }
+        let mut is_read = |listener: usize, peer: usize| {
+            words[at::ROWS] = listener as u64 | (peer as u64) << 32;
+            Saved::decode(&words).is_some()
+        };
+        let (listener, peer, none) = (MAX_LISTENERS - 1, MAX_PEERS - 1, u32::MAX as usize);
+        assert!(is_read(listener, peer) && is_read(listener, none));
+        assert!(!is_read(listener + 1, peer) && !is_read(listener, peer + 1));
+    }
+
     fn stream() -> impl Strategy<Value = SavedStream> {
         (0u8..4, any::<bool>(), 0u8..4, any::<[u64; 3]>()).prop_map(
             |(way, source_ended, buffers, numbers)| SavedStream {
@@ -500,7 +519,7 @@ mod tests {
                 hello: hello.map(|(server_name, protocol, alpn_protocols)| SavedHello { server_name, protocol, alpn_protocols }),
                 owes: [None, Some(ProxyProtocol::V1), Some(ProxyProtocol::V2)][owes],
                 is_status: bits[4],
-                listener: small[0],
+                listener: small[0] % MAX_LISTENERS as u32,
                 peer,
                 tcp: bits[0],
                 joined: bits[1],
