@@ -98,14 +98,15 @@ fn a_session_is_accepted_by_the_worker_on_whose_cpu_it_arrived() {
 }
 
 #[test]
-fn sixty_listeners_start_about_as_fast_as_two_and_each_chooses_by_cpu() {
+fn sixty_listeners_cost_a_start_about_as_much_as_two_and_each_chooses_by_cpu() {
     let echo = Upstream::echo("127.0.0.1");
     let start = |listeners: usize| {
         let mut plan = Plan::new().workers(2);
         let fronts: Vec<SocketAddr> = (0..listeners).map(|_| plan.server(&echo)).collect();
-        let started = Instant::now();
         let proxy = plan.start();
-        (proxy, fronts, started.elapsed())
+        // The master does the work; how long it takes depends on who else has some.
+        let work = process::processor_time(proxy.pid());
+        (proxy, fronts, work)
     };
     let (few, _, short) = start(2);
     drop(few);
@@ -234,8 +235,8 @@ fn what_a_worker_tells_last_before_it_leaves_keeps_no_connections_from_the_one_t
 
 #[test]
 fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
-    // As many as there is time for before the replacement comes.
-    let sessions = 30 / emulation();
+    // As many as there is time for before the replacement comes, on a machine that has other things to do as well.
+    let sessions = 12 / emulation().min(4);
     let echo = Upstream::echo("127.0.0.1");
     let mut plan = Plan::new()
         .workers(2)
@@ -287,11 +288,11 @@ fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
     );
     drop(clients);
 
-    proxy.wait("slot 0 has a worker again", |s| first(s).is_some());
-    pause(100);
-    ping(&mut connect(front), 1, 1).expect("a session after the replacement");
-    let replacement = first(&proxy.status()).expect("a worker");
-    assert_eq!(replacement.accepted, 1, "the replacement gets sessions again");
+    // Connections go to it from the moment that the master knows that it is ready.
+    proxy.wait("the replacement gets sessions again", |s| {
+        ping(&mut connect(front), 1, 1).expect("a session after the death");
+        first(s).is_some_and(|replacement| replacement.accepted > 0)
+    });
 }
 
 /// Writes the file with another number of workers, sends HUP and waits until they serve.

@@ -71,8 +71,12 @@ fn wait_for_state(proxy: &Proxy, index: usize, state: &str) {
     });
 }
 
-fn count(log: &str, what: &str) -> usize {
-    log.lines().filter(|line| line.contains(what)).count()
+/// The log says this so often, or soon will: a thread of its own writes it.
+#[track_caller]
+fn must_say_times(proxy: &Proxy, what: &str, times: usize) {
+    let said = || proxy.log().matches(what).count();
+    within(PATIENCE, || said() >= times);
+    assert_eq!(said(), times, "{what}: {}", proxy.log());
 }
 
 /// A server that notes when it was connected to.
@@ -113,8 +117,9 @@ fn a_peer_that_is_down_gets_nothing_and_is_back_after_rise() {
     let gone = Instant::now();
     drop(one);
     wait_for_state(&proxy, 0, "unhealthy");
+    // With an interval that nobody has set it would be ten seconds.
     assert!(
-        gone.elapsed() < crate::harness::patient(Duration::from_millis(1000)),
+        gone.elapsed() < crate::harness::patient(Duration::from_secs(4)),
         "{:?}",
         gone.elapsed()
     );
@@ -132,11 +137,9 @@ fn a_peer_that_is_down_gets_nothing_and_is_back_after_rise() {
 
     let _one = greeter_on(address, 1);
     wait_for_state(&proxy, 0, "up");
-    assert!(within(Duration::from_secs(2), || visit(front)
-        .is_some_and(|(_, name)| name == 1)));
-    let log = proxy.log();
-    assert_eq!(count(&log, "is down: 2 checks in a row failed"), 1, "{log}");
-    assert_eq!(count(&log, "is up: 3 checks in a row passed"), 1, "{log}");
+    assert!(within(PATIENCE, || visit(front).is_some_and(|(_, name)| name == 1)));
+    must_say_times(&proxy, "is down: 2 checks in a row failed", 1);
+    must_say_times(&proxy, "is up: 3 checks in a row passed", 1);
     assert!(proxy.settle().sockmap().sum() > 0, "the kernel carried nothing");
 }
 
@@ -196,7 +199,7 @@ fn a_peer_is_judged_by_its_answer() {
     let lines: Vec<String> = peers.iter().map(|(address, ..)| at(*address, "")).collect();
     for expect in ["+PONG\\\\r\\\\n", "~ ^\\\\+PONG\\\\r\\\\n$"] {
         let check = format!(
-            "check = {{ interval = \"300ms\", timeout = \"2s\", send = \"PING\\r\\n\", expect = \"{expect}\" }}"
+            "check = {{ interval = \"300ms\", timeout = \"3s\", send = \"PING\\r\\n\", expect = \"{expect}\" }}"
         );
         let mut plan = Plan::new().tables(&group(&lines, &check));
         plan.server("group");
@@ -209,10 +212,9 @@ fn a_peer_is_judged_by_its_answer() {
             assert_eq!(peer(&status, index, "/state"), *state, "peer {index}");
         }
         // It would talk for the whole timeout if it were let.
-        assert!(endless.result() < crate::harness::patient(Duration::from_secs(1)));
-        let log = proxy.log();
-        assert!(log.contains("it answered \"-ERR\\r\\n\""), "{log}");
-        assert_eq!(count(&log, "checks in a row failed"), 7, "{log}");
+        assert!(endless.result() < crate::harness::patient(Duration::from_millis(2500)));
+        must_say_times(&proxy, "checks in a row failed", 7);
+        proxy.must_say("it answered \"-ERR\\r\\n\"");
     }
 }
 

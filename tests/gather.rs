@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use crate::harness::pattern::{pause, ping, receive_from};
-use crate::harness::slow::{BOUND, DOWN, MIB, PIECE, UP, finish, must_be_sound, proxy_with};
+use crate::harness::slow::{DOWN, MIB, PIECE, UP, bound, finish, must_be_sound, proxy_with};
 use crate::harness::sockets::reset;
 use crate::harness::{Ending, Flag, Proxy, Received, Towards, Writer, process, receive, send, within};
 use nix::sys::signal::{Signal, kill};
@@ -220,7 +220,7 @@ fn a_reader_that_stops_amid_small_pieces_stops_their_writer() {
         let read = receive_from(&mut reader, UP, 0, 4 * MIB).bytes;
         let accepted = writer.wait_for_stall();
         eprintln!("{towards:?}: {} bytes taken and not read", accepted - read);
-        assert!(accepted - read < BOUND, "{accepted} bytes taken, {read} read");
+        assert!(accepted - read < bound(), "{accepted} bytes taken, {read} read");
         assert_eq!(receive_from(&mut reader, UP, read, accepted + MIB).wrong_at, None);
         reset(reader);
         let _ = writer.join_failed();

@@ -13,8 +13,8 @@ use crate::harness::{Front, PATIENCE, Plan, Proxy, Upstream, connect, patient, p
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// After this long every session was given to the master that there is room for.
-const ALL_ARE_KEPT_MS: u64 = 2500;
+/// Once as many are kept as should be: in that time others would be, too.
+const MORE_WOULD_BE_KEPT_MS: u64 = 1500;
 
 /// Client and upstream.
 type Pair = (TcpStream, TcpStream);
@@ -112,6 +112,16 @@ fn kept(proxy: &Proxy) -> u64 {
     proxy.status().number("/sessions/kept")
 }
 
+/// Waits until so many are kept; how many are a while later.
+#[track_caller]
+fn kept_once_there_are(proxy: &Proxy, least: u64) -> u64 {
+    proxy.wait("as many are kept as should be", |s| {
+        s.number("/sessions/kept") >= least
+    });
+    pause(MORE_WOULD_BE_KEPT_MS);
+    kept(proxy)
+}
+
 #[test]
 fn the_master_is_given_no_more_sessions_than_it_has_descriptors_for() {
     const LIMIT: u64 = 400;
@@ -141,10 +151,9 @@ fn the_master_is_given_no_more_sessions_than_it_has_descriptors_for() {
 
     // All at once: both workers give theirs away at the same moment.
     let mut pairs = open(&front, SESSIONS);
-    pause(ALL_ARE_KEPT_MS);
-    all_speak(&mut pairs);
-    let now_kept = kept(&proxy);
     // One may be refused while another asks.
+    let now_kept = kept_once_there_are(&proxy, room - 2);
+    all_speak(&mut pairs);
     assert!((room - 2..=room).contains(&now_kept), "{now_kept} of {room}");
     let open_in_master = process::descriptors(proxy.pid()).len() as u64;
     assert!(
@@ -183,8 +192,7 @@ fn the_master_is_given_no_more_sessions_than_it_has_descriptors_for() {
     proxy.settle();
     assert!(within(PATIENCE, || kept(&proxy) == 0));
     let mut pairs = open(&front, 100);
-    pause(ALL_ARE_KEPT_MS);
-    let now_kept = kept(&proxy);
+    let now_kept = kept_once_there_are(&proxy, room.min(100) - 2);
     assert!(
         (room.min(100) - 2..=room).contains(&now_kept),
         "{now_kept} of {room}"
@@ -201,37 +209,28 @@ fn sessions_whose_sockets_do_not_reach_the_master_end_with_their_worker_and_dist
     let proxy = plan.start();
     let (master, worker) = (proxy.pid(), proxy.worker());
     let before = numbers(master).len() as u64;
-    let mut pairs = open(&front, SESSIONS as usize);
     // One that comes alone is of no use to anybody.
     let enough = leave_room_for(master, 2 * ARRIVE + 1);
-    pause(ALL_ARE_KEPT_MS);
-    all_speak(&mut pairs);
+    let mut pairs = open(&front, SESSIONS as usize);
     let status = proxy.wait("the master has heard of all", |s| {
         s.number("/sessions/kept") + s.number("/sessions/unkept") == SESSIONS
     });
     assert_eq!(status.number("/sessions/kept"), ARRIVE, "{}", proxy.log());
+    all_speak(&mut pairs);
     assert_eq!(numbers(master).len() as u64, before + 2 * ARRIVE);
-    assert!(
-        proxy.log().contains("are not kept and end with it"),
-        "{}",
-        proxy.log()
-    );
+    proxy.must_say("are not kept and end with it");
     limit(master, enough);
 
     // The worker serves on, and hands over what it can.
     assert_eq!(proxy.worker(), worker);
     let mut late = open(&front, 1);
-    pause(ALL_ARE_KEPT_MS);
+    assert_eq!(kept_once_there_are(&proxy, ARRIVE + 1), ARRIVE + 1);
     all_speak(&mut late);
-    assert_eq!(kept(&proxy), ARRIVE + 1);
     pairs.append(&mut late);
     proxy.reload();
     bury(&proxy, &mut pairs, SESSIONS - ARRIVE);
+    proxy.must_say("has let go of are reset: they were not kept");
     let log = proxy.log();
-    assert!(
-        log.contains("has let go of are reset: they were not kept"),
-        "{log}"
-    );
     assert!(!log.contains("the master is gone"), "{log}");
     tell(proxy.worker(), Signal::SIGKILL);
     proxy.wait("the rest outlives it", |s| {

@@ -130,7 +130,7 @@ fn sessions_of_which_a_worker_that_stood_still_was_told_nothing_go_on() {
     }
     kill(worker, Signal::SIGCONT).expect("letting the worker go on");
 
-    move_all(&mut sessions, Duration::from_secs(5), |session| {
+    move_all(&mut sessions, Duration::from_secs(10), |session| {
         session.push(&stream) | session.pull(&stream, &mut buffer)
     });
     let status = proxy.status();

@@ -2,14 +2,11 @@
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
 
 use crate::harness::pattern::ping;
 use crate::harness::sockets::try_connect;
-use crate::harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
+use crate::harness::{Ending, PATIENCE, Plan, Proxy, Upstream, connect, process, receive, within};
 use nix::sys::signal::Signal;
-
-const SOON: Duration = Duration::from_secs(3);
 
 /// Echoes, and tells how the connection ended.
 fn echo_to_the_end(mut stream: TcpStream) -> Ending {
@@ -108,7 +105,7 @@ fn after_a_reload(gone: Gone, setting: &str, in_stream: bool) -> (Proxy, [TcpStr
     std::fs::write(&file, after).expect("writing the configuration");
     proxy.reload();
     assert!(
-        within(SOON, || !old.iter().any(|&pid| process::is_alive(pid))),
+        within(PATIENCE, || !old.iter().any(|&pid| process::is_alive(pid))),
         "{gone:?}: old workers live on"
     );
     if matches!(gone, Gone::Listener | Gone::Address) {
@@ -156,7 +153,6 @@ fn sessions_are_reset_where_on_reload_is_close_and_the_others_go_on() {
         );
         let (proxy, sessions, upstream) = after_a_reload(gone, "on_reload = \"close\"", in_stream);
         let [mut stays, loses] = sessions;
-        loses.set_read_timeout(Some(SOON)).expect("a timeout");
         let ending = receive(&mut &loses, 1).ending;
         ping(&mut stays, 2, 20).unwrap_or_else(|e| panic!("{name}: a session that lost nothing: {e}"));
         if ending != Ending::Reset {

@@ -8,7 +8,7 @@ use crate::harness::pattern::{pause, ping};
 use crate::harness::{Ending, Plan, Proxy, Upstream, connect, exchange, process, receive, within};
 use nix::sys::signal::Signal;
 
-const SOON: Duration = Duration::from_secs(3);
+const SOON: Duration = Duration::from_secs(10);
 
 fn is_refused(front: SocketAddr) -> bool {
     match TcpStream::connect_timeout(&front, Duration::from_secs(1)) {
@@ -118,7 +118,7 @@ fn orphaned_workers_stay_no_longer_than_worker_shutdown_timeout() {
         ping(client, 2, 3).expect("a session of an orphan");
     }
     assert!(
-        all_gone(&orphans, Duration::from_secs(5)),
+        all_gone(&orphans, SOON),
         "orphans stay longer than worker_shutdown_timeout: {orphans:?}"
     );
     for client in &mut clients {

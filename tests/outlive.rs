@@ -70,9 +70,12 @@ fn a_worker_that_is_killed_each_second_takes_no_session_with_it_that_is_old_enou
         kill(Pid::from_raw(victim.pid), Signal::SIGKILL).expect("killing a worker");
     });
     let kills = load.ledger.kills() as u64;
-    let restarts = proxy.status().number("/worker_restarts");
+    let status = proxy.wait("the last of them is replaced", |s| {
+        s.number("/worker_restarts") >= kills
+    });
     assert_eq!(
-        restarts, kills,
+        status.number("/worker_restarts"),
+        kills,
         "workers that were replaced, and workers that were killed"
     );
     load.finish(&proxy, "kills");

@@ -11,7 +11,8 @@ use crate::harness::load::KEPT_AFTER;
 use crate::harness::pattern::{fill, pause, ping};
 use crate::harness::sockets::Deaf;
 use crate::harness::{
-    Bytes, Ending, Front, Plan, Port, Proxy, Upstream, connect, patient, process, receive, upstream, within,
+    Bytes, Ending, Front, PATIENCE, Plan, Port, Proxy, Upstream, connect, patient, process, receive,
+    upstream, within,
 };
 use culvert_shared::sessions::Record;
 use culvert_shared::sys::shm::Shared;
@@ -125,7 +126,10 @@ enum Event {
     Kill,
 }
 
-/// Replaces the worker; the old one must be gone within a second.
+/// An old worker waits for no client: it is gone long before the time of any of them is over.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
+
+/// Replaces the worker; the old one must be gone soon.
 #[track_caller]
 fn replace(proxy: &Proxy, event: Event) {
     let old = proxy.worker();
@@ -133,8 +137,8 @@ fn replace(proxy: &Proxy, event: Event) {
         Event::Reload => _ = proxy.reload(),
         Event::Kill => kill(Pid::from_raw(old), Signal::SIGKILL).expect("killing the worker"),
     }
-    let gone = within(Duration::from_secs(1), || !process::is_alive(old));
-    assert!(gone, "{event:?}: process {old} has not gone within a second");
+    let gone = within(GONE_WITHIN, || !process::is_alive(old));
+    assert!(gone, "{event:?}: process {old} has not gone");
     proxy.wait("one worker serves", |s| {
         let workers = s.workers();
         workers.len() == 1 && workers[0].pid != old
@@ -276,12 +280,12 @@ fn they_come_through_the_death_of_their_worker() {
 
 #[test]
 fn a_client_that_sends_no_header_or_hello_is_given_up_at_its_own_time_whoever_waits_for_it() {
-    const LIMIT: Duration = Duration::from_millis(2500);
+    const LIMIT: Duration = Duration::from_secs(4);
     // The program counts whole milliseconds, of its own clock.
     const ROUNDING: Duration = Duration::from_millis(5);
     let told = Upstream::serve("127.0.0.1", tell_and_echo);
     let mut plan =
-        Plan::new().stream("proxy_protocol_timeout = \"2500ms\"\npreread_timeout = \"2500ms\"\naccess = []");
+        Plan::new().stream("proxy_protocol_timeout = \"4s\"\npreread_timeout = \"4s\"\naccess = []");
     let header = plan.server_listening(IN, &told, TRUST);
     let hello = plan.server_with("127.0.0.1", &told, "ssl_preread = true");
     let proxy = plan.start();
@@ -291,14 +295,15 @@ fn a_client_that_sends_no_header_or_hello_is_given_up_at_its_own_time_whoever_wa
         client.write_all(first).expect("the beginning");
     }
     for _ in 0..2 {
-        pause(700);
+        pause(1200);
         replace(&proxy, Event::Reload);
     }
     for mut client in clients {
         assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
+        // Time that began anew would be over after 6.4 s.
         let took = begun.elapsed();
         assert!(
-            took + ROUNDING >= LIMIT && took < LIMIT + patient(Duration::from_millis(1300)),
+            took + ROUNDING >= LIMIT && took < LIMIT + patient(Duration::from_millis(2300)),
             "closed after {took:?}"
         );
     }
@@ -327,7 +332,7 @@ fn a_client_whose_listener_is_gone_before_it_has_said_where_to_goes_there_all_th
     // Only the worker that accepted it knows where it would go. From then on any worker can have it.
     assert!(process::is_alive(old), "{}", proxy.log());
     case.say_more();
-    let gone = within(Duration::from_secs(1), || !process::is_alive(old));
+    let gone = within(GONE_WITHIN, || !process::is_alive(old));
     assert!(gone, "it holds its old worker: {}", proxy.log());
     case.play_on();
     let status = proxy.settle();
@@ -396,12 +401,12 @@ fn a_peer_that_was_tried_in_one_worker_is_not_tried_again_in_the_next() {
             let words = format!("failed to connect to {address} ");
             proxy.log().matches(&words).count()
         };
-        let refused = || within(Duration::from_secs(1), || tries(refuses) == 1);
+        let refused = || within(PATIENCE, || tries(refuses) == 1);
         assert!(refused(), "{event:?}: {}", proxy.log());
         proxy.wait("it is kept", |s| s.number("/sessions/kept") == 1);
         replace(&proxy, event);
         assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
-        let told = within(Duration::from_secs(1), || tries(deaf.address) == 1);
+        let told = within(PATIENCE, || tries(deaf.address) == 1);
         assert!(told && tries(refuses) == 1, "{event:?}: {}", proxy.log());
         assert_eq!(proxy.settle().number("/closes/connect_timeout"), 1);
     }
@@ -426,7 +431,7 @@ fn a_peer_gets_the_header_that_was_to_be_sent_when_connecting_to_it_began_and_th
     case.play_on();
     proxy.settle();
     let line = || std::fs::read_to_string(&log).unwrap_or_default();
-    assert!(within(Duration::from_secs(5), || line().ends_with('\n')));
+    assert!(within(PATIENCE, || line().ends_with('\n')));
     assert!(line().contains("192.0.2.7"), "{}", line());
 }
 
@@ -486,8 +491,7 @@ fn a_session_at_which_two_workers_died_is_reset_and_the_others_go_on() {
     let (mut client, mut server) = sessions.remove(0);
     assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
     assert_eq!(receive(&mut server, 1).ending, Ending::Reset);
-    let is_said = || proxy.log().contains("workers have died at taking it over");
-    assert!(within(Duration::from_secs(5), is_said), "{}", proxy.log());
+    proxy.must_say("workers have died at taking it over");
     for (client, server) in sessions {
         let echo = std::thread::spawn(move || upstream::echo(server));
         let mut client = client;

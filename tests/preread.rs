@@ -193,15 +193,20 @@ fn a_hello_may_follow_a_proxy_header() {
 #[test]
 fn a_client_that_sends_no_hello_in_time_or_too_long_a_one_is_reset() {
     let upstream = Upstream::sink("127.0.0.1", 1);
-    let mut plan = Plan::new().stream("preread_timeout = \"400ms\"\npreread_buffer_size = \"1k\"");
+    let mut plan = Plan::new().stream("preread_buffer_size = \"1k\"");
+    let hasty = plan.server_with(
+        "127.0.0.1",
+        &upstream,
+        &format!("{TLS}\npreread_timeout = \"400ms\""),
+    );
     let front = plan.server_with("127.0.0.1", &upstream, TLS);
     let proxy = plan.start();
     let ends = |client: &mut TcpStream| receive(client, 1).ending;
-    let mut silent = connect(front);
+    let mut silent = connect(hasty);
     let begun = Instant::now();
     assert_eq!(ends(&mut silent), Ending::Reset);
-    assert!((Duration::from_millis(350)..Duration::from_millis(1500)).contains(&begun.elapsed()));
-    let mut half = connect(front);
+    assert!((Duration::from_millis(350)..Duration::from_secs(15)).contains(&begun.elapsed()));
+    let mut half = connect(hasty);
     half.write_all(&hello("one.example", 0)[..30])
         .expect("half a hello");
     assert_eq!(ends(&mut half), Ending::Reset);
@@ -210,8 +215,8 @@ fn a_client_that_sends_no_hello_in_time_or_too_long_a_one_is_reset() {
     long.write_all(&hello("one.example", 1100)).expect("a long hello");
     assert_eq!(ends(&mut long), Ending::Reset);
     assert!(
-        begun.elapsed() < Duration::from_millis(350),
-        "at once, not at the timeout"
+        begun.elapsed() < Duration::from_secs(15),
+        "at once, not at the timeout of half a minute"
     );
     let mut gone = connect(front);
     gone.write_all(&hello("one.example", 0)[..30])

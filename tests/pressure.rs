@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::harness::pattern::{pause, ping, receive_from};
 use crate::harness::program::{need, run};
 use crate::harness::slow::{
-    BACKLOG_DEFAULT, BOUND, DOWN, MIB, PIECE, UP, finish, must_have_stayed_in_the_kernel, proxy_with,
+    BACKLOG_DEFAULT, DOWN, MIB, PIECE, UP, bound, finish, must_have_stayed_in_the_kernel, proxy_with,
     standstill,
 };
 use crate::harness::turns::{alone, beside_others};
@@ -57,10 +57,10 @@ fn a_reader_stands_still(ip: &str, towards: Towards, first: u64, piece: usize, t
     );
     assert!(writer.accepted() < total, "the writer was never held back");
     assert!(
-        most_held <= BOUND,
+        most_held <= bound(),
         "{most_held} bytes accepted from the writer and not read"
     );
-    assert!(most_tcp <= BOUND, "{most_tcp} bytes of kernel memory charged");
+    assert!(most_tcp <= bound(), "{most_tcp} bytes of kernel memory charged");
     let open = proxy.status();
     let pauses = open.number("/pauses");
     assert!(pauses > 0, "no pause of the open session is in the status");
@@ -145,7 +145,7 @@ fn a_source_that_cannot_be_held_back_is_reset_before_it_takes_the_kernels_memory
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}");
         receive(&mut reading, UP).must_be_a_prefix_and_a_reset(accepted);
         // Its window, twice, and the margin.
-        assert!(accepted < 8 * BOUND, "{} MiB were taken", accepted / MIB);
+        assert!(accepted < 8 * bound(), "{} MiB were taken", accepted / MIB);
         eprintln!("{towards:?}: {} MiB accepted, {tcp} before", accepted / MIB);
     }
     assert_eq!(proxy.settle().number("/closes/integrity"), 2);
@@ -189,7 +189,7 @@ fn segments_of_a_few_bytes_take_no_more_memory_than_others_where_the_target_take
         writer.accepted(),
         most as f64 / MIB as f64
     );
-    assert!(most < BOUND, "{most} bytes more in slabs");
+    assert!(most < bound(), "{most} bytes more in slabs");
     finish(writer, client, reading, UP, 0, SENT);
     must_have_stayed_in_the_kernel(&proxy.settle());
 }
@@ -270,7 +270,7 @@ fn a_permanently_slower_reader_stays_with_the_kernel() {
         let most = TOTAL / (BACKLOG_DEFAULT / 4) + 4;
         assert!((1..=most).contains(&pauses), "{pauses} pauses, at most {most}");
         assert!(
-            took < Duration::from_secs(6),
+            took < Duration::from_secs(15),
             "a reader of 20 MiB/s was fed for {took:?}"
         );
     }
@@ -316,7 +316,7 @@ fn other_sessions_go_on_while_many_are_held_back() {
     let start = Instant::now();
     ping(&mut client, DOWN, 1000).expect("1000 rounds");
     assert!(
-        start.elapsed() < Duration::from_secs(5),
+        start.elapsed() < Duration::from_secs(20),
         "1000 rounds took {:?}",
         start.elapsed()
     );

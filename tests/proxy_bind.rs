@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::harness::greeter::{greeter, visit};
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run, shell};
-use crate::harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send, within};
+use crate::harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt,
@@ -81,7 +81,7 @@ impl Networks {
             ),
         ];
         for line in lines {
-            shell(&line, Duration::from_secs(20));
+            shell(&line, PATIENCE);
         }
         networks
     }
@@ -185,8 +185,7 @@ fn an_address_that_the_host_lacks_fails_the_session_and_is_said() {
         echo.address
     );
     for said in [&*failed, "no address of this host", "they are of two kinds"] {
-        let is_said = within(Duration::from_secs(5), || proxy.log().contains(said));
-        assert!(is_said, "{said} is not in the log: {}", proxy.log());
+        proxy.must_say(said);
     }
 }
 
@@ -346,7 +345,7 @@ fn a_client_that_is_gone_without_a_word_is_noticed_by_probes() {
         pause(500);
         // Nobody there takes the probes, and nobody says so.
         let line = format!("ip -n {} addr del 10.77.1.2/24 dev to-p", networks.names[CLIENT]);
-        shell(&line, Duration::from_secs(5));
+        shell(&line, PATIENCE);
         proxy.wait("the one that is probed has ended", |s| s.active() == 1);
         assert_eq!(proxy.status().number("/closes/downstream_reset"), 1);
     });
@@ -394,7 +393,7 @@ fn a_client_may_send_data_in_its_syn() {
     networks.within(PROXY, || {
         for name in [&networks.names[CLIENT], &networks.names[PROXY]] {
             let line = format!("ip netns exec {name} sysctl -qw net.ipv4.tcp_fastopen=3");
-            shell(&line, Duration::from_secs(5));
+            shell(&line, PATIENCE);
         }
         let echo = Upstream::echo("127.0.0.1");
         let port = Port::claim();
@@ -422,10 +421,13 @@ fn a_client_may_send_data_in_its_syn() {
         assert_eq!(early, 5, "connections with data in their SYN");
         let status = proxy.settle();
         assert_eq!(status.sockmap().to_upstream, 6 * 10);
-        // The answer is sent before the handshake is over, and the kernel takes established connections only.
-        session(true);
-        let status = proxy.settle();
-        assert_eq!(status.number("/fallbacks/early_end"), 1);
-        assert_eq!(status.carried().to_upstream, 7 * 10);
+        // The answer is sent before the handshake is over, and the kernel takes established connections only. A worker
+        // that is held up may come too late for that.
+        let early = (1..=10).find(|_| {
+            session(true);
+            proxy.settle().number("/fallbacks/early_end") == 1
+        });
+        let sessions = 6 + early.expect("an answer before the handshake was over");
+        assert_eq!(proxy.settle().carried().to_upstream, sessions * 10);
     });
 }

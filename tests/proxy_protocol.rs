@@ -289,8 +289,9 @@ fn a_header_is_sent_to_a_peer_on_a_unix_socket_too() {
 #[test]
 fn a_connection_without_a_valid_header_is_closed_and_the_upstream_never_hears_of_it() {
     let upstream = Upstream::sink("127.0.0.1", 1);
-    let mut plan = Plan::new().stream("proxy_protocol_timeout = \"500ms\"");
-    let front = plan.server_listening(IN, &upstream, "");
+    let mut plan = Plan::new();
+    let front = plan.server_listening(IN, &upstream, "proxy_protocol_timeout = \"30s\"");
+    let hasty = plan.server_listening(IN, &upstream, "proxy_protocol_timeout = \"500ms\"");
     let proxy = plan.start();
     let mut v2_too_long = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff".to_vec();
     v2_too_long.resize(5000, 1);
@@ -306,20 +307,17 @@ fn a_connection_without_a_valid_header_is_closed_and_the_upstream_never_hears_of
         let begun = Instant::now();
         assert_eq!(receive(&mut client, 1).ending, Ending::Reset);
         assert!(
-            begun.elapsed() < Duration::from_millis(400),
+            begun.elapsed() < Duration::from_secs(15),
             "at once, not at the timeout"
         );
     }
     // Too slow: the clock starts when the connection is accepted, and bytes do not move it.
-    let mut slow = connect(front);
-    let begun = Instant::now();
-    let refused = V1[..20].iter().any(|byte| {
+    let mut slow = connect(hasty);
+    let refused = V1[..40].iter().any(|byte| {
         pause(60);
         slow.write_all(&[*byte]).is_err()
     });
-    assert!(refused, "twenty bytes took longer than the timeout");
-    let took = begun.elapsed();
-    assert!(took < Duration::from_millis(1400), "closed after {took:?}");
+    assert!(refused, "forty bytes took longer than the timeout");
     // Gone in the middle: by an end, and by a reset.
     let mut ended = connect(front);
     ended.write_all(&V1[..20]).expect("half a header");
@@ -354,22 +352,23 @@ fn half_a_header_does_not_keep_the_worker_busy() {
     }
     proxy.wait("all sessions are there", |s| s.active() == 50);
     let worker = proxy.worker();
-    let ticks = || {
-        let stat = std::fs::read_to_string(format!("/proc/{worker}/stat")).expect("its stat");
-        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-        fields[11].parse::<u64>().expect("utime") + fields[12].parse::<u64>().expect("stime")
+    let spent = || {
+        (
+            process::voluntary_switches(worker),
+            process::processor_time(worker),
+        )
     };
-    let before = (process::voluntary_switches(worker), ticks());
+    let before = spent();
     pause(1000);
-    let after = (process::voluntary_switches(worker), ticks());
+    let after = spent();
     assert!(
         after.0 - before.0 < 20,
         "{} wake-ups in a second",
         after.0 - before.0
     );
     assert!(
-        after.1 - before.1 < 10,
-        "{} ticks of CPU time in a second",
+        after.1 - before.1 < Duration::from_millis(100),
+        "{:?} of CPU time in a second",
         after.1 - before.1
     );
     for client in &mut waiting {

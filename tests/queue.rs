@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::harness::load::KEPT_AFTER;
 use crate::harness::sockets::try_connect;
 use crate::harness::{PATIENCE, Plan, Proxy, Status, Upstream, connect, within};
 use nix::sys::signal::{Signal, kill};
@@ -115,23 +114,19 @@ fn places_go_to_those_who_have_waited_longest_over_all_workers() {
     let workers = proxy.status().workers();
     let busy = workers.iter().filter(|worker| worker.sessions > 0).count();
     assert!(busy > 1, "all wait at one worker: {workers:?}");
-    let begun = Instant::now();
+    let mut took = Vec::new();
     // One place at a time: of two at once nobody could say which the peer saw first.
     let mut places: std::collections::VecDeque<TcpStream> = std::collections::VecDeque::new();
     for (mut client, name) in clients {
         if name >= 2 {
             drop(places.pop_front());
+            let begun = Instant::now();
             assert!(is_served(&mut client, name), "{name}");
+            took.push(begun.elapsed());
         }
         places.push_back(client);
     }
     drop(places);
-    let took = begun.elapsed();
-    // Whoever frees a place wakes the one whose turn it is; looking now and then would take a second or two.
-    assert!(
-        took < crate::harness::patient(Duration::from_millis(600)),
-        "{took:?}"
-    );
     let expected: Vec<u8> = (0..20).collect();
     assert_eq!(*seen.order.lock().expect("the order"), expected);
     assert_eq!(seen.most.load(Ordering::SeqCst), 2);
@@ -139,11 +134,30 @@ fn places_go_to_those_who_have_waited_longest_over_all_workers() {
     assert_eq!((queue(&status, "queued"), queue(&status, "waiting")), (18, 0));
     assert_eq!(queue(&status, "timed_out") + queue(&status, "overflowed"), 0);
     assert!(status.sockmap().sum() > 0, "the kernel carried nothing");
+    // Whoever frees a place wakes the one whose turn it is; where each looks ten times a second, most wait for that, and
+    // longer than those for whom there is a place.
+    let straight = (0..18u8).map(|name| {
+        let begun = Instant::now();
+        assert!(is_served(&mut come(front, name), name), "{name}");
+        let took = begun.elapsed();
+        proxy.settle();
+        took
+    });
+    let [waited, straight] = [took, straight.collect()].map(median);
+    assert!(
+        waited < crate::harness::patient(Duration::from_millis(30)) + 2 * straight,
+        "{waited:?} where others waited, {straight:?} where nobody did"
+    );
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
 }
 
 #[test]
 fn no_more_wait_than_size_and_none_longer_than_timeout() {
-    let (seen, _upstream, proxy, front) = behind_a_queue(3, 1, "queue = { size = 2, timeout = \"1s\" }");
+    let (seen, _upstream, proxy, front) = behind_a_queue(3, 1, "queue = { size = 2, timeout = \"3s\" }");
     let mut first = come(front, 1);
     assert!(is_served(&mut first, 1));
     let begun = Instant::now();
@@ -155,12 +169,12 @@ fn no_more_wait_than_size_and_none_longer_than_timeout() {
         let _ = fourth.write_all(&[4]);
         assert!(!is_served(&mut fourth, 4));
     }
-    assert!(begun.elapsed() < Duration::from_millis(900), "it was told late");
+    assert!(begun.elapsed() < Duration::from_millis(2800), "it was told late");
     assert!(!is_served(&mut second, 2) && !is_served(&mut third, 3));
     let waited = begun.elapsed();
-    assert!(waited >= Duration::from_millis(950), "{waited:?}");
+    assert!(waited >= Duration::from_millis(2950), "{waited:?}");
     assert!(
-        waited < crate::harness::patient(Duration::from_secs(3)),
+        waited < crate::harness::patient(Duration::from_secs(15)),
         "{waited:?}"
     );
     let status = wait_for_waiting(&proxy, 0);
@@ -226,7 +240,8 @@ fn a_workers_death_takes_its_tickets_along_and_nobody_elses() {
         false => (&workers[1], &workers[0]),
     };
     kill(Pid::from_raw(victim.pid), Signal::SIGKILL).expect("killing");
-    let young = begun.elapsed() < KEPT_AFTER;
+    // None is kept before it is a second old.
+    let young = begun.elapsed() < Duration::from_millis(900);
     proxy.wait("another one serves", |s| {
         let workers = s.workers();
         workers.len() == 2 && workers.iter().all(|w| w.pid != victim.pid)
@@ -291,7 +306,7 @@ fn sessions_that_wait_outlive_a_reload_and_keep_their_order() {
         }
     }
     must_be_served_in_order(first, clients, &seen);
-    assert!(within(Duration::from_secs(5), || {
+    assert!(within(PATIENCE, || {
         proxy.status().workers().iter().all(|worker| !worker.draining)
     }));
 }

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::harness::{Bytes, Plan, Port, Proxy, Upstream, connect, exchange, program, upstream, within};
+use crate::harness::{
+    Bytes, PATIENCE, Plan, Port, Proxy, Upstream, connect, exchange, program, upstream, within,
+};
 
 fn seed_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../conf/seed.toml")
@@ -37,7 +39,7 @@ fn the_seeds_configuration_does_what_the_seed_did() {
 
     let mut text = std::fs::read_to_string(seed_file()).expect("reading conf/seed.toml");
     let mut fronts = BTreeMap::new();
-    let mut plan = Plan::new();
+    let plan = Plan::new();
     let mut replace = |old: u16, new: u16| {
         let (from, to) = (format!(":{old}\""), format!(":{new}\""));
         assert!(
@@ -68,7 +70,6 @@ fn the_seeds_configuration_does_what_the_seed_did() {
     );
     let file = plan.file("seed.toml");
     std::fs::write(&file, text).expect("writing the configuration");
-    plan = plan.lifetime(Duration::from_secs(40));
     let proxy = Proxy::start_file(plan, &file);
     let front = |old: u16| connect(fronts[&old].on("127.0.0.1"));
     assert_eq!(proxy.status().workers().len(), 1);
@@ -107,7 +108,7 @@ fn the_seeds_configuration_does_what_the_seed_did() {
     );
     let of_10001 = fronts[&10001].number.to_string();
     let mut text = String::new();
-    let told = within(Duration::from_secs(5), || {
+    let told = within(PATIENCE, || {
         text = std::fs::read_to_string(&log).expect("the error log");
         text.contains(&of_10001)
     });

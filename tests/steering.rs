@@ -10,9 +10,7 @@ use std::time::Duration;
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, shell};
 use crate::harness::turns::{Turn, alone};
-use crate::harness::{
-    Bytes, Plan, Proxy, Status, Upstream, connect, exchange, process, receive, send, within,
-};
+use crate::harness::{Bytes, Plan, Proxy, Status, Upstream, connect, exchange, process, receive, send};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -346,9 +344,7 @@ fn a_larger_value_of_the_administrator_stays() {
     let (plan, _echo, _) = echo_plan(ON);
     let mut proxy = plan.start();
     assert_eq!(values(), ["65536", SET[1], SET[2]]);
-    assert!(within(Duration::from_secs(1), || proxy
-        .log()
-        .contains("lo/rx-0 512 to 32768")));
+    proxy.must_say("lo/rx-0 512 to 32768");
     proxy.stop();
     assert_eq!(values(), ["65536", FOUND[1], FOUND[2]]);
 }

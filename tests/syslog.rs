@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use crate::harness::pattern::ping;
 use crate::harness::program::{Running, need};
-use crate::harness::{Plan, Port, Upstream, connect, within};
+use crate::harness::{PATIENCE, Plan, Port, Upstream, connect, within};
 use nix::sys::signal::Signal;
 
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = PATIENCE;
 
 /// Datagrams as they come, until none is wanted any more.
 fn reading(receive: impl Fn(&mut [u8]) -> std::io::Result<usize> + Send + 'static) -> Receiver<String> {
@@ -131,8 +131,10 @@ fn a_line_of_an_access_log_is_the_datagram_that_nginx_sends() {
         });
         assert_eq!(both[0], both[1], "nginx's and ours for {target}");
     }
-    let status = proxy.settle();
-    assert_eq!(status.number("/access_log/written"), 3);
+    // A line is counted after it was sent.
+    let status = proxy.wait("three lines are counted", |s| {
+        s.number("/access_log/written") == 3
+    });
     assert_eq!(status.number("/access_log/dropped"), 0);
 }
 
@@ -286,6 +288,6 @@ fn a_syslog_server_that_does_not_read_holds_nobody_up() {
         s.number("/log_lines_dropped") > 0
     });
     proxy.signal(Signal::SIGQUIT);
-    let exit = proxy.wait_for_exit(Duration::from_secs(10));
+    let exit = proxy.wait_for_exit(PATIENCE);
     assert!(exit.is_some_and(|exit| exit.success()), "{exit:?}");
 }

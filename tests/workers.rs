@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run};
-use crate::harness::{Ending, Plan, Proxy, Upstream, connect, process, receive, within};
+use crate::harness::{Ending, PATIENCE, Plan, Proxy, Upstream, connect, process, receive, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -124,22 +124,28 @@ fn a_killed_worker_is_replaced_its_sessions_are_reset_and_the_others_go_on() {
     let mut plan = Plan::new().workers(2);
     let front = plan.server(&echo);
     let proxy = plan.start();
-    let mut clients = Vec::new();
+    let mut clients: Vec<TcpStream> = Vec::new();
     let status = loop {
-        let mut client = connect(front);
-        ping(&mut client, 1, 2).expect("a session before");
-        clients.push(client);
+        // Many at once: those that are older than a second would outlive it.
+        let from = clients.len();
+        clients.extend((0..20).map(|_| connect(front)));
+        for client in &mut clients[from..] {
+            ping(client, 1, 2).expect("a session before");
+        }
         let status = proxy.wait("all are offloaded", |s| s.offloaded() == clients.len() as u64);
         if status.workers().iter().all(|w| w.sessions >= 5) {
             break status;
         }
         assert!(
-            clients.len() < 200,
+            clients.len() < 400,
             "one of two workers gets no sessions: {:?}",
             status.workers()
         );
     };
-    let (total, victim) = (status.number("/sessions/total"), status.workers()[0].clone());
+    let total = status.number("/sessions/total");
+    // One of them may have been ready later than the other: it has the younger sessions, and fewer.
+    let victim = status.workers().into_iter().min_by_key(|w| w.sessions);
+    let victim = victim.expect("two workers");
 
     let start = Instant::now();
     kill(Pid::from_raw(victim.pid), Signal::SIGKILL).expect("killing a worker");
@@ -151,7 +157,7 @@ fn a_killed_worker_is_replaced_its_sessions_are_reset_and_the_others_go_on() {
                 .all(|w| w.pid != victim.pid && process::is_alive(w.pid))
     });
     assert!(
-        start.elapsed() < Duration::from_millis(1500),
+        start.elapsed() < Duration::from_secs(4),
         "replaced after {:?}",
         start.elapsed()
     );
@@ -174,7 +180,13 @@ fn a_killed_worker_is_replaced_its_sessions_are_reset_and_the_others_go_on() {
             reset += 1;
         }
     }
-    assert_eq!(reset, victim.sessions, "exactly the killed worker's sessions end");
+    let kept = proxy.status().number("/sessions/adopted");
+    assert_eq!(
+        reset + kept,
+        victim.sessions,
+        "exactly the killed worker's sessions end, but for {kept} that were a second old"
+    );
+    assert!(reset > 0, "all were a second old");
     let endings: Vec<Ending> = (0..20 + reset).map(|_| echo.result()).collect();
     let count = |kind| endings.iter().filter(|e| **e == kind).count() as u64;
     assert_eq!(
@@ -210,7 +222,7 @@ fn a_worker_that_is_killed_again_and_again_is_replaced_each_time() {
     for round in 0..4 {
         let pid = proxy.worker();
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("killing the worker");
-        let replaced = within(Duration::from_secs(10), || proxy.worker() != pid);
+        let replaced = within(PATIENCE, || proxy.worker() != pid);
         assert!(replaced, "not replaced in round {round}");
         ping(&mut connect(front), round, 3).expect("a session after the replacement");
     }
@@ -295,11 +307,12 @@ fn a_busy_offloaded_session_does_not_wake_its_worker() {
     proxy.wait("the session is offloaded", |s| s.offloaded() == 1);
     pause(300);
     let worker = proxy.worker();
-    let before = process::voluntary_switches(worker);
+    let (before, begun) = (process::voluntary_switches(worker), Instant::now());
     ping(&mut client, 1, 3000).expect("3000 rounds");
     let woken = process::voluntary_switches(worker) - before;
+    // Now and then it wakes by itself.
     assert!(
-        woken < 100,
+        woken < 100 + 10 * begun.elapsed().as_secs(),
         "3000 rounds that the kernel carried woke the worker {woken} times"
     );
 }

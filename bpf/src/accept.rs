@@ -336,7 +336,7 @@ mod tests {
             Put::Done => None,
             Put::Busy(error) => Some(error),
         };
-        let give_up = Instant::now() + Duration::from_secs(2);
+        let give_up = Instant::now() + Duration::from_secs(10);
         while let Some(error) = busy() {
             assert!(Instant::now() < give_up, "{error:#}");
             sleep(Duration::from_millis(5));

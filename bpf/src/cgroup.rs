@@ -141,11 +141,38 @@ fn join(path: &Path) -> io::Result<()> {
     fs::write(path.join("cgroup.procs"), std::process::id().to_string())
 }
 
-/// Removes what killed masters left. A cgroup with processes in it cannot be removed.
+/// Removes what killed masters left. A cgroup with processes in it cannot be removed; an empty one of another name is
+/// somebody else's, who may be about to use it.
 fn remove_abandoned(present: &Path) {
     for entry in fs::read_dir(present).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        if number.is_some_and(|number| number.parse::<u32>().is_ok()) {
             let _ = fs::remove_dir(entry.path());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_cgroups_that_a_master_made_are_taken_for_abandoned() {
+        let present = std::env::temp_dir().join(format!("culvert-cgroups-{}", std::process::id()));
+        let names = [
+            "culvert-17",
+            "culvert-17.slice",
+            "culvert-backup",
+            "culvert-",
+            "other",
+        ];
+        for name in names {
+            fs::create_dir_all(present.join(name)).expect("a directory");
+        }
+        remove_abandoned(&present);
+        let left = names.map(|name| present.join(name).exists());
+        fs::remove_dir_all(&present).expect("removing the directories");
+        assert_eq!(left, [false, true, true, true, true]);
     }
 }

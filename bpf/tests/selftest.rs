@@ -90,7 +90,8 @@ fn this_kernel_passes_quickly_and_nothing_of_it_is_counted_as_traffic() {
     let (_cgroup, bpf) = open();
     let took = run(&bpf).expect("passing");
     println!("{took:?}");
-    assert!(took < Duration::from_secs(1), "it took {took:?}");
+    // Where the processors have nothing else to do, a tenth of a second.
+    assert!(took < Duration::from_secs(4), "it took {took:?}");
     for direction in Direction::BOTH {
         assert_eq!(bpf.totals().forwarded_bytes(direction), 0);
     }

@@ -25,6 +25,15 @@ pub fn slab_bytes() -> u64 {
     of_meminfo("Slab:")
 }
 
+/// The largest receive buffer that TCP gives a socket by itself.
+pub fn largest_receive_buffer() -> u64 {
+    let sizes = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").expect("the receive buffers' sizes");
+    let largest = sizes.split_whitespace().next_back();
+    largest
+        .and_then(|size| size.parse().ok())
+        .expect("the largest receive buffer")
+}
+
 fn of_meminfo(key: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").expect("reading /proc/meminfo");
     let line = text.lines().find_map(|line| line.strip_prefix(key));

@@ -1,6 +1,7 @@
 //! Other processes as `/proc` shows them. Reads only.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A line of `/proc/<pid>/status`, without its key.
 #[track_caller]
@@ -28,6 +29,27 @@ pub fn voluntary_switches(pid: i32) -> u64 {
                 .expect("a number")
         })
         .sum()
+}
+
+/// What the process has had of the processors so far, which does not depend on what else they have to do.
+#[track_caller]
+pub fn processor_time(pid: i32) -> Duration {
+    let path = format!("/proc/{pid}/stat");
+    let stat = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("failed to read {path}: {e}"));
+    // What follows the command in parentheses, from the third field on: utime and stime are the 14th and 15th.
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    let ticks = |at: usize| fields[at].parse::<u64>().expect("a number of ticks");
+    // USER_HZ is 100 everywhere but on Alpha.
+    Duration::from_millis(10 * (ticks(11) + ticks(12)))
+}
+
+/// How long the first thread of the process, in all, could have run and had no processor; nothing where the kernel does
+/// not count that.
+pub fn waited_for_a_processor(pid: i32) -> Duration {
+    // Nanoseconds on a processor, nanoseconds in wait for one, turns.
+    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap_or_default();
+    let waited = text.split_whitespace().nth(1).and_then(|ns| ns.parse().ok());
+    Duration::from_nanos(waited.unwrap_or(0))
 }
 
 /// Open descriptors, what each refers to.

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::plan::Scratch;
-use super::{watchdog, within};
+use super::{PATIENCE, watchdog, within};
 
 /// How a program ended and what it wrote.
 #[derive(Debug)]
@@ -147,7 +147,7 @@ impl Running {
     /// Waits until it accepts connections.
     #[track_caller]
     pub fn wait_for(mut self, address: SocketAddr) -> Running {
-        let ready = within(Duration::from_secs(15), || {
+        let ready = within(PATIENCE * 2, || {
             if let Ok(Some(exit)) = self.child.try_wait() {
                 panic!("{} ended at its start with {exit}: {}", self.name, self.log());
             }

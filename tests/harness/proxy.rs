@@ -14,7 +14,7 @@ use super::plan::{Plan, Scratch};
 use super::ports::Port;
 use super::program::Finished;
 use super::status::Status;
-use super::{patient, process, program, watchdog, within};
+use super::{PATIENCE, patient, process, program, watchdog, within};
 
 /// A running `master -c FILE`.
 #[derive(Debug)]
@@ -79,7 +79,7 @@ impl Proxy {
     #[track_caller]
     fn wait_until_serving(&mut self, is_one: impl Fn(i32, i32) -> bool) {
         let mut last = String::new();
-        let serving = within(Duration::from_secs(20), || {
+        let serving = within(PATIENCE * 2, || {
             if let Some(exit) = self.child.try_wait().expect("asking for the exit status") {
                 self.ended = true;
                 panic!(
@@ -133,12 +133,18 @@ impl Proxy {
         std::fs::write(self.file(), text.replace(from, to)).expect("writing the configuration");
     }
 
-    /// Sends HUP and waits until the next generation serves.
+    /// Sends HUP and waits until the next generation alone takes connections; returns its status. The number of the
+    /// generation changes before the old workers have read that they are to take no more, and until then they may be who
+    /// accepts, and who answers.
     #[track_caller]
     pub fn reload(&self) -> Status {
         let before = self.status().generation();
         self.signal(Signal::SIGHUP);
-        self.wait("the next generation serves", |s| s.generation() > before)
+        self.wait("the next generation alone takes connections", |s| {
+            let next = s.generation();
+            next > before && s.workers().iter().all(|w| w.draining || w.generation == next)
+        });
+        self.status()
     }
 
     /// Everything on stderr so far.
@@ -147,10 +153,17 @@ impl Proxy {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// Waits until the log has this text: a thread of its own writes what a worker says.
+    #[track_caller]
+    pub fn must_say(&self, text: &str) {
+        let said = within(PATIENCE, || self.log().contains(text));
+        assert!(said, "{text:?} is not in the log:\n{}", self.log());
+    }
+
     /// The status now; asks again for some seconds where a worker has just died.
     #[track_caller]
     pub fn status(&self) -> Status {
-        let end = Instant::now() + patient(Duration::from_secs(10));
+        let end = Instant::now() + patient(PATIENCE);
         loop {
             match Status::fetch(self.status) {
                 Ok(status) => return status,
@@ -172,7 +185,7 @@ impl Proxy {
     /// Waits until the status fulfils `question`, and returns it.
     #[track_caller]
     pub fn wait(&self, what: &str, question: impl Fn(&Status) -> bool) -> Status {
-        let end = Instant::now() + patient(Duration::from_secs(15));
+        let end = Instant::now() + patient(PATIENCE);
         loop {
             let status = self.status();
             if question(&status) {
@@ -205,7 +218,7 @@ impl Proxy {
         let file = self.file();
         let mut command = Command::new(&self.binary);
         command.args(["-s", word, "-c"]).arg(file);
-        program::run(command, Duration::from_secs(10))
+        program::run(command, PATIENCE)
     }
 
     /// Waits until the master has ended; None if it still runs after `limit`.
@@ -228,7 +241,7 @@ impl Proxy {
         let workers = process::children(self.pid());
         self.signal(Signal::SIGTERM);
         let exit = self
-            .wait_for_exit(Duration::from_secs(10))
+            .wait_for_exit(PATIENCE)
             .expect("the master must end after TERM");
         assert_eq!(
             exit.code(),
@@ -236,7 +249,7 @@ impl Proxy {
             "after TERM the master ended with {exit} (signal {:?})",
             exit.signal()
         );
-        let gone = within(Duration::from_secs(3), || {
+        let gone = within(Duration::from_secs(10), || {
             workers.iter().all(|&w| !process::is_alive(w))
         });
         assert!(gone, "workers outlived their master: {workers:?}");

@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use super::pattern::receive_from;
-use super::{Ending, Front, Plan, Proxy, Status, Writer};
+use super::{Ending, Front, Plan, Proxy, Status, Writer, memory};
 
 /// The seed of what the writer writes.
 pub const UP: u64 = 11;
@@ -16,8 +16,6 @@ pub const DOWN: u64 = 22;
 pub const MIB: u64 = 1024 * 1024;
 /// What a writer hands over at once.
 pub const PIECE: usize = 64 * 1024;
-/// What one session may take of the kernel's memory, whatever its reader does.
-pub const BOUND: u64 = 24 * MIB;
 /// ebpf_backlog_size unless set.
 pub const BACKLOG_DEFAULT: u64 = 4 * MIB;
 
@@ -37,6 +35,16 @@ pub fn standstill() -> Duration {
             .expect("TEST_PRESSURE_SECONDS must be a whole number")
     });
     Duration::from_secs(seconds)
+}
+
+/// What one session may take of the kernel's memory, whatever its reader does: its backlog, the buffers of both ends, and
+/// the largest receive buffer that the host lets its source have. A window that was announced before the reader stopped
+/// cannot be taken back, and it grows the longer the way is, as where the processors have other things to do.
+pub fn bound() -> u64 {
+    const WITH_DEFAULTS: u64 = 24 * MIB;
+    const DEFAULT_RECEIVE_BUFFER: u64 = 6 * MIB;
+    // What the kernel keeps beside the bytes is charged too.
+    WITH_DEFAULTS + memory::largest_receive_buffer().saturating_sub(DEFAULT_RECEIVE_BUFFER) * 5 / 4
 }
 
 /// Panics unless nothing was lost, and nearly all went through the kernel.

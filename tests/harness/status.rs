@@ -30,6 +30,8 @@ pub struct Worker {
     pub slot: u64,
     /// The process in it now.
     pub pid: i32,
+    /// The configuration's incarnation that it was started for.
+    pub generation: u64,
     /// Sessions that it has accepted.
     pub accepted: u64,
     /// Sessions that it carries.
@@ -144,6 +146,7 @@ impl Status {
                 Worker {
                     slot: number("slot"),
                     pid: i32::try_from(number("pid")).expect("a process id"),
+                    generation: number("generation"),
                     accepted: number("accepted"),
                     sessions: number("sessions"),
                     slots_used: number("slots_used"),

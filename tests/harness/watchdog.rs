@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use super::{patient, process};
 
 /// What a test may take unless it says otherwise.
-pub const LIFETIME: Duration = Duration::from_secs(60);
+pub const LIFETIME: Duration = Duration::from_secs(180);
 /// Between killing a test's processes and aborting the test binary.
 const GRACE: Duration = Duration::from_secs(45);
 

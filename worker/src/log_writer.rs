@@ -254,7 +254,7 @@ mod tests {
             bytes[65_535] = b'\n';
             log.write(Batch { bytes, lines: 1 });
         }
-        assert!(started.elapsed() < Duration::from_secs(2));
+        assert!(started.elapsed() < Duration::from_secs(10));
         let dropped = counts[1].load(Relaxed);
         assert!(
             dropped > batches / 3 && dropped < batches,

@@ -12,7 +12,7 @@ use super::super::patient;
 /// is for its batches, and for a machine that is busy with other tests.
 pub const KEPT_AFTER: Duration = Duration::from_secs(2);
 /// A reset that follows a kill is seen this soon.
-const RESET_SEEN_WITHIN: Duration = Duration::from_millis(700);
+const RESET_SEEN_WITHIN: Duration = Duration::from_secs(2);
 /// How many faults are told in full.
 const TOLD: usize = 40;
 
@@ -50,6 +50,8 @@ struct Book {
     kills: Vec<Instant>,
     /// When whatever a worker or the master carried could go with it.
     grave_kills: Vec<Instant>,
+    /// From when to when the load's own threads had no processor.
+    standstills: Vec<(Instant, Instant)>,
     notes: Vec<String>,
 }
 
@@ -153,6 +155,19 @@ impl Ledger {
     /// Whether a worker was killed while something short was going on.
     pub fn killed_between(&self, begin: Instant, end: Instant) -> bool {
         self.book().kills.iter().any(|kill| (begin..=end).contains(kill))
+    }
+
+    /// The load's own threads had no processor for so long until now: nor can the program have had what it should.
+    pub fn stood_still(&self, time: Duration) {
+        let now = Instant::now();
+        self.book().standstills.push((now - time, now));
+    }
+
+    /// How much of a time that was.
+    pub fn standstill_between(&self, begin: Instant, end: Instant) -> Duration {
+        let overlap =
+            |(from, to): &(Instant, Instant)| end.min(*to).saturating_duration_since(begin.max(*from));
+        self.book().standstills.iter().map(overlap).sum()
     }
 
     /// Whether a kill excuses that a session has been reset: it came just before, and the session was too young to be

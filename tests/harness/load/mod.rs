@@ -208,7 +208,7 @@ impl Load {
 
     fn the_open_ones_are_counted(&self, proxy: &Proxy) {
         let mut last = (0, 0);
-        let counted = within(Duration::from_secs(10), || {
+        let counted = within(PATIENCE, || {
             last = (proxy.status().active(), self.open_streams());
             last.0 == last.1
         });
@@ -234,7 +234,7 @@ impl Books<'_> {
     fn must_balance(&self, proxy: &Proxy) {
         let clean = self.ledger.is_clean();
         let mut after = proxy.status();
-        let rest = within(Duration::from_secs(10), || {
+        let rest = within(PATIENCE, || {
             after = proxy.status();
             after.active() == 0 && after.slots_used() == 0
         });
@@ -245,7 +245,7 @@ impl Books<'_> {
             ));
         }
         let mut kept = Vec::new();
-        let let_go = within(Duration::from_secs(5), || {
+        let let_go = within(PATIENCE, || {
             kept = process::connections(proxy.pid());
             kept.is_empty()
         });

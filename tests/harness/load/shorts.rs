@@ -11,7 +11,8 @@ use super::super::pattern::fill;
 use super::super::{Flag, PATIENCE, Upstream, patient};
 use super::ledger::{Fault, Ledger};
 
-/// From the attempt to connect to the echo, whatever happens to workers meanwhile.
+/// From the attempt to connect to the echo, whatever happens to workers meanwhile, but for the time in which the machine
+/// stands still.
 pub const SERVED_WITHIN: Duration = Duration::from_secs(1);
 /// Enough that those which wait for a worker do not hold up the others.
 const THREADS: u64 = 16;
@@ -139,7 +140,8 @@ fn one(front: SocketAddr, number: u64, ledger: &Ledger) -> Option<(u64, Duration
     match result {
         Ok((sent, took)) => {
             ledger.right("short");
-            if took > patient(SERVED_WITHIN) {
+            let standstill = ledger.standstill_between(begin, begin + took);
+            if took > patient(SERVED_WITHIN) + standstill {
                 ledger.wrong(Fault::Late, format!("{name}: the echo came after {took:?}"));
             }
             return Some((sent, took));

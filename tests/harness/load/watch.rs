@@ -1,5 +1,5 @@
 //! Looks at the status and at the master's children all the while: no counter may fall, the status must be there, and
-//! a worker of an old generation must be gone soon.
+//! a worker of an old generation must be gone soon. And at the clock: a machine that stands still proves nothing.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,6 +15,8 @@ use super::ledger::{Fault, Ledger};
 /// An old worker is gone so soon after its successors have taken over.
 pub const GONE_WITHIN: Duration = Duration::from_secs(1);
 const PERIOD: Duration = Duration::from_millis(50);
+/// A thread that is woken so much too late was held up by more than its neighbours.
+const HELD_UP: Duration = Duration::from_millis(30);
 
 /// What only rises, as keys of the document's top level.
 const COUNTERS: [&str; 8] = [
@@ -33,6 +35,7 @@ const COUNTERS: [&str; 8] = [
 pub struct Watch {
     stop: Arc<Flag>,
     thread: JoinHandle<Seen>,
+    clock: JoinHandle<()>,
 }
 
 /// What it has seen.
@@ -58,6 +61,17 @@ impl Watch {
             workers: BTreeMap::new(),
             seen: Seen::default(),
         };
+        let (stopped, ledger) = (Arc::clone(&stop), Arc::clone(ledger));
+        let clock = std::thread::spawn(move || {
+            while !stopped.is_up() {
+                let begin = Instant::now();
+                std::thread::sleep(PERIOD);
+                let late = begin.elapsed().saturating_sub(PERIOD);
+                if late > HELD_UP {
+                    ledger.stood_still(late);
+                }
+            }
+        });
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             while !stopped.is_up() {
@@ -66,12 +80,13 @@ impl Watch {
             }
             eyes.seen
         });
-        Watch { stop, thread }
+        Watch { stop, thread, clock }
     }
 
     /// Ends it.
     pub fn finish(self) -> Seen {
         self.stop.raise();
+        self.clock.join().expect("the clock's thread");
         self.thread.join().expect("the watching thread")
     }
 }
@@ -114,7 +129,8 @@ impl Eyes {
         for (pid, worker) in &mut self.workers {
             let Some(since) = worker.old_since else { continue };
             self.seen.outlived = self.seen.outlived.max(now - since);
-            if now - since > patient(GONE_WITHIN) && !worker.told && !self.ledger.lets_workers_stay() {
+            let limit = patient(GONE_WITHIN) + self.ledger.standstill_between(since, now);
+            if now - since > limit && !worker.told && !self.ledger.lets_workers_stay() {
                 worker.told = true;
                 self.ledger.wrong(
                     Fault::OldWorker,
