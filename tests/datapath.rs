@@ -157,13 +157,16 @@ fn single_bytes_arrive_one_by_one_and_in_order() {
     receive(&mut client, UP).must_be_whole(BYTES);
     sender.join().expect("the sender");
     let status = proxy.settle();
+    // Where they come faster than the kernel takes them one by one, some are gathered and copied.
     assert_eq!(
-        status.sockmap(),
+        status.carried(),
         Bytes {
             to_upstream: BYTES,
             to_downstream: BYTES
         }
     );
+    assert!(status.sockmap().to_upstream > 0, "{:#}", status.json());
+    assert!(status.relay().sum() == 0 || status.number("/gathers") > 0);
 }
 
 #[test]

@@ -10,14 +10,16 @@ use std::time::{Duration, Instant};
 use crate::harness::pattern::{pause, ping, receive_from};
 use crate::harness::program::{need, run};
 use crate::harness::slow::{
-    BACKLOG_DEFAULT, DOWN, MIB, PIECE, UP, bound, finish, must_have_stayed_in_the_kernel, proxy_with,
-    standstill,
+    BACKLOG_DEFAULT, DOWN, MIB, PIECE, UP, bound, finish, must_be_sound, must_have_stayed_in_the_kernel,
+    proxy_with, standstill,
 };
 use crate::harness::turns::{alone, beside_others};
 use crate::harness::{Ending, PATIENCE, Plan, Proxy, Towards, Writer, connect, memory, receive};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{RcvBuf, TcpMaxSeg};
 
+/// Smaller pieces are copied for a while where they come too fast.
+const SMALL: usize = 2048;
 /// The reader's own buffer, which the kernel doubles.
 const READERS_BUFFER: usize = MIB as usize;
 /// A writer that has got rid of nothing for so long is held back.
@@ -63,12 +65,19 @@ fn a_reader_stands_still(ip: &str, towards: Towards, first: u64, piece: usize, t
     assert!(most_tcp <= bound(), "{most_tcp} bytes of kernel memory charged");
     let open = proxy.status();
     let pauses = open.number("/pauses");
-    assert!(pauses > 0, "no pause of the open session is in the status");
+    let gathered = piece < SMALL && open.number("/gathers") > 0;
+    assert!(
+        pauses > 0 || gathered,
+        "no pause of the open session is in the status"
+    );
     assert_eq!(open.number("/workers/0/pauses"), pauses);
 
     finish(writer, writing, reading, UP, first, total);
     let status = proxy.settle();
-    must_have_stayed_in_the_kernel(&status);
+    match gathered {
+        true => must_be_sound(&status),
+        false => must_have_stayed_in_the_kernel(&status),
+    }
     assert!(status.number("/pauses") >= pauses, "the counter fell");
 }
 
@@ -191,7 +200,7 @@ fn segments_of_a_few_bytes_take_no_more_memory_than_others_where_the_target_take
     );
     assert!(most < bound(), "{most} bytes more in slabs");
     finish(writer, client, reading, UP, 0, SENT);
-    must_have_stayed_in_the_kernel(&proxy.settle());
+    must_be_sound(&proxy.settle());
 }
 
 #[test]

@@ -8,7 +8,6 @@ use anyhow::Result;
 use culvert_bpf::{Event, EventKind, Events, FlowState, LaneNumber, SlotMaps, flow_flag};
 use culvert_shared::counters::Board;
 use culvert_shared::ids::{Direction, Owner};
-use culvert_shared::sys::socket::{IntOption, set_int};
 
 use crate::clock;
 use crate::drive::{Next, Trouble};
@@ -184,11 +183,10 @@ impl Worker {
     /// with the speed of the reader before, and counts by what small segments cost: as they are put together now, several times
     /// as many bytes would fit. To give the buffer a size from the beginning costs half of the throughput.
     pub(crate) fn limit_window(&self, session: &Session, direction: Direction) {
-        let backlog = i32::try_from(session.settings.ebpf_backlog_size).unwrap_or(i32::MAX);
         if session.streams[direction.index()].due_back_ms().is_some()
             && let Some(socket) = session.socket(source(direction))
         {
-            let _ = set_int(socket.as_fd(), IntOption::WindowClamp, backlog);
+            sockets::limit_window(socket.as_fd(), session.settings.ebpf_backlog_size as usize);
         }
     }
 

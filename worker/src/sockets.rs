@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use culvert_shared::sys::socket::tcp_info;
+use culvert_shared::sys::socket::{IntOption, set_int, tcp_info};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -322,6 +322,14 @@ pub fn set_send_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
 /// Fixes the size of a receive buffer; the kernel doubles it.
 pub fn set_receive_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
     setsockopt(&fd, sockopt::RcvBuf, &bytes)
+}
+
+/// Lets a peer have no more than so many bytes on its way, but for what it was allowed before: tcp_select_window never takes
+/// a window back. It lasts until the kernel's own sizing makes the buffer larger (tcp_rcv_space_adjust), which is when
+/// user space reads much at once.
+pub fn limit_window(fd: BorrowedFd<'_>, bytes: usize) {
+    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+    let _ = set_int(fd, IntOption::WindowClamp, bytes);
 }
 
 /// The size of a receive buffer, as the kernel counts it: twice what was asked for.
