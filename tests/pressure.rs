@@ -15,8 +15,11 @@ use crate::harness::slow::{
 };
 use crate::harness::turns::{alone, beside_others};
 use crate::harness::{Ending, PATIENCE, Plan, Proxy, Towards, Writer, connect, memory, receive};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{RcvBuf, TcpMaxSeg};
+use nix::unistd::Pid;
 
 /// Smaller pieces are copied for a while where they come too fast.
 const SMALL: usize = 2048;
@@ -105,6 +108,51 @@ fn an_upstream_pushes_to_an_ipv6_client_that_stands_still() {
 fn a_reader_stands_still_after_a_long_time_at_full_speed() {
     for towards in Towards::BOTH {
         a_reader_stands_still("127.0.0.1", towards, 500 * MIB, PIECE, 700 * MIB);
+    }
+}
+
+/// In a network whose receive buffers are as large from the beginning as the host lets them grow.
+fn with_grown_buffers<T: Send>(test: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).expect("a network of its own (as root?)");
+            let mut command = Command::new(need("ip", "iproute2"));
+            command.args(["link", "set", "lo", "up"]);
+            run(command, PATIENCE).must_succeed("ip link");
+            std::fs::write("/proc/sys/net/ipv4/tcp_rmem", "4096 67108864 67108864").expect("tcp_rmem");
+            test()
+        });
+        inside
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+#[test]
+fn buffers_that_have_grown_are_not_filled_although_the_worker_comes_late() {
+    const FIRST: u64 = 100 * MIB;
+    const TOTAL: u64 = 300 * MIB;
+    let _alone = alone();
+    for towards in Towards::BOTH {
+        with_grown_buffers(|| {
+            let (proxy, front) = proxy_with("127.0.0.1", "");
+            let (writing, mut reading) = front.offloaded(&proxy, towards);
+            setsockopt(&reading, RcvBuf, &READERS_BUFFER).expect("SO_RCVBUF");
+            let worker = Pid::from_raw(proxy.worker());
+            let writer = Writer::start(&writing, UP, TOTAL, PIECE);
+            assert_eq!(receive_from(&mut reading, UP, 0, FIRST).bytes, FIRST);
+            kill(worker, Signal::SIGSTOP).expect("stopping the worker");
+            let held = writer.wait_for_stall() - FIRST;
+            kill(worker, Signal::SIGCONT).expect("letting the worker go on");
+            let mib = held as f64 / MIB as f64;
+            eprintln!("{towards:?}: {mib:.1} MiB accepted and not read");
+            assert!(
+                held <= bound(),
+                "{mib:.1} MiB accepted from the writer and not read"
+            );
+            finish(writer, writing, reading, UP, FIRST, TOTAL);
+            must_have_stayed_in_the_kernel(&proxy.settle());
+        });
     }
 }
 

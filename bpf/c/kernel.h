@@ -18,7 +18,9 @@ struct sk_buff_head {
 
 struct sock {
 	struct sk_buff_head sk_receive_queue;
+	int sk_rcvbuf;
 	int sk_sndbuf;
+	__u8 sk_userlocks : 4;
 	int sk_wmem_queued;
 	void *sk_user_data;
 };
@@ -42,6 +44,10 @@ struct tcp_options_received {
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u32 copied_seq;
+	__u32 rcv_nxt;
+	__u32 rcv_wup;
+	__u32 rcv_wnd;
+	__u32 window_clamp;
 	__u64 bytes_acked;
 	struct tcp_options_received rx_opt;
 };

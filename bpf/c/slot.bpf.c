@@ -17,6 +17,7 @@
  * in that sum, and whoever sees it change takes the old value out and puts the new one in.
  */
 #include <linux/bpf.h>
+#include <linux/in.h>
 #include <linux/types.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
@@ -35,6 +36,12 @@
 
 /* Below this a segment is small: what it costs beside its bytes is no less than half as much as they are. */
 #define SMALL_SEGMENT (2 * SEGMENT_COST)
+
+/* include/uapi/linux/tcp.h and asm-generic/socket.h, include/net/sock.h */
+#define TCP_WINDOW_CLAMP 10
+#define SOL_SOCKET 1
+#define SO_RCVBUF 8
+#define SOCK_RCVBUF_LOCK 2
 
 /* Puts the types into the object's BTF, which user space takes their layout from. */
 const volatile struct event event_layout;
@@ -350,6 +357,40 @@ int verdict(struct __sk_buff *skb)
 }
 
 /*
+ * Announces no more than the flow's largest window. The kernel raises the limit as often as it lets the receive buffer
+ * grow (tcp_rcv_space_adjust); this is called before each announcement (tcp_select_window), so none is too large. A
+ * buffer of a fixed size would do as well, but small segments do not fit.
+ */
+static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
+{
+	int bytes = flow->window_bytes;
+
+	if (bytes && self->window_clamp > (__u32)bytes)
+		bpf_setsockopt(ops, IPPROTO_TCP, TCP_WINDOW_CLAMP, &bytes, sizeof(bytes));
+}
+
+/*
+ * The receive queue of a source that is held back fills until its buffer is full, however large that has grown. User space
+ * gives the buffer its size, but may come late. What was announced has to fit (size_buffers in worker/src/pressure.rs);
+ * the kernel doubles what it is told, as segments cost more than their bytes.
+ */
+static __always_inline void limit_buffer(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
+{
+	struct sock *sk = &self->inet_conn.icsk_inet.sk;
+	__u32 announced = self->rcv_wup + self->rcv_wnd - self->rcv_nxt;
+	__u32 window = flow->window_bytes;
+	__u32 bytes = announced > window / 2 ? announced : window / 2;
+
+	/* More may have been announced before the flow was joined. */
+	if (announced > window + window / 2)
+		return;
+	if (bytes > window)
+		bytes = window;
+	if (bytes <= flow->settable_bytes && sk->sk_rcvbuf > (int)(2 * bytes) && !(BPF_CORE_READ_BITFIELD(sk, sk_userlocks) & SOCK_RCVBUF_LOCK))
+		bpf_setsockopt(ops, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
+}
+
+/*
  * The socket is about to send a segment, most likely the ACK of what was just taken from it. If it is to
  * be held back, this is the moment: its lock is held (bpf_skops_hdr_opt_len), so no verdict on it runs
  * elsewhere; and where this call is nested in tcp_read_skb (tcp_eat_skb -> tcp_cleanup_rbuf -> ACK) the
@@ -361,7 +402,7 @@ int verdict(struct __sk_buff *skb)
  * too: bpf_skops_parse_hdr has the lock as well, and its data is not queued yet. Holes keep the receiver off the
  * fast path (tcp_fast_path_check), where options are not looked at.
  */
-static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, __u32 index, struct slot_total *shared)
+static __always_inline void hold_back(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow, __u32 index, struct slot_total *shared)
 {
 	struct cpu_total *total;
 	__u32 cpu;
@@ -372,6 +413,7 @@ static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, 
 		return;
 	bpf_map_delete_elem(&sources, &index);
 	if (!flow->gather) {
+		limit_buffer(ops, self, flow);
 		flow->pauses++;
 		__sync_fetch_and_add(&shared->pauses, 1);
 		cpu = bpf_get_smp_processor_id();
@@ -426,8 +468,10 @@ int pressure(struct bpf_sock_ops *ops)
 	flow = bpf_map_lookup_elem(&flows, &index);
 	if (!flow || flow->cookie != bpf_get_socket_cookie(ops))
 		return 1;
+	if (ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+		limit_window(ops, self, flow);
 	if (ops->op != BPF_SOCK_OPS_RTT_CB)
-		hold_back(self, flow, index, shared);
+		hold_back(ops, self, flow, index, shared);
 	if (ops->op == BPF_SOCK_OPS_PARSE_HDR_OPT_CB)
 		return 1;
 	index ^= 1;

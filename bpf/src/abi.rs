@@ -32,8 +32,9 @@ pub struct Flow {
     pub queued: AtomicU32,
     pub small: AtomicU32,
     pub gather: AtomicU32,
+    pub window_bytes: AtomicU32,
+    pub settable_bytes: AtomicU32,
     pub pad: AtomicU32,
-    pub reserved: [AtomicU64; 1],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -160,6 +161,8 @@ const _: () = {
     assert!(offset_of!(Flow, queued) == offset_of!(types::flow, queued));
     assert!(offset_of!(Flow, small) == offset_of!(types::flow, small));
     assert!(offset_of!(Flow, gather) == offset_of!(types::flow, gather));
+    assert!(offset_of!(Flow, window_bytes) == offset_of!(types::flow, window_bytes));
+    assert!(offset_of!(Flow, settable_bytes) == offset_of!(types::flow, settable_bytes));
     assert!(offset_of!(Flow, runaway_bytes) == offset_of!(types::flow, runaway_bytes));
     assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));
     assert!(offset_of!(Flow, wake) == offset_of!(types::flow, wake));

@@ -62,6 +62,9 @@ pub struct FlowState {
     pub gathers: bool,
 }
 
+/// No source is allowed less on its way, however little may wait for its target.
+const WINDOW_BYTES_MIN: u32 = 4 << 20;
+
 /// On what terms a pair is joined.
 pub struct Terms {
     /// Now, CLOCK_MONOTONIC.
@@ -70,6 +73,9 @@ pub struct Terms {
     pub backlog_bytes: u32,
     /// The largest receive window that the host gives a socket; `None`: not known.
     pub window_bytes: Option<u32>,
+    /// The largest receive buffer that may be asked for (`net.core.rmem_max`). One that would have to be larger is left to
+    /// the kernel.
+    pub settable_bytes: u32,
     /// Where the worker is told what happens.
     pub lane: LaneNumber,
 }
@@ -78,6 +84,11 @@ impl Terms {
     fn set_limits(&self, flow: &Flow) {
         flow.high_bytes.store(self.backlog_bytes, Relaxed);
         flow.low_bytes.store(self.backlog_bytes / 2, Relaxed);
+        // What a source was allowed to send comes after it is held back, too, whatever its buffer has grown to. More than
+        // may wait for the target makes nothing faster.
+        let window = self.backlog_bytes.max(WINDOW_BYTES_MIN);
+        flow.window_bytes.store(window.min(i32::MAX as u32), Relaxed);
+        flow.settable_bytes.store(self.settable_bytes, Relaxed);
         // A source that is let go may have gathered one window, and gets no further than another.
         let runaway = self.window_bytes.map_or(0, |window| {
             self.backlog_bytes.saturating_add(window.saturating_mul(2))

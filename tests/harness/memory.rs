@@ -27,11 +27,18 @@ pub fn slab_bytes() -> u64 {
 
 /// The largest receive buffer that TCP gives a socket by itself.
 pub fn largest_receive_buffer() -> u64 {
-    let sizes = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").expect("the receive buffers' sizes");
-    let largest = sizes.split_whitespace().next_back();
-    largest
-        .and_then(|size| size.parse().ok())
-        .expect("the largest receive buffer")
+    last_number("ipv4/tcp_rmem")
+}
+
+/// The largest receive buffer that may be asked for; the kernel doubles it.
+pub fn settable_receive_buffer() -> u64 {
+    last_number("core/rmem_max")
+}
+
+fn last_number(name: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/sys/net/{name}")).expect(name);
+    let last = text.split_whitespace().next_back();
+    last.and_then(|number| number.parse().ok()).expect(name)
 }
 
 fn of_meminfo(key: &str) -> u64 {

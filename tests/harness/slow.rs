@@ -37,14 +37,16 @@ pub fn standstill() -> Duration {
     Duration::from_secs(seconds)
 }
 
-/// What one session may take of the kernel's memory, whatever its reader does: its backlog, the buffers of both ends, and
-/// the largest receive buffer that the host lets its source have. A window that was announced before the reader stopped
-/// cannot be taken back, and it grows the longer the way is, as where the processors have other things to do.
+/// What one session may take of the kernel's memory, whatever its reader does: its backlog and the buffers of both ends.
+/// A host on which no large receive buffer can be asked for, but which lets buffers grow, adds one of those.
 pub fn bound() -> u64 {
-    const WITH_DEFAULTS: u64 = 24 * MIB;
+    const MOST: u64 = 24 * MIB;
     const DEFAULT_RECEIVE_BUFFER: u64 = 6 * MIB;
-    // What the kernel keeps beside the bytes is charged too.
-    WITH_DEFAULTS + memory::largest_receive_buffer().saturating_sub(DEFAULT_RECEIVE_BUFFER) * 5 / 4
+    match memory::settable_receive_buffer() >= BACKLOG_DEFAULT {
+        true => MOST,
+        // What the kernel keeps beside the bytes is charged too.
+        false => MOST + memory::largest_receive_buffer().saturating_sub(DEFAULT_RECEIVE_BUFFER) * 5 / 4,
+    }
 }
 
 /// Panics unless nothing was lost, and nearly all went through the kernel.

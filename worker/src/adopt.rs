@@ -118,6 +118,7 @@ impl Worker {
                 now_ns: clock::now_ns(),
                 backlog_bytes: settings.ebpf_backlog_size,
                 window_bytes: self.limits.window_bytes,
+                settable_bytes: u32::try_from(self.limits.receive_bytes).unwrap_or(u32::MAX),
                 lane: self.wards[ward].reader.lane(),
             };
             let carried = saved.streams.map(|stream| way_of(stream.way) == Way::Kernel);

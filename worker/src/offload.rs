@@ -133,6 +133,7 @@ impl Worker {
             now_ns: clock::now_ns(),
             backlog_bytes: session.settings.ebpf_backlog_size,
             window_bytes: self.limits.window_bytes,
+            settable_bytes: u32::try_from(self.limits.receive_bytes).unwrap_or(u32::MAX),
             lane: self.wards[ward].reader.lane(),
         };
         let sent_bytes = Direction::BOTH.map(|way| sent_by_us(session, way));

@@ -179,17 +179,6 @@ impl Worker {
         self.stream(token, session)
     }
 
-    /// The reader of a direction that is copied for a while does not take all. What its source may gather has grown
-    /// with the speed of the reader before, and counts by what small segments cost: as they are put together now, several times
-    /// as many bytes would fit. To give the buffer a size from the beginning costs half of the throughput.
-    pub(crate) fn limit_window(&self, session: &Session, direction: Direction) {
-        if session.streams[direction.index()].due_back_ms().is_some()
-            && let Some(socket) = session.socket(source(direction))
-        {
-            sockets::limit_window(socket.as_fd(), session.settings.ebpf_backlog_size as usize);
-        }
-    }
-
     /// Gives directions that were copied for a while back to the kernel, when it is time.
     pub(crate) fn give_back_gathered(&mut self, session: &mut Session) {
         for direction in Direction::BOTH {

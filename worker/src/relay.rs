@@ -104,7 +104,6 @@ impl Worker {
             }
             if written < seen {
                 session.fill(to);
-                self.limit_window(session, direction);
             } else if seen < asked && session.reads_all(from) {
                 session.ready[from.index()].readable = false;
             }

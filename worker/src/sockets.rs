@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use culvert_shared::sys::socket::{IntOption, set_int, tcp_info};
+use culvert_shared::sys::socket::tcp_info;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -295,20 +295,34 @@ pub struct BufferLimits {
 }
 
 impl BufferLimits {
-    /// Reads them; what cannot be read is taken for zero, and buffers are left to the kernel.
+    /// Asks for them; what cannot be had is taken for zero, and buffers are left to the kernel. Not every namespace shows
+    /// the two sysctls (before Linux 6.13 only the host's own did), so a socket is asked for more than there is.
     pub fn read() -> BufferLimits {
+        let probe = socket::socket(
+            socket::AddressFamily::Inet,
+            socket::SockType::Stream,
+            socket::SockFlag::SOCK_CLOEXEC,
+            None,
+        );
+        // The kernel doubles what is asked for, up to this.
+        const MOST: usize = i32::MAX as usize / 2;
+        let (asked_for, send) = probe.map_or((None, None), |probe| {
+            let asked_for =
+                setsockopt(&probe, sockopt::RcvBuf, &MOST).and_then(|_| getsockopt(&probe, sockopt::RcvBuf));
+            let send =
+                setsockopt(&probe, sockopt::SndBuf, &MOST).and_then(|_| getsockopt(&probe, sockopt::SndBuf));
+            (asked_for.ok(), send.ok())
+        });
         // The last of its numbers.
-        let read = |name: &str| -> Option<usize> {
-            let text = std::fs::read_to_string(format!("/proc/sys/net/{name}")).ok()?;
-            text.split_whitespace().next_back()?.parse().ok()
-        };
-        let grown = read("ipv4/tcp_rmem");
-        let asked_for = read("core/rmem_max");
-        // The kernel doubles what is asked for.
-        let largest = grown.zip(asked_for).map(|(grown, bytes)| grown.max(2 * bytes));
+        let grown = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem")
+            .ok()
+            .and_then(|text| text.split_whitespace().next_back()?.parse().ok());
+        let largest = grown
+            .zip(asked_for)
+            .map(|(grown, bytes): (usize, usize)| grown.max(bytes));
         BufferLimits {
-            send_bytes: read("core/wmem_max").unwrap_or(0),
-            receive_bytes: asked_for.unwrap_or(0),
+            send_bytes: send.unwrap_or(0) / 2,
+            receive_bytes: asked_for.unwrap_or(0) / 2,
             window_bytes: largest.map(|bytes| u32::try_from(bytes).unwrap_or(u32::MAX)),
         }
     }
@@ -322,14 +336,6 @@ pub fn set_send_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
 /// Fixes the size of a receive buffer; the kernel doubles it.
 pub fn set_receive_buffer(fd: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
     setsockopt(&fd, sockopt::RcvBuf, &bytes)
-}
-
-/// Lets a peer have no more than so many bytes on its way, but for what it was allowed before: tcp_select_window never takes
-/// a window back. It lasts until the kernel's own sizing makes the buffer larger (tcp_rcv_space_adjust), which is when
-/// user space reads much at once.
-pub fn limit_window(fd: BorrowedFd<'_>, bytes: usize) {
-    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
-    let _ = set_int(fd, IntOption::WindowClamp, bytes);
 }
 
 /// The size of a receive buffer, as the kernel counts it: twice what was asked for.

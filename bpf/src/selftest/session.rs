@@ -74,6 +74,7 @@ impl<'a> Session<'a> {
             now_ns: 0,
             backlog_bytes,
             window_bytes: None,
+            settable_bytes: 0,
             lane,
         };
         let sockets = [self.downstream.stream.as_fd(), self.upstream.stream.as_fd()];

@@ -118,9 +118,6 @@ pub enum IntOption {
     TransparentV6,
     /// Binding to an address without a port leaves the port to connect(2).
     BindAddressNoPort,
-    /// Bytes that a peer may be allowed to have on its way, until the kernel's own sizing of the receive buffer says
-    /// otherwise.
-    WindowClamp,
     /// See [`set_receive_low_water`].
     ReceiveLowWater,
     /// See [`attach_reuseport`].
@@ -144,7 +141,6 @@ impl IntOption {
             IntOption::TransparentV4 => (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
             IntOption::TransparentV6 => (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT),
             IntOption::BindAddressNoPort => (libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT),
-            IntOption::WindowClamp => (libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP),
             IntOption::ReceiveLowWater => (libc::SOL_SOCKET, libc::SO_RCVLOWAT),
             IntOption::AttachReuseport => (libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_EBPF),
         }
