@@ -133,25 +133,31 @@ fn buffers_that_have_grown_are_not_filled_although_the_worker_comes_late() {
     const FIRST: u64 = 100 * MIB;
     const TOTAL: u64 = 300 * MIB;
     let _alone = alone();
-    for towards in Towards::BOTH {
+    // The smaller are copied for a while; then it is a buffer that nobody reads.
+    let cases = Towards::BOTH.map(|towards| [(towards, PIECE), (towards, 700)]);
+    for (towards, piece) in cases.into_iter().flatten() {
         with_grown_buffers(|| {
             let (proxy, front) = proxy_with("127.0.0.1", "");
             let (writing, mut reading) = front.offloaded(&proxy, towards);
             setsockopt(&reading, RcvBuf, &READERS_BUFFER).expect("SO_RCVBUF");
             let worker = Pid::from_raw(proxy.worker());
-            let writer = Writer::start(&writing, UP, TOTAL, PIECE);
+            let writer = Writer::start(&writing, UP, TOTAL, piece);
             assert_eq!(receive_from(&mut reading, UP, 0, FIRST).bytes, FIRST);
             kill(worker, Signal::SIGSTOP).expect("stopping the worker");
             let held = writer.wait_for_stall() - FIRST;
             kill(worker, Signal::SIGCONT).expect("letting the worker go on");
             let mib = held as f64 / MIB as f64;
-            eprintln!("{towards:?}: {mib:.1} MiB accepted and not read");
+            eprintln!("{towards:?}, pieces of {piece}: {mib:.1} MiB accepted and not read");
             assert!(
                 held <= bound(),
                 "{mib:.1} MiB accepted from the writer and not read"
             );
             finish(writer, writing, reading, UP, FIRST, TOTAL);
-            must_have_stayed_in_the_kernel(&proxy.settle());
+            let status = proxy.settle();
+            match piece < SMALL {
+                true => must_be_sound(&status),
+                false => must_have_stayed_in_the_kernel(&status),
+            }
         });
     }
 }

@@ -47,7 +47,7 @@ struct flow {
 	__u64 indexed_cookie;	/* what stands for it in `indices`; a stale one is replaced by the next `join` */
 	__u32 queued;		/* segments that the target's TCP had not taken when a small one came last */
 	__u32 small;		/* small segments in a row */
-	__u32 gather;		/* the source is held back so that small segments gather: user space is to copy them */
+	__u32 gather;		/* small segments gather: the source is held back for that, or user space copies them by now */
 	__u32 window_bytes;	/* user: the largest receive window of the source */
 	__u32 settable_bytes;	/* user: the largest receive buffer that the kernel lets anyone ask for */
 	__u32 pad;

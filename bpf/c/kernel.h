@@ -18,6 +18,11 @@ struct sk_buff_head {
 
 struct sock {
 	struct sk_buff_head sk_receive_queue;
+	struct {
+		struct {
+			int counter;
+		} rmem_alloc;
+	} sk_backlog;
 	int sk_rcvbuf;
 	int sk_sndbuf;
 	__u8 sk_userlocks : 4;

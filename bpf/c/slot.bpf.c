@@ -371,22 +371,30 @@ static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_so
 
 /*
  * The receive queue of a source that is held back fills until its buffer is full, however large that has grown. User space
- * gives the buffer its size, but may come late. What was announced has to fit (size_buffers in worker/src/pressure.rs);
- * the kernel doubles what it is told, as segments cost more than their bytes.
+ * gives the buffer its size, but may come late. What was announced has to fit (size_buffers in worker/src/pressure.rs); the
+ * kernel doubles what it is told, as segments cost more than their bytes. A stream of small segments would be slower for
+ * good, so its buffer is left alone until more waits there than a window.
  */
 static __always_inline void limit_buffer(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
 {
 	struct sock *sk = &self->inet_conn.icsk_inet.sk;
 	__u32 announced = self->rcv_wup + self->rcv_wnd - self->rcv_nxt;
+	__u32 waiting = sk->sk_backlog.rmem_alloc.counter;
 	__u32 window = flow->window_bytes;
 	__u32 bytes = announced > window / 2 ? announced : window / 2;
 
+	if (flow->gather || flow->small) {
+		if (waiting <= window)
+			return;
+		bytes = window;
+	}
 	/* More may have been announced before the flow was joined. */
 	if (announced > window + window / 2)
 		return;
 	if (bytes > window)
 		bytes = window;
-	if (bytes <= flow->settable_bytes && sk->sk_rcvbuf > (int)(2 * bytes) && !(BPF_CORE_READ_BITFIELD(sk, sk_userlocks) & SOCK_RCVBUF_LOCK))
+	if (bytes <= flow->settable_bytes && sk->sk_rcvbuf > (int)(2 * bytes) &&
+	    !(BPF_CORE_READ_BITFIELD(sk, sk_userlocks) & SOCK_RCVBUF_LOCK))
 		bpf_setsockopt(ops, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
 }
 
@@ -402,7 +410,7 @@ static __always_inline void limit_buffer(struct bpf_sock_ops *ops, struct tcp_so
  * too: bpf_skops_parse_hdr has the lock as well, and its data is not queued yet. Holes keep the receiver off the
  * fast path (tcp_fast_path_check), where options are not looked at.
  */
-static __always_inline void hold_back(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow, __u32 index, struct slot_total *shared)
+static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, __u32 index, struct slot_total *shared)
 {
 	struct cpu_total *total;
 	__u32 cpu;
@@ -413,7 +421,6 @@ static __always_inline void hold_back(struct bpf_sock_ops *ops, struct tcp_sock 
 		return;
 	bpf_map_delete_elem(&sources, &index);
 	if (!flow->gather) {
-		limit_buffer(ops, self, flow);
 		flow->pauses++;
 		__sync_fetch_and_add(&shared->pauses, 1);
 		cpu = bpf_get_smp_processor_id();
@@ -470,8 +477,11 @@ int pressure(struct bpf_sock_ops *ops)
 		return 1;
 	if (ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)
 		limit_window(ops, self, flow);
-	if (ops->op != BPF_SOCK_OPS_RTT_CB)
-		hold_back(ops, self, flow, index, shared);
+	if (ops->op != BPF_SOCK_OPS_RTT_CB) {
+		hold_back(self, flow, index, shared);
+		if (flow->pause == PAUSE_ON || flow->gather)
+			limit_buffer(ops, self, flow);
+	}
 	if (ops->op == BPF_SOCK_OPS_PARSE_HDR_OPT_CB)
 		return 1;
 	index ^= 1;

@@ -366,7 +366,6 @@ impl SlotMaps {
     /// has of it is out.
     pub fn withdraw(&self, place: Place, direction: Direction) {
         let flow = &self.flows[self.index(place, direction.index())];
-        flow.gather.store(0, Relaxed);
         flow.pause.store(flow_pause::OFF, Release);
     }
 
@@ -384,7 +383,7 @@ impl SlotMaps {
         // The next segment says anew where the stream stands.
         flow.flags.fetch_and(!flow_flag::STARTED, AcqRel);
         flow.acked_base.store(sent_bytes as u32, Relaxed);
-        for counter in [&flow.wake, &flow.queued, &flow.small] {
+        for counter in [&flow.wake, &flow.queued, &flow.small, &flow.gather] {
             counter.store(0, Relaxed);
         }
         let rejoined = self.insert_socket(&self.sources, index, source).is_ok();
