@@ -79,8 +79,6 @@ impl Worker {
                 .for_each(|(counter, bytes)| Board::add(counter, bytes));
         };
         count(&board.listeners[session.listener].bytes, of_client);
-        WorkerRow::down(&self.gauges().sessions);
-        WorkerRow::down(&self.gauges().listener_active[session.listener]);
         if let Some(row) = session.upstream.as_ref().and_then(|upstream| upstream.row) {
             count(&board.peers[row].bytes, of_peer);
             self.free_place(row);
@@ -93,6 +91,9 @@ impl Worker {
                 .note(session.listener, of_client.iter().sum(), now_ms);
         }
         board.session_duration.count(1000 * lasted_ms);
+        // Last: whoever sees that the session is gone sees all that it counts for.
+        WorkerRow::down(&self.gauges().sessions);
+        WorkerRow::down(&self.gauges().listener_active[session.listener]);
         // The access log says the same, and where there is one, that is where it is looked for.
         let level = match session.settings.access_log {
             Some(_) => log::Level::Debug,
