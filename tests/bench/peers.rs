@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBuf;
 
 use crate::contenders::{Background, Setup};
 use crate::ports::Port;
@@ -65,6 +67,7 @@ impl Peers {
             }
         });
         let stopping = listener(&ports[STOPPING])?;
+        setsockopt(&stopping, RcvBuf, &STOPPED_BUFFER_BYTES).context("SO_RCVBUF")?;
         let (sender, stopped) = channel();
         thread::spawn(move || stop_reading(&stopping, &sender));
         let many = ports[ECHO_MANY..]
@@ -118,6 +121,10 @@ fn answer(mut stream: TcpStream) {
     let mut message = [0; MESSAGE_BYTES];
     while stream.read_exact(&mut message).is_ok() && stream.write_all(&message).is_ok() {}
 }
+
+/// A reader's own buffer is another machine's, where it is not a measurement, and grows as large as `tcp_rmem` says with
+/// whatever speed it is served at. So it has one size for all contenders, which the kernel doubles.
+const STOPPED_BUFFER_BYTES: usize = 1 << 20;
 
 fn stop_reading(listener: &TcpListener, stopped: &Sender<Stopped>) {
     let mut buffer = vec![0; 256 * 1024];
