@@ -295,8 +295,8 @@ pub struct BufferLimits {
 }
 
 impl BufferLimits {
-    /// Asks for them; what cannot be had is taken for zero, and buffers are left to the kernel. Not every namespace shows
-    /// the two sysctls (before Linux 6.13 only the host's own did), so a socket is asked for more than there is.
+    /// Asks for them; what cannot be had is taken for zero, and buffers are left to the kernel. Not every kernel and sandbox
+    /// shows the two sysctls, so a socket is asked for more than there is.
     pub fn read() -> BufferLimits {
         let probe = socket::socket(
             socket::AddressFamily::Inet,
