@@ -1,38 +1,28 @@
-//! One worker process as the master sees it: what it holds, what it was told, and until when it has time.
+//! One worker process as the master sees it: what it holds, how far it has got, and until when it has time. What goes
+//! over its control socket is heard in `hearing` and told in `telling`.
+
+mod hearing;
+mod telling;
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use culvert_shared::config::Resolver;
-use culvert_shared::hosts::{Answer, Question};
 use culvert_shared::ids::Owner;
-use culvert_shared::message::{ToMaster, ToWorker};
-use culvert_shared::sys::fdpass;
+use culvert_shared::message::ToWorker;
 use culvert_worker::Store;
-use nix::errno::Errno;
-use nix::libc;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::unistd::Pid;
 
 use crate::access_log::AccessLogs;
-use crate::error_log::ErrorLog;
 use crate::keeper::Queue;
+
+pub use hearing::never_wait;
 
 /// How long a worker has to obey [`ToWorker::Stop`]: it only resets what is open.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long a worker is told nothing more after the host had no memory for it.
-const REST: Duration = Duration::from_millis(20);
-
-/// What is heard from a worker in one turn of the master's loop: one that never stops talking is to keep it from nothing
-/// else.
-const MESSAGES_AT_ONCE: usize = 64;
-
-/// Answers that wait for a worker to listen: more than it may have asked for at once.
-const UNHEARD_MAX: usize = 2048;
 
 /// How far a worker has got.
 ///
@@ -199,50 +189,6 @@ impl Worker {
         self.leaving && matches!(self.state, State::Starting | State::Serving)
     }
 
-    /// The socket to wait on for [`Worker::hear`].
-    pub fn control(&self) -> Option<BorrowedFd<'_>> {
-        self.control.as_ref().map(AsFd::as_fd)
-    }
-
-    /// What the worker says next of its sessions, with the sockets that come along; `None`: nothing now, or enough for
-    /// this turn.
-    pub fn hear(&mut self, now: Instant) -> Option<(ToMaster, Vec<OwnedFd>)> {
-        while let Some(control) = &self.control {
-            if self.heard == MESSAGES_AT_ONCE {
-                return None;
-            }
-            self.heard += 1;
-            match fdpass::receive(control.as_fd()) {
-                Err(Errno::EAGAIN) => return None,
-                Err(Errno::EINTR) => {}
-                Ok(received) if !received.message.is_empty() => {
-                    received.descriptors.iter().for_each(never_wait);
-                    match ToMaster::decode(&received.message) {
-                        Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
-                        Some(ToMaster::Ready) => {}
-                        Some(message) => return Some((message, received.descriptors)),
-                        None => log::error!(
-                            "worker {} (process {}) sent an unknown message",
-                            self.slot,
-                            self.pid
-                        ),
-                    }
-                }
-                Ok(_) | Err(_) => {
-                    // Most likely it is dying. It cannot be steered any more, so make sure of that.
-                    self.control = None;
-                    self.stop_by(now);
-                }
-            }
-        }
-        None
-    }
-
-    /// Lets more be heard in this turn, if there may be more.
-    pub fn hear_on(&mut self) -> bool {
-        std::mem::take(&mut self.heard) == MESSAGES_AT_ONCE
-    }
-
     /// Tells it to finish its sessions and exit, within `limit`.
     pub fn drain(&mut self, limit: Option<Duration>, now: Instant) {
         self.leaving = true;
@@ -287,81 +233,6 @@ impl Worker {
         self.state = State::Killed;
     }
 
-    /// Hands it the error log that it shall write to.
-    pub fn write_log_to(&mut self, log: &ErrorLog) {
-        self.say(ToWorker::Log(log.syslog().cloned()), &[log.as_fd()]);
-    }
-
-    /// The same, with the access logs as they are now.
-    pub fn write_logs_to(&mut self, log: &ErrorLog) {
-        let access_logs = self.access_logs.clone();
-        let logs: Vec<BorrowedFd<'_>> = std::iter::once(log.as_fd())
-            .chain(access_logs.descriptors())
-            .collect();
-        self.say(ToWorker::Log(log.syslog().cloned()), &logs);
-    }
-
-    /// Tells it what came of a question, as soon as it has room to hear it. One that asks and never listens is not
-    /// told everything.
-    pub fn answer(&mut self, question: Question, answer: Answer) {
-        if self.unheard.len() >= UNHEARD_MAX {
-            return;
-        }
-        self.unheard.push_back(ToWorker::Answer(question, answer));
-        self.say_on();
-    }
-
-    /// Whether something waits until it has room to hear it.
-    pub fn has_unheard(&self) -> bool {
-        !self.to_adopt.is_empty() || !self.orders.is_empty() || !self.unheard.is_empty()
-    }
-
-    /// Until when it is told nothing, because the host has no memory for it.
-    pub fn rest_until(&self, now: Instant) -> Option<Instant> {
-        self.rest_until.filter(|until| *until > now && self.has_unheard())
-    }
-
-    /// The host had no memory for what it was to be told.
-    pub fn rest(&mut self) {
-        self.rest_until = Some(Instant::now() + REST);
-    }
-
-    /// Whether to wait until its socket has room.
-    pub fn waits_for_room(&self, now: Instant) -> bool {
-        self.has_unheard() && self.rest_until(now).is_none()
-    }
-
-    /// Says what it had no room to hear, orders first.
-    fn say_on(&mut self) {
-        if let Err(Errno::ENOBUFS | Errno::ENOMEM) = self.try_to_say_on() {
-            self.rest();
-        }
-    }
-
-    fn try_to_say_on(&mut self) -> Result<(), Errno> {
-        let Some(control) = &self.control else {
-            self.orders.clear();
-            self.unheard.clear();
-            return Ok(());
-        };
-        while let Some((order, descriptors)) = self.orders.front() {
-            let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-            match fdpass::send(control.as_fd(), &order.encode(), &descriptors) {
-                Err(errno) if is_full(errno) => return Err(errno),
-                Ok(()) | Err(_) => drop(self.orders.pop_front()),
-            }
-        }
-        while let Some(answer) = self.unheard.front() {
-            match fdpass::send(control.as_fd(), &answer.encode(), &[]) {
-                Ok(()) => drop(self.unheard.pop_front()),
-                Err(errno) if is_full(errno) => return Err(errno),
-                // Dying; its death is reported by SIGCHLD.
-                Err(_) => self.unheard.clear(),
-            }
-        }
-        Ok(())
-    }
-
     /// Does what is due.
     pub fn advance(&mut self, now: Instant) {
         self.heard = 0;
@@ -395,68 +266,18 @@ impl Worker {
             self.state = State::Stopping(now + STOP_PATIENCE);
         }
     }
-
-    /// Gives an order, or keeps it until there is room to hear it: clients decide how many answers there are.
-    fn say(&mut self, order: ToWorker, descriptors: &[BorrowedFd<'_>]) {
-        let Some(control) = &self.control else { return };
-        let sent = match self.orders.is_empty() {
-            true => fdpass::send(control.as_fd(), &order.encode(), descriptors),
-            false => Err(Errno::EAGAIN),
-        };
-        let error = match sent {
-            Ok(()) => return,
-            // Dying; its death is reported by SIGCHLD.
-            Err(Errno::EPIPE | Errno::ECONNRESET) => return,
-            Err(errno) if is_full(errno) => {
-                let own = descriptors.iter().map(BorrowedFd::try_clone_to_owned);
-                match own.collect::<Result<Vec<OwnedFd>, _>>() {
-                    Ok(descriptors) => {
-                        // Of logs the last ones count.
-                        if matches!(order, ToWorker::Log(_)) {
-                            self.orders
-                                .retain(|(before, _)| !matches!(before, ToWorker::Log(_)));
-                        }
-                        return self.orders.push_back((order, descriptors));
-                    }
-                    Err(error) => error.to_string(),
-                }
-            }
-            Err(errno) => errno.desc().to_owned(),
-        };
-        log::error!(
-            "failed to tell worker {} (process {}) to {order:?}: {error}",
-            self.slot,
-            self.pid
-        );
-    }
-}
-
-/// Sees to it that closing a socket that a worker has sent does not hold up the master: with SO_LINGER set to a time,
-/// whoever closes it last waits until its peer has everything, or for that long (inet_release, tcp_close).
-pub fn never_wait(socket: &OwnedFd) {
-    if let Ok(linger) = getsockopt(socket, sockopt::Linger)
-        && linger.l_onoff != 0
-        && linger.l_linger != 0
-    {
-        let at_once = libc::linger {
-            l_linger: 0,
-            ..linger
-        };
-        let _ = setsockopt(socket, sockopt::Linger, &at_once);
-    }
-}
-
-/// Whether a control socket has no room for a message now; the loop waits until it has.
-fn is_full(errno: Errno) -> bool {
-    matches!(errno, Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::testing;
+    use std::os::fd::AsFd;
 
-    fn worker() -> (Worker, OwnedFd, Instant) {
+    use culvert_shared::message::ToMaster;
+    use culvert_shared::sys::fdpass;
+
+    use super::*;
+
+    pub(super) fn worker() -> (Worker, OwnedFd, Instant) {
         let (born, theirs, now) = born();
         (Worker::new(born, now), theirs, now)
     }
@@ -480,7 +301,7 @@ mod tests {
         (born, theirs, now)
     }
 
-    fn heard(theirs: &OwnedFd) -> Option<ToWorker> {
+    pub(super) fn heard(theirs: &OwnedFd) -> Option<ToWorker> {
         fdpass::receive(theirs.as_fd())
             .ok()
             .and_then(|received| ToWorker::decode(&received.message))
@@ -519,105 +340,6 @@ mod tests {
         assert_eq!(worker.state().deadline(), None);
         worker.advance(now + Duration::from_secs(1_000_000));
         assert_eq!(heard(&theirs), None);
-    }
-
-    #[test]
-    fn answers_wait_for_a_worker_that_has_no_room_to_hear_them_and_are_bounded() {
-        let (mut worker, theirs, now) = worker();
-        let host = |n: usize| format!("h{n}.test");
-        let most = 10 * UNHEARD_MAX;
-        for n in 0..most {
-            let question = Question {
-                resolver: 0,
-                host: host(n),
-            };
-            let why = String::new();
-            worker.answer(question, Answer::Nothing { why, valid_ms: 0 });
-        }
-        assert_eq!(worker.unheard.len(), UNHEARD_MAX);
-        assert!(worker.has_unheard());
-        let mut heard_of = Vec::new();
-        loop {
-            match heard(&theirs) {
-                Some(ToWorker::Answer(question, _)) => heard_of.push(question.host),
-                _ if worker.has_unheard() => worker.advance(now),
-                _ => break,
-            }
-        }
-        assert!(
-            (UNHEARD_MAX..most / 2).contains(&heard_of.len()),
-            "{}",
-            heard_of.len()
-        );
-        let expected: Vec<String> = (0..heard_of.len()).map(host).collect();
-        assert_eq!(heard_of, expected);
-    }
-
-    #[test]
-    fn an_order_that_finds_no_room_is_given_before_what_else_waits() {
-        let (mut worker, theirs, now) = worker();
-        for n in 0..10_000 {
-            let host = format!("h{n}.test");
-            let why = String::new();
-            worker.answer(
-                Question { resolver: 0, host },
-                Answer::Nothing { why, valid_ms: 0 },
-            );
-        }
-        let (reader, log) = nix::unistd::pipe().unwrap();
-        worker.say(ToWorker::Log(None), &[reader.as_fd()]);
-        worker.say(ToWorker::Log(None), &[log.as_fd()]);
-        drop((reader, log));
-        worker.hand_over(None, now);
-        assert_eq!(worker.orders.len(), 2);
-        let mut orders = Vec::new();
-        let mut answers_between = 0;
-        loop {
-            match fdpass::receive(theirs.as_fd()) {
-                Ok(received) => match ToWorker::decode(&received.message).unwrap() {
-                    ToWorker::Answer(..) if orders.len() == 1 => answers_between += 1,
-                    ToWorker::Answer(..) => {}
-                    order => orders.push((order, received.descriptors.len())),
-                },
-                Err(_) if worker.has_unheard() => worker.advance(now),
-                Err(_) => break,
-            }
-        }
-        assert_eq!(orders, [(ToWorker::Log(None), 1), (ToWorker::HandOver, 0)]);
-        assert_eq!(answers_between, 0);
-    }
-
-    #[test]
-    fn a_worker_that_never_stops_talking_is_listened_to_in_turns() {
-        for message in [&b"R"[..], b"?", b"F"] {
-            let (mut worker, theirs, now) = worker();
-            let mut sent = 0;
-            while fdpass::send(theirs.as_fd(), message, &[]).is_ok() {
-                sent += 1;
-            }
-            assert!(sent > MESSAGES_AT_ONCE);
-            while worker.hear(now).is_some() {}
-            assert_eq!(worker.heard, MESSAGES_AT_ONCE);
-            assert!(fdpass::send(theirs.as_fd(), message, &[]).is_ok(), "{message:?}");
-            worker.advance(now);
-            assert_eq!(worker.heard, 0);
-            let mut turns = 0;
-            while worker.hear_on() || turns == 0 {
-                while worker.hear(now).is_some() {}
-                turns += 1;
-            }
-            assert_eq!(turns, 1 + (sent + 1 - MESSAGES_AT_ONCE) / MESSAGES_AT_ONCE);
-        }
-    }
-
-    #[test]
-    fn a_socket_whose_close_would_wait_for_its_peer_holds_up_nobody() {
-        let (mut worker, theirs, now) = worker();
-        let (socket, _peer) = testing::lingering();
-        fdpass::send(theirs.as_fd(), &ToMaster::Ready.encode(), &[socket.as_fd()]).unwrap();
-        drop(socket);
-        worker.hear(now);
-        assert!(now.elapsed() < testing::LINGER / 2, "{:?}", now.elapsed());
     }
 
     #[test]
