@@ -3,7 +3,6 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use super::Address;
 use super::diagnostic::Fault;
 use super::world::World;
 
@@ -16,6 +15,34 @@ const LISTENER: &str = "write a port, address:port, *:port, [IPv6 address]:port,
 
 /// The longest path of a unix socket: `sun_path` of sockaddr_un without its final NUL.
 const UNIX_PATH_MAX_BYTES: usize = 107;
+
+/// An address to connect to, or to listen on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// TCP over IPv4 or IPv6.
+    Tcp(SocketAddr),
+    /// A unix stream socket.
+    Unix(PathBuf),
+}
+
+impl Address {
+    /// The address, unless it is a unix socket's.
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        match self {
+            Address::Tcp(address) => Some(*address),
+            Address::Unix(_) => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Address::Tcp(addr) => addr.fmt(f),
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
 
 /// The addresses that a peer stands for. A host name is resolved now, as nginx does: all its addresses are peers.
 pub(super) fn peers(text: &str, world: &dyn World) -> Result<Vec<Address>, Fault> {

@@ -5,10 +5,43 @@ use std::collections::BTreeMap;
 use super::diagnostic::Fault;
 use super::template::{self, name_of};
 use super::valid::{self, Given};
-use super::{Balance, Metric, Part, Template, VariableMap};
+use super::{Part, Template, VariableMap};
 
 const REMEDY: &str = "allowed: \"round_robin\", \"least_conn\", \"least_time\", \"random\", \"random two\" (or \"random two \
                       least_time\"), \"source\", \"hash $remote_addr\", \"hash $remote_addr consistent\"";
+
+/// How an upstream group chooses a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Balance {
+    /// Smooth weighted round robin (nginx's default).
+    RoundRobin,
+    /// The fewest sessions for its weight.
+    LeastConn,
+    /// By a hash of the key.
+    Hash {
+        /// What is hashed.
+        key: Template,
+        /// On a ring (ketama), so that a peer more or less moves few keys.
+        consistent: bool,
+    },
+    /// By chance, by weight.
+    Random,
+    /// Of two by chance the better one.
+    RandomTwo(Metric),
+    /// The shortest time to connect for its weight and sessions.
+    LeastTime,
+    /// By the client's address, on a ring.
+    Source,
+}
+
+/// What makes one of two peers the better one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metric {
+    /// Fewer sessions.
+    Connections,
+    /// Less time to connect.
+    Time,
+}
 
 /// What a person wrote.
 pub(super) fn read(given: Given, maps: &[VariableMap]) -> Result<Balance, Fault> {

@@ -13,8 +13,8 @@ use super::servers::Servers;
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Config, ErrorLog, FlowSteering, LogTarget, User};
-use super::{cpus, syslog, units};
+use super::{Config, FlowSteering, User};
+use super::{cpus, units};
 use crate::counters::MAX_WORKERS;
 
 /// During a reload the old and the new worker of a slot exist at the same time.
@@ -28,19 +28,6 @@ const BACKLOG_TOTAL_MAX_BYTES: usize = 1 << 40;
 
 /// Nothing that a proxy waits for takes longer.
 pub(super) const YEAR: Duration = Duration::from_secs(365 * 86_400);
-
-/// The levels that may be written: those of the program and, beside them, nginx's.
-const LEVELS: &[(&str, log::LevelFilter)] = &[
-    ("error", log::LevelFilter::Error),
-    ("warn", log::LevelFilter::Warn),
-    ("info", log::LevelFilter::Info),
-    ("debug", log::LevelFilter::Debug),
-    ("trace", log::LevelFilter::Trace),
-    ("notice", log::LevelFilter::Info),
-    ("crit", log::LevelFilter::Error),
-    ("alert", log::LevelFilter::Error),
-    ("emerg", log::LevelFilter::Error),
-];
 
 /// Turns the tree into what is used.
 pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<String, Value>) -> Config {
@@ -246,37 +233,6 @@ impl Check<'_> {
         (0..count)
             .map(|slot| sets.get(slot).unwrap_or(last).clone())
             .collect()
-    }
-
-    fn error_log(&mut self, root: &Map<String, Value>) -> ErrorLog {
-        let nothing = Map::new();
-        let table = match root.get("error_log").map(|value| &value.kind) {
-            Some(ValueKind::Table(table)) => table,
-            _ => &nothing,
-        };
-        let world = self.world;
-        let target = self.at(table, "error_log", "path", |given| {
-            const EXAMPLE: &str = "\"stderr\" or \"/var/log/culvert/error.log\"";
-            match valid::text(given, EXAMPLE)? {
-                "stderr" => Ok(LogTarget::Stderr),
-                text => match text.strip_prefix("syslog:") {
-                    Some(rest) => syslog::read(rest, world).map(LogTarget::Syslog),
-                    None => valid::path(given, EXAMPLE).map(LogTarget::File),
-                },
-            }
-        });
-        let level = self.at(table, "error_log", "level", |given| {
-            let text = valid::text(given, "\"info\"")?;
-            let known = LEVELS.iter().find(|(name, _)| *name == text);
-            known.map(|(_, level)| *level).ok_or_else(|| {
-                let names: Vec<&str> = LEVELS.iter().map(|(name, _)| *name).collect();
-                Fault::new("unknown level", format!("allowed: {}", names.join(", ")))
-            })
-        });
-        ErrorLog {
-            target: target.unwrap_or(LogTarget::Stderr),
-            level: level.unwrap_or(log::LevelFilter::Info),
-        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The other way: a [`Config`] → TOML that [`super::load`] takes for an equal one. Decides nothing.
+//! The other way: a [`Config`] → TOML that [`super::load()`] takes for an equal one. Decides nothing.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -10,7 +10,7 @@ use super::{
     Action, Config, FlowSteering, LogTarget, OnReload, Part, Peer, ProxyProtocol, Server, Stream, Target,
     Template,
 };
-use super::{access_log, balance, cpus, expand, health, listen};
+use super::{access_log, balance, cpus, expand, health, listen, log_format};
 
 /// The configuration in effect as TOML, every value written out: `[stream]` is spread over the servers, host names
 /// of upstreams are resolved, `${VAR}`, `set` and `include` are replaced by what they stand for.
@@ -119,7 +119,7 @@ fn write_log_formats(out: &mut String, config: &Config) -> std::fmt::Result {
     let mut written: Vec<String> = Vec::new();
     for log in config.access_logs() {
         let format = &log.format;
-        if access_log::is_ready_made(&format.name) || written.contains(&format.name) {
+        if log_format::is_ready_made(&format.name) || written.contains(&format.name) {
             continue;
         }
         writeln!(
@@ -127,7 +127,7 @@ fn write_log_formats(out: &mut String, config: &Config) -> std::fmt::Result {
             "\n[[log_format]]\nname = {}\nescape = {}\nformat = {}",
             quoted(&expand::escape(&format.name)),
             quoted(format.escape.name()),
-            quoted(&access_log::write_format(&format.parts))
+            quoted(&log_format::write_format(&format.parts))
         )?;
         written.push(format.name.clone());
     }

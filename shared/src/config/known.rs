@@ -1,7 +1,7 @@
 //! What this version knows, for whoever writes a configuration by program.
 
 use super::file::{self, Shape};
-use super::{access_log, template};
+use super::{log_format, template};
 
 /// Whether a key may be written. `path` names its tables, as in `server.listen.backlog`.
 pub fn knows_key(path: &str) -> bool {
@@ -27,12 +27,12 @@ pub fn knows_variable(name: &str) -> bool {
 
 /// Whether a log format may hold this variable. The name is without `$`.
 pub fn knows_log_variable(name: &str) -> bool {
-    access_log::VARIABLES.iter().any(|(known, _)| *known == name)
+    log_format::VARIABLES.iter().any(|(known, _)| *known == name)
 }
 
 /// Whether a log format of this name is there without being written.
 pub fn has_ready_made_format(name: &str) -> bool {
-    access_log::is_ready_made(name)
+    log_format::is_ready_made(name)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use super::servers::Servers;
 use super::source::join;
 use super::units::{write_duration, write_size};
 use super::valid::{self, Given};
-use super::{Address, Listen, address, defaults, units};
+use super::{Address, address, defaults, units};
 use crate::counters::MAX_LISTENERS;
 
 /// The kernel caps it at net.core.somaxconn; more than a million waiting connections help nobody.
@@ -27,6 +27,19 @@ const KEEPALIVE_PROBES_MAX: u32 = 127;
 /// What `so_keepalive` looks like.
 const KEEPALIVE: &str = "allowed: true, false, or \"keepidle:keepintvl:keepcnt\" with at least one of the three, for \
                          example \"30m::10\"";
+
+/// A bound address.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listen {
+    /// The address.
+    pub address: Address,
+    /// The accept queue's length, in connections.
+    pub backlog: u32,
+    /// Connections begin with a PROXY header.
+    pub proxy_protocol: bool,
+    /// What else its socket is told.
+    pub options: ListenOptions,
+}
 
 /// What a listening socket is told, beside its address and its queue. The kernel passes most of it on to what is
 /// accepted.

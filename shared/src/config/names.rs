@@ -11,8 +11,7 @@ use super::source::join;
 use super::units::write_duration;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Named, Peer, Resolver};
-use super::{address, defaults, units};
+use super::{Peer, address, defaults, units};
 
 /// The port of name servers (RFC 1035, section 4.2).
 const DNS_PORT: u16 = 53;
@@ -26,6 +25,38 @@ const LABEL_MAX_BYTES: usize = 63;
 const VALID_MIN: Duration = Duration::from_secs(1);
 
 const SERVERS: &str = "write \"127.0.0.53\", \"127.0.0.1:5353\" or \"[::1]:53\"";
+
+/// A server with `resolve`: whatever addresses its name stands for are peers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Named {
+    /// The name, in lower case, without a dot at its end.
+    pub host: String,
+    /// The port of all its peers; 0 with a service.
+    pub port: u16,
+    /// The service whose records (SRV) say peers and ports.
+    pub service: Option<String>,
+    /// What each of its peers is like; the address says nothing.
+    pub like: Peer,
+    /// Who is asked.
+    pub resolver: Resolver,
+}
+
+/// Who is asked for the addresses of names, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Resolver {
+    /// Name servers, at least one.
+    pub servers: Vec<SocketAddr>,
+    /// How long an answer is valid; `None`: as long as it says itself.
+    pub valid: Option<Duration>,
+    /// How long the last addresses are kept when the answer is that there are none.
+    pub hold: Duration,
+    /// Ask for IPv4 addresses.
+    pub ipv4: bool,
+    /// Ask for IPv6 addresses.
+    pub ipv6: bool,
+    /// How long one lookup may take.
+    pub timeout: Duration,
+}
 
 /// A resolver as far as it was written.
 #[derive(Clone, Debug, Default)]

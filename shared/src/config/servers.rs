@@ -1,42 +1,52 @@
-//! `[[server]]`: listeners that clash with none, what is done with a connection, and the stream settings in force.
+//! `[[server]]`: its listeners (`listen`), what is done with a connection, and the settings in force (`stream`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
 
 use super::access_log::AccessLogs;
-use super::check::{Check, YEAR};
+use super::check::Check;
 use super::diagnostic::{Fault, OriginId, short};
 use super::file::nearest;
 use super::names::Written;
 use super::source::join;
 use super::template::{self, Unresolved, is_name_char};
 use super::upstreams::room;
-use super::valid::{self, Given};
-use super::{
-    Action, Address, Balance, LimitZone, Network, OffloadAfter, OnReload, Part, Peer, ProxyBind, Rate, Rule,
-    Server, Stream, Target, TcpCongestion, Template, Upstream, VariableMap,
-};
-use super::{address, units};
+use super::{Address, Balance, LimitZone, Listen, Part, Peer, Stream, Template, Upstream, VariableMap};
+use super::{address, valid};
 
-/// Two buffers of this size for each relayed session are 128 MiB: enough for any link.
-const BUFFER_MAX_BYTES: usize = 64 << 20;
-/// Looked at anew with each segment that arrives, so it must not be long. A hello with everything is below 16 KiB.
-const PREREAD_MAX_BYTES: usize = 64 << 10;
-/// Less than one full segment of the loopback device would pause at each of them.
-const BACKLOG_SIZE_MIN_BYTES: usize = 64 << 10;
-/// Sequence numbers are compared in 32 bits, signed.
-const BACKLOG_SIZE_MAX_BYTES: usize = 1 << 30;
-/// More peers than a program can have counters for.
-const TRIES_MAX: u32 = 65_535;
+/// One `[[server]]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Server {
+    /// Its listeners, at least one.
+    pub listen: Vec<Listen>,
+    /// What is done with a connection.
+    pub action: Action,
+    /// The stream settings in force, inherited from `[stream]` where the server does not set them.
+    pub stream: Stream,
+}
 
-/// More often than this, looking at idle sessions would itself be work.
-const TIMER_PERIOD_MIN: Duration = Duration::from_millis(10);
+/// What a server does with a connection.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Forward it.
+    Proxy(Target),
+    /// Write the status document and close (`ebpf_status_return`).
+    Status,
+    /// Serve metrics and the status over HTTP: what `http` says is the last server.
+    Http,
+}
 
-/// Less often than this, timeouts would be noticed far too late.
-const TIMER_PERIOD_MAX: Duration = Duration::from_secs(3600);
+/// Where `proxy_pass` leads.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target {
+    /// The upstream group at this index of [`super::Config::upstreams`]. An address written directly in
+    /// `proxy_pass` becomes an unnamed group of one at the end of that list (its name is the address).
+    Upstream(usize),
+    /// Evaluated for each session; names an upstream group or an address.
+    Variable(Template),
+}
 
 /// Reads the servers. Addresses written in `proxy_pass` are collected as unnamed upstreams.
 pub(super) struct Servers<'c, 'a> {
@@ -45,11 +55,11 @@ pub(super) struct Servers<'c, 'a> {
     upstreams: Vec<Upstream>,
     /// What leads nowhere, and why: each server that says so is told, and no name is looked up twice for it.
     astray: BTreeMap<String, Fault>,
-    zones: &'c [LimitZone],
-    maps: &'c [VariableMap],
+    pub(super) zones: &'c [LimitZone],
+    pub(super) maps: &'c [VariableMap],
     /// Every address that is listened on, with the key and the place of its listener.
     pub(super) listeners: HashMap<Address, (String, OriginId)>,
-    access_logs: AccessLogs,
+    pub(super) access_logs: AccessLogs,
 }
 
 impl<'c, 'a> Servers<'c, 'a> {
@@ -82,42 +92,9 @@ impl<'c, 'a> Servers<'c, 'a> {
             Some(ValueKind::Table(table)) => table,
             _ => &nothing,
         };
-        // Where everything went wrong, an hour and a byte stand in for what [stream] would have said.
-        let hour = Duration::from_secs(3600);
-        let stand_in = Stream {
-            ebpf_enable: true,
-            proxy_timeout: hour,
-            proxy_connect_timeout: hour,
-            proxy_next_upstream: true,
-            proxy_next_upstream_tries: 0,
-            proxy_next_upstream_timeout: Duration::ZERO,
-            proxy_buffer_size: 1,
-            proxy_half_close: true,
-            tcp_nodelay: true,
-            tcp_congestion: TcpCongestion::System,
-            proxy_socket_keepalive: false,
-            proxy_bind: ProxyBind::Off,
-            ebpf_timer_period: hour,
-            ebpf_backlog_size: BACKLOG_SIZE_MIN_BYTES as u32,
-            ebpf_offload_after: OffloadAfter::Auto,
-            on_reload: OnReload::Keep,
-            proxy_protocol: None,
-            proxy_protocol_timeout: hour,
-            set_real_ip_from: Vec::new(),
-            access: Vec::new(),
-            limit_conn: Vec::new(),
-            limit_conn_rate: Vec::new(),
-            proxy_upload_rate: Rate::OFF,
-            proxy_download_rate: Rate::OFF,
-            ssl_preread: false,
-            preread_buffer_size: 1,
-            preread_timeout: hour,
-            resolver: None,
-            access_log: None,
-        };
         let inherited = Stream {
             resolver: resolver.clone().or(&Written::default()).map(Arc::new),
-            ..self.stream(inherited, "stream", &stand_in)
+            ..self.stream(inherited, "stream", &Stream::stand_in())
         };
         let tables = self.check.tables(root, "server");
         let none = match root.get("server").map(|value| &value.kind) {
@@ -157,143 +134,6 @@ impl<'c, 'a> Servers<'c, 'a> {
             });
         }
         (self.upstreams, inherited, servers)
-    }
-
-    fn stream(&mut self, table: &Map<String, Value>, key: &str, inherited: &Stream) -> Stream {
-        let millisecond = Duration::from_millis(1);
-        let timeout = |given: Given| units::duration(given, millisecond..=YEAR);
-        // 0 means: no limit, both as with nginx.
-        let limit = |given: Given| units::duration(given, Duration::ZERO..=YEAR);
-        let tries = |given: Given| valid::number(given, 0..=TRIES_MAX);
-        let period = |given: Given| units::duration(given, TIMER_PERIOD_MIN..=TIMER_PERIOD_MAX);
-        let buffer = |given: Given| units::size(given, 1..=BUFFER_MAX_BYTES);
-        let backlog = |given: Given| units::size(given, BACKLOG_SIZE_MIN_BYTES..=BACKLOG_SIZE_MAX_BYTES);
-        let preread = |given: Given| units::size(given, 1..=PREREAD_MAX_BYTES);
-        let (zones, maps) = (self.zones, self.maps);
-        let rate = |given: Given| Rate::read(given, maps);
-        let check = &mut self.check;
-        let Stream {
-            ebpf_enable,
-            proxy_timeout,
-            proxy_connect_timeout,
-            proxy_next_upstream,
-            proxy_next_upstream_tries,
-            proxy_next_upstream_timeout,
-            proxy_buffer_size,
-            proxy_half_close,
-            tcp_nodelay,
-            tcp_congestion,
-            proxy_socket_keepalive,
-            proxy_bind,
-            ebpf_timer_period,
-            ebpf_backlog_size,
-            ebpf_offload_after,
-            on_reload,
-            proxy_protocol,
-            proxy_protocol_timeout,
-            ref set_real_ip_from,
-            ref access,
-            ref limit_conn,
-            ref limit_conn_rate,
-            ref proxy_upload_rate,
-            ref proxy_download_rate,
-            ssl_preread,
-            preread_buffer_size,
-            preread_timeout,
-            // What a table says of it counts together with what the other one says: see `Servers::read`.
-            resolver: _,
-            ref access_log,
-        } = *inherited;
-        let access_log = self.access_logs.of_table(check, table, key, access_log);
-        Stream {
-            ebpf_enable: check
-                .at(table, key, "ebpf_enable", valid::boolean)
-                .unwrap_or(ebpf_enable),
-            proxy_timeout: check
-                .at(table, key, "proxy_timeout", timeout)
-                .unwrap_or(proxy_timeout),
-            proxy_connect_timeout: check
-                .at(table, key, "proxy_connect_timeout", timeout)
-                .unwrap_or(proxy_connect_timeout),
-            proxy_next_upstream: check
-                .at(table, key, "proxy_next_upstream", valid::boolean)
-                .unwrap_or(proxy_next_upstream),
-            proxy_next_upstream_tries: check
-                .at(table, key, "proxy_next_upstream_tries", tries)
-                .unwrap_or(proxy_next_upstream_tries),
-            proxy_next_upstream_timeout: check
-                .at(table, key, "proxy_next_upstream_timeout", limit)
-                .unwrap_or(proxy_next_upstream_timeout),
-            proxy_buffer_size: check
-                .at(table, key, "proxy_buffer_size", buffer)
-                .unwrap_or(proxy_buffer_size),
-            proxy_half_close: check
-                .at(table, key, "proxy_half_close", valid::boolean)
-                .unwrap_or(proxy_half_close),
-            tcp_nodelay: check
-                .at(table, key, "tcp_nodelay", valid::boolean)
-                .unwrap_or(tcp_nodelay),
-            tcp_congestion: check
-                .at(table, key, "tcp_congestion", TcpCongestion::read)
-                .unwrap_or(tcp_congestion),
-            proxy_socket_keepalive: check
-                .at(table, key, "proxy_socket_keepalive", valid::boolean)
-                .unwrap_or(proxy_socket_keepalive),
-            proxy_bind: check
-                .at(table, key, "proxy_bind", ProxyBind::read)
-                .unwrap_or(proxy_bind),
-            ebpf_timer_period: check
-                .at(table, key, "ebpf_timer_period", period)
-                .unwrap_or(ebpf_timer_period),
-            ebpf_backlog_size: check
-                .at(table, key, "ebpf_backlog_size", backlog)
-                .map_or(ebpf_backlog_size, |bytes| bytes as u32),
-            ebpf_offload_after: check
-                .at(table, key, "ebpf_offload_after", OffloadAfter::read)
-                .unwrap_or(ebpf_offload_after),
-            on_reload: check
-                .at(table, key, "on_reload", valid::on_reload)
-                .unwrap_or(on_reload),
-            proxy_protocol: check
-                .at(table, key, "proxy_protocol", valid::proxy_protocol)
-                .unwrap_or(proxy_protocol),
-            proxy_protocol_timeout: check
-                .at(table, key, "proxy_protocol_timeout", timeout)
-                .unwrap_or(proxy_protocol_timeout),
-            set_real_ip_from: check
-                .list(table, key, "set_real_ip_from", |given| {
-                    Network::read(valid::text(given, "\"10.0.0.0/8\"")?)
-                })
-                .unwrap_or_else(|| set_real_ip_from.clone()),
-            access: check
-                .list(table, key, "access", |given| {
-                    Rule::read(valid::text(given, "\"deny 10.0.0.0/8\"")?)
-                })
-                .unwrap_or_else(|| access.clone()),
-            limit_conn: check
-                .limit_conn(table, key, zones)
-                .unwrap_or_else(|| limit_conn.clone()),
-            limit_conn_rate: check
-                .limit_conn_rate(table, key, zones)
-                .unwrap_or_else(|| limit_conn_rate.clone()),
-            proxy_upload_rate: check
-                .at(table, key, "proxy_upload_rate", rate)
-                .unwrap_or_else(|| proxy_upload_rate.clone()),
-            proxy_download_rate: check
-                .at(table, key, "proxy_download_rate", rate)
-                .unwrap_or_else(|| proxy_download_rate.clone()),
-            ssl_preread: check
-                .at(table, key, "ssl_preread", valid::boolean)
-                .unwrap_or(ssl_preread),
-            preread_buffer_size: check
-                .at(table, key, "preread_buffer_size", preread)
-                .unwrap_or(preread_buffer_size),
-            preread_timeout: check
-                .at(table, key, "preread_timeout", timeout)
-                .unwrap_or(preread_timeout),
-            resolver: None,
-            access_log,
-        }
     }
 
     fn action(&mut self, key: &str, at: OriginId, table: &Map<String, Value>) -> Action {

@@ -5,12 +5,62 @@ use std::collections::BTreeMap;
 
 use regex::Regex;
 
+use super::VariableMap;
 use super::diagnostic::{Fault, short};
 use super::file::nearest;
-use super::{Part, Template, Variable, VariableMap};
 
 /// More than any upstream's name or address: stops values that double each other.
 const LONGEST_BYTES: usize = 4096;
+
+/// A value with `$variables`: parts in order. A server's `set` values are already substituted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template(pub Vec<Part>);
+
+/// One part of a [`Template`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Text as it is.
+    Literal(String),
+    /// A variable of the session.
+    Variable(Variable),
+}
+
+/// Variables that a session has before its peer is chosen (nginx stream's names).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variable {
+    /// The client's address without port.
+    RemoteAddr,
+    /// The client's port.
+    RemotePort,
+    /// The address that the client connected to, without port.
+    ServerAddr,
+    /// The port that the client connected to.
+    ServerPort,
+    /// The host's name.
+    Hostname,
+    /// The client's address in the PROXY header, without port.
+    ProxyProtocolAddr,
+    /// The client's port in the PROXY header.
+    ProxyProtocolPort,
+    /// The address that the client connected to, as the PROXY header says it, without port.
+    ProxyProtocolServerAddr,
+    /// The port that the client connected to, as the PROXY header says it.
+    ProxyProtocolServerPort,
+    /// The address that connected here, whatever a PROXY header says, without port.
+    RealipRemoteAddr,
+    /// The port that connected here.
+    RealipRemotePort,
+    /// The server that the TLS hello asks for.
+    SslPrereadServerName,
+    /// The protocols that the TLS hello offers, separated by commas.
+    SslPrereadAlpnProtocols,
+    /// The highest version of TLS that the hello offers.
+    SslPrereadProtocol,
+    /// What the map at this index of [`super::Config::maps`] gives.
+    Map(usize),
+    /// What the group of this number of a map's regular expression has found, 1 to 9; in that expression's value only.
+    Capture(u8),
+}
 
 /// The variables of a session, by nginx's names.
 pub(super) const SESSION_VARIABLES: &[(&str, Variable)] = &[

@@ -10,8 +10,8 @@ use super::names::Written;
 use super::source::join;
 use super::valid::{self, Given};
 use super::world::World;
-use super::{Address, Balance, Named, Peer, Queue, Resolver, Upstream, VariableMap};
-use super::{address, balance, defaults, units};
+use super::{Address, Balance, Named, Resolver, VariableMap};
+use super::{address, balance, defaults, health, units};
 use crate::counters::{MAX_GROUPS, MAX_PEERS};
 use crate::members::MAX_NAMES;
 
@@ -23,6 +23,69 @@ const RING_WEIGHT_MAX: u64 = 8_192;
 
 /// As many sessions as all workers of the largest host can hold.
 const CONNS_MAX: u32 = 1 << 30;
+
+/// A named group of peers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Upstream {
+    /// Its name, unique in the file.
+    pub name: String,
+    /// How a peer is chosen.
+    pub balance: Balance,
+    /// Its peers, in file order; empty only where there are names.
+    pub peers: Vec<Peer>,
+    /// How they are checked; `None`: not at all.
+    pub check: Option<health::Check>,
+    /// Where sessions wait while all peers are at `max_conns`; `None`: they do not.
+    pub queue: Option<Queue>,
+    /// Names whose addresses are peers as well, looked up while the program runs; in file order.
+    pub names: Vec<Named>,
+}
+
+/// Where sessions wait for a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// How many at most, of all workers together.
+    pub size: u32,
+    /// How long at most.
+    pub timeout: Duration,
+}
+
+/// One address of an upstream group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Peer {
+    /// Where to connect.
+    pub address: Address,
+    /// Share of the sessions, at least 1.
+    pub weight: u32,
+    /// Takes sessions only when no other peer does.
+    pub backup: bool,
+    /// Takes none; the operator says so.
+    pub down: bool,
+    /// Sessions that it takes at once, from the whole program; 0: no limit.
+    pub max_conns: u32,
+    /// Failed attempts within `fail_timeout` that take it out for as long; 0: none do.
+    pub max_fails: u32,
+    /// See `max_fails`.
+    pub fail_timeout: Duration,
+    /// How long its weight grows back when it is alive again; 0: it is there at once.
+    pub slow_start: Duration,
+}
+
+impl Peer {
+    /// A peer with the defaults.
+    pub fn new(address: Address) -> Peer {
+        Peer {
+            address,
+            weight: defaults::WEIGHT,
+            backup: false,
+            down: false,
+            max_conns: 0,
+            max_fails: defaults::MAX_FAILS,
+            fail_timeout: defaults::FAIL_TIMEOUT,
+            slow_start: Duration::ZERO,
+        }
+    }
+}
 
 impl Check<'_> {
     pub(super) fn upstreams(

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 mod errors;
@@ -14,6 +14,7 @@ mod manual;
 mod property;
 mod shipped;
 
+use super::load::{load_dumped_in, load_in, read_in};
 use super::world::World;
 use super::*;
 

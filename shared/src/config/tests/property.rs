@@ -156,7 +156,7 @@ fn network() -> impl Strategy<Value = Network> {
 /// One of a few formats, so that logs share them; each name stands for one format.
 fn log_format() -> impl Strategy<Value = LogFormat> {
     (0usize..4).prop_map(|n| {
-        let (_, variable) = access_log::VARIABLES[n];
+        let (_, variable) = log_format::VARIABLES[n];
         let literal = |text: &str| LogPart::Literal(text.to_owned());
         LogFormat {
             name: format!("f{n} ${{é}}"),
