@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use culvert_bpf::Terms;
 use culvert_shared::config::{Action, OnReload, Stream as Settings, Target};
 use culvert_shared::counters::{Board, CloseReason, Transit, WorkerRow};
 use culvert_shared::ids::Direction;
@@ -114,13 +113,7 @@ impl Worker {
             None => Rc::new(settings_of(&saved.settings, &self.config.stream)),
         };
         if let (true, Some(maps)) = (saved.joined, &store.maps) {
-            let terms = Terms {
-                now_ns: clock::now_ns(),
-                backlog_bytes: settings.ebpf_backlog_size,
-                window_bytes: self.limits.window_bytes,
-                settable_bytes: u32::try_from(self.limits.receive_bytes).unwrap_or(u32::MAX),
-                lane: self.wards[ward].reader.lane(),
-            };
+            let terms = self.terms(ward, &settings);
             let carried = saved.streams.map(|stream| way_of(stream.way) == Way::Kernel);
             maps.adopt(id.place, ends, &terms, carried, died);
         }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use culvert_bpf::{Joined, SlotMaps, Terms, flow_flag};
-use culvert_shared::config::OffloadAfter;
+use culvert_shared::config::{OffloadAfter, Stream as Settings};
 use culvert_shared::counters::{Board, FallbackReason, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::SessionId;
@@ -129,13 +129,7 @@ impl Worker {
         }
         let place = seat.id.place;
         let ends = [session.downstream.as_fd(), upstream.socket.as_fd()];
-        let terms = Terms {
-            now_ns: clock::now_ns(),
-            backlog_bytes: session.settings.ebpf_backlog_size,
-            window_bytes: self.limits.window_bytes,
-            settable_bytes: u32::try_from(self.limits.receive_bytes).unwrap_or(u32::MAX),
-            lane: self.wards[ward].reader.lane(),
-        };
+        let terms = self.terms(ward, &session.settings);
         let sent_bytes = Direction::BOTH.map(|way| sent_by_us(session, way));
         match maps.join(place, ends, &terms, sent_bytes, wanted) {
             Ok(joined) => {
@@ -162,6 +156,17 @@ impl Worker {
                 );
                 refuse(FallbackReason::KernelRefused)
             }
+        }
+    }
+
+    /// On what terms the kernel has a session whose place is in this ward.
+    pub(crate) fn terms(&self, ward: usize, settings: &Settings) -> Terms {
+        Terms {
+            now_ns: clock::now_ns(),
+            backlog_bytes: settings.ebpf_backlog_size,
+            window_bytes: self.limits.window_bytes,
+            settable_bytes: u32::try_from(self.limits.receive_bytes).unwrap_or(u32::MAX),
+            lane: self.wards[ward].reader.lane(),
         }
     }
 
