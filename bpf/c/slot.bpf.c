@@ -365,7 +365,7 @@ static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_so
 {
 	int bytes = flow->window_bytes;
 
-	if (bytes && self->window_clamp > (__u32)bytes)
+	if (self->window_clamp > (__u32)bytes)
 		bpf_setsockopt(ops, IPPROTO_TCP, TCP_WINDOW_CLAMP, &bytes, sizeof(bytes));
 }
 
