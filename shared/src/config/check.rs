@@ -10,7 +10,7 @@ use config::{Map, Value, ValueKind};
 use super::access_log::AccessLogs;
 use super::diagnostic::{Fault, Findings, OriginId};
 use super::servers::Servers;
-use super::source::join;
+use super::source::{entries, join};
 use super::valid::{self, Given};
 use super::world::World;
 use super::{Config, FlowSteering, User};
@@ -138,15 +138,11 @@ impl Check<'_> {
         name: &str,
         read: impl Fn(Given<'v>) -> Result<T, Fault>,
     ) -> Option<Vec<T>> {
-        let (value, key) = (table.get(name)?, join(prefix, name));
-        Some(match &value.kind {
-            ValueKind::Array(items) => items
-                .iter()
-                .enumerate()
-                .filter_map(|(n, item)| self.read(&format!("{key}[{n}]"), item, &read))
-                .collect(),
-            _ => self.read(&key, value, read).into_iter().collect(),
-        })
+        let entries = entries(&join(prefix, name), table.get(name)?);
+        let read = entries
+            .iter()
+            .filter_map(|(key, entry)| self.read(key, entry, &read));
+        Some(read.collect())
     }
 
     /// The tables of a list such as `[[server]]`, each with its key and origin.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use config::{Value, ValueKind};
 
 use super::diagnostic::{Fault, OriginId, short};
-use super::source::{Reader, identity};
+use super::source::{Reader, entries, identity};
 
 /// What is said to every wrong `include`.
 const INCLUDE: &str = "write a file or a pattern such as \"conf.d/*.toml\"";
@@ -60,15 +60,7 @@ fn is_file(file: &Path) -> Result<(), Fault> {
 impl Reader<'_> {
     /// Reads the files that `include` of the file `including` names.
     pub(super) fn include(&mut self, including: &Path, include: &Value) {
-        let items = match &include.kind {
-            ValueKind::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(n, item)| (format!("include[{n}]"), item))
-                .collect(),
-            _ => vec![("include".to_owned(), include)],
-        };
-        for (key, item) in items {
+        for (key, item) in entries("include", include) {
             let at = self.findings.origin_of(item);
             let files = match &item.kind {
                 ValueKind::Nil => continue,

@@ -7,7 +7,7 @@ use config::{Map, Value, ValueKind};
 
 use super::diagnostic::{Fault, OriginId};
 use super::servers::Servers;
-use super::source::join;
+use super::source::{entries, join};
 use super::units::{write_duration, write_size};
 use super::valid::{self, Given};
 use super::{Address, address, defaults, units};
@@ -157,14 +157,7 @@ impl Servers<'_, '_> {
             );
             return Vec::new();
         };
-        let items: Vec<(String, &Value)> = match &value.kind {
-            ValueKind::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(n, item)| (format!("{key}[{n}]"), item))
-                .collect(),
-            _ => vec![(key.clone(), value)],
-        };
+        let items = entries(&key, value);
         if items.is_empty() {
             self.check.read(&key, value, |_| {
                 Err::<(), _>(Fault::new("empty", "give at least one address"))

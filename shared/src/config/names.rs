@@ -7,7 +7,7 @@ use config::{Map, Value, ValueKind};
 
 use super::check::{Check, YEAR};
 use super::diagnostic::Fault;
-use super::source::join;
+use super::source::{entries, join};
 use super::units::write_duration;
 use super::valid::{self, Given};
 use super::world::World;
@@ -132,14 +132,7 @@ impl Check<'_> {
     }
 
     fn name_servers(&mut self, key: &str, value: &Value) -> Vec<SocketAddr> {
-        let items: Vec<(String, &Value)> = match &value.kind {
-            ValueKind::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(n, item)| (format!("{key}[{n}]"), item))
-                .collect(),
-            _ => vec![(key.to_owned(), value)],
-        };
+        let items = entries(key, value);
         if items.is_empty() {
             self.read(key, value, |_| Err::<(), _>(Fault::new("empty", SERVERS)));
         }

@@ -431,3 +431,15 @@ pub(super) fn join(prefix: &str, name: &str) -> String {
         _ => format!("{prefix}.{name}"),
     }
 }
+
+/// What stands under a key that takes one entry or a list of them, each with its own key.
+pub(super) fn entries<'v>(key: &str, value: &'v Value) -> Vec<(String, &'v Value)> {
+    match &value.kind {
+        ValueKind::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(n, item)| (format!("{key}[{n}]"), item))
+            .collect(),
+        _ => vec![(key.to_owned(), value)],
+    }
+}

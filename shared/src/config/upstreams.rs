@@ -7,7 +7,7 @@ use config::{Map, Value, ValueKind};
 use super::check::{Check, YEAR};
 use super::diagnostic::{Fault, OriginId};
 use super::names::Written;
-use super::source::join;
+use super::source::{entries, join};
 use super::valid::{self, Given};
 use super::world::World;
 use super::{Address, Balance, Named, Resolver, VariableMap};
@@ -163,14 +163,7 @@ impl Check<'_> {
             );
             return (Vec::new(), Vec::new());
         };
-        let items: Vec<(String, &Value)> = match &value.kind {
-            ValueKind::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(n, item)| (format!("{key}[{n}]"), item))
-                .collect(),
-            _ => vec![(key.clone(), value)],
-        };
+        let items = entries(&key, value);
         if items.is_empty() {
             self.read(&key, value, |_| {
                 Err::<(), _>(Fault::new("empty", "give at least one \"host:port\""))
