@@ -1,9 +1,8 @@
 //! Where BPF is not to be had, the program serves all the same by copying, says why once, and counts it.
 
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use crate::harness::program::need;
+use crate::harness::program::{copy_for, need};
 use crate::harness::{Bytes, Plan, Upstream, connect, exchange, process};
 
 const UP: u64 = 11;
@@ -82,15 +81,10 @@ fn root_without_the_capabilities_for_bpf_serves_by_copying() {
 fn an_unprivileged_user_is_served_by_copying() {
     need("setpriv", "util-linux");
     let plan = Plan::new();
-    // The build directory may be closed to others; the test's own is not, once that user owns it.
-    let binary = plan.file("master");
-    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
-    std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
-    let dir = binary.parent().expect("a directory");
-    std::os::unix::fs::chown(dir, Some(NOBODY), Some(NOBODY)).expect("giving the directory away");
+    let binary = copy_for(NOBODY, &plan);
     let (uid, gid) = (format!("--reuid={NOBODY}"), format!("--regid={NOBODY}"));
     let launcher = ["setpriv", &uid, &gid, "--clear-groups", "--"];
-    serves_by_copying(plan.binary(binary.clone()).launched_by(&launcher), NOBODY);
+    serves_by_copying(plan.binary(binary).launched_by(&launcher), NOBODY);
 }
 
 #[test]

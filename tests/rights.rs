@@ -3,13 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::net::TcpStream;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use crate::harness::pattern::ping;
-use crate::harness::program::{need, run};
+use crate::harness::program::{copy_for, need, run};
 use crate::harness::{Plan, Proxy, Upstream, connect, process, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -46,12 +45,7 @@ fn capabilities(pid: i32, set: &str) -> u64 {
 fn as_user_without(left_out: &str) -> Plan {
     need("setpriv", "util-linux");
     let plan = Plan::new();
-    // The build directory may be closed to others; the test's own is not, once that user owns it.
-    let binary = plan.file("master");
-    crate::harness::program::copy(env!("CARGO_BIN_EXE_master"), &binary);
-    std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
-    let dir = binary.parent().expect("a directory");
-    std::os::unix::fs::chown(dir, Some(NOBODY), Some(NOBODY)).expect("giving the directory away");
+    let binary = copy_for(NOBODY, &plan);
     let held: Vec<String> = USEFUL
         .iter()
         .filter(|(name, _)| *name != left_out)
@@ -67,7 +61,7 @@ fn as_user_without(left_out: &str) -> Plan {
         &format!("--ambient-caps={held}"),
         "--",
     ];
-    plan.binary(binary.clone()).launched_by(&launcher)
+    plan.binary(binary).launched_by(&launcher)
 }
 
 /// As the start of a plan by an ordinary user who has no right but those of the file that is started.

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::plan::Scratch;
+use super::plan::{Plan, Scratch};
 use super::{PATIENCE, watchdog, within};
 
 /// How a program ended and what it wrote.
@@ -33,6 +34,17 @@ pub fn copy(from: &str, to: impl AsRef<std::path::Path>) {
         status.as_ref().is_ok_and(std::process::ExitStatus::success),
         "copying {from}: {status:?}"
     );
+}
+
+/// Copies the program into a plan's directory and gives that to a user, to whom the build directory may be closed.
+#[track_caller]
+pub fn copy_for(user: u32, plan: &Plan) -> PathBuf {
+    let binary = plan.file("master");
+    copy(env!("CARGO_BIN_EXE_master"), &binary);
+    std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("permissions");
+    let dir = binary.parent().expect("a directory");
+    std::os::unix::fs::chown(dir, Some(user), Some(user)).expect("giving the directory away");
+    binary
 }
 
 impl Finished {
