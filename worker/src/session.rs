@@ -24,7 +24,7 @@ use crate::table::Side;
 /// Where one direction stands. Its source is the socket that the bytes come from, its target the other.
 ///
 /// ```text
-///            the kernel takes the pair              the source has ended, or left bytes
+///            the kernel takes it                    the source has ended or left bytes, or small pieces gather
 ///   Relay ───────────────────────────────► Kernel ──────────────────────────┐
 ///     │ ▲                                                                    ▼
 ///     │ └──── target has all, bytes are left to copy ─────────────────── Settling
