@@ -50,6 +50,10 @@ int entry(struct bpf_sock_ops *ops)
 			bpf_tail_call(ops, &slots, place->slot);
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		/* Nothing is sent, only the room for it is asked for: once for each fragment that is redirected, and more often
+		 * than all the rest together. */
+		if (ops->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
+			break;
 	case BPF_SOCK_OPS_RTT_CB:
 		place = sk ? bpf_sk_storage_get(&places, sk, 0, 0) : 0;
 		if (place)
