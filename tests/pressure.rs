@@ -13,6 +13,7 @@ use crate::harness::slow::{
     BACKLOG_DEFAULT, DOWN, MIB, PIECE, UP, bound, finish, must_be_sound, must_have_stayed_in_the_kernel,
     proxy_with, standstill,
 };
+use crate::harness::sockets::{number_after, ss};
 use crate::harness::turns::{alone, beside_others};
 use crate::harness::{Ending, PATIENCE, Plan, Proxy, Towards, Writer, connect, memory, receive};
 use nix::sched::{CloneFlags, unshare};
@@ -159,6 +160,42 @@ fn buffers_that_have_grown_are_not_filled_although_the_worker_comes_late() {
                 false => must_have_stayed_in_the_kernel(&status),
             }
         });
+    }
+}
+
+#[test]
+fn buffers_are_as_large_as_the_backlog_needs_though_the_host_lets_nobody_ask_for_that() {
+    let _alone = alone();
+    let settable = memory::settable_receive_buffer().max(memory::settable_send_buffer());
+    let backlog = (4 * settable).max(BACKLOG_DEFAULT);
+    let total = 3 * backlog + 32 * MIB;
+    for towards in Towards::BOTH {
+        let (proxy, front) = proxy_with(
+            "127.0.0.1",
+            &format!("ebpf_backlog_size = \"{}k\"", backlog / 1024),
+        );
+        let (writing, reading) = front.offloaded(&proxy, towards);
+        setsockopt(&reading, RcvBuf, &READERS_BUFFER).expect("SO_RCVBUF");
+        // How ss(8) names the proxy's end of each.
+        let buffers = |end: &TcpStream, letters: &str| {
+            let (own, peer) = (end.local_addr().unwrap(), end.peer_addr().unwrap());
+            let said = ss("-m", &format!("( src {peer} and dst {own} )"));
+            number_after(&said, letters)
+        };
+        let writer = Writer::start(&writing, UP, total, PIECE);
+        let sized = || (buffers(&reading, ",tb"), buffers(&writing, ",rb"));
+        let wanted = (2 * backlog, backlog);
+        let begun = Instant::now();
+        while sized() != wanted && begun.elapsed() < PATIENCE {
+            pause(50);
+        }
+        assert_eq!(
+            sized(),
+            wanted,
+            "the target's send buffer, the source's receive buffer"
+        );
+        finish(writer, writing, reading, UP, 0, total);
+        must_have_stayed_in_the_kernel(&proxy.settle());
     }
 }
 

@@ -10,20 +10,12 @@ use std::time::Duration;
 
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run, shell};
-use crate::harness::sockets::try_connect;
+use crate::harness::sockets::{number_after, ss, try_connect};
 use crate::harness::{
     Flag, PATIENCE, Plan, Port, Proxy, Status, Upstream, connect, process, receive, receive_exactly, send,
     upstream, within,
 };
 use nix::sys::signal::Signal;
-
-/// The proxy's ends of the connections to a port, as ss(8) shows them.
-#[track_caller]
-fn ss(options: &str, filter: &str) -> String {
-    need("ss", "iproute2");
-    let line = format!("ss -Htn {options} state established '{filter}'");
-    shell(&line, Duration::from_secs(10)).replace('\n', " ")
-}
 
 /// Sessions that a listener has taken.
 #[track_caller]
@@ -32,18 +24,6 @@ fn accepted(status: &Status, address: &str) -> u64 {
     let row = listeners.iter().find(|row| row["address"] == address);
     let row = row.unwrap_or_else(|| panic!("no listener {address}: {:#}", status.json()));
     row["accepted"].as_u64().expect("a number")
-}
-
-/// A number that follows a word in what ss(8) says.
-#[track_caller]
-fn number_after(text: &str, word: &str) -> u64 {
-    let (_, rest) = text
-        .split_once(word)
-        .unwrap_or_else(|| panic!("no {word} in {text:?}"));
-    let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
-    digits
-        .parse()
-        .unwrap_or_else(|_| panic!("no number after {word} in {text:?}"))
 }
 
 #[test]

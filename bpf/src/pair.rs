@@ -65,6 +65,13 @@ pub struct FlowState {
 /// No source is allowed less on its way, however little may wait for its target.
 const WINDOW_BYTES_MIN: u32 = 4 << 20;
 
+/// The largest receive window that the source of a flow announces, of which so many bytes may be outstanding. What was
+/// allowed comes after it is held back, too, whatever its buffer has grown to; and more than may wait for the target makes
+/// nothing faster.
+pub fn largest_window(backlog_bytes: u32) -> u32 {
+    backlog_bytes.max(WINDOW_BYTES_MIN).min(i32::MAX as u32)
+}
+
 /// On what terms a pair is joined.
 pub struct Terms {
     /// Now, CLOCK_MONOTONIC.
@@ -84,10 +91,8 @@ impl Terms {
     fn set_limits(&self, flow: &Flow) {
         flow.high_bytes.store(self.backlog_bytes, Relaxed);
         flow.low_bytes.store(self.backlog_bytes / 2, Relaxed);
-        // What a source was allowed to send comes after it is held back, too, whatever its buffer has grown to. More than
-        // may wait for the target makes nothing faster.
-        let window = self.backlog_bytes.max(WINDOW_BYTES_MIN);
-        flow.window_bytes.store(window.min(i32::MAX as u32), Relaxed);
+        flow.window_bytes
+            .store(largest_window(self.backlog_bytes), Relaxed);
         flow.settable_bytes.store(self.settable_bytes, Relaxed);
         // A source that is let go may have gathered one window, and gets no further than another.
         let runaway = self.window_bytes.map_or(0, |window| {

@@ -56,6 +56,16 @@ pub struct Generation {
 }
 
 impl Generation {
+    /// The largest buffer that a worker may want for a socket, in bytes.
+    pub fn largest_buffer(&self) -> u32 {
+        let backlogs = self
+            .config
+            .servers
+            .iter()
+            .map(|server| server.stream.ebpf_backlog_size);
+        backlogs.map(culvert_bpf::largest_window).max().unwrap_or(0)
+    }
+
     /// Builds the first one.
     ///
     /// # Errors

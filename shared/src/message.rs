@@ -8,7 +8,7 @@ use crate::sys::fdpass::MAX_DESCRIPTORS;
 
 /// The version of these messages, for two binaries to compare: workers of one may have a master of the other.
 /// Change it whenever a message changes its bytes or meaning.
-pub const LAYOUT: &str = "culvert messages, layout 4";
+pub const LAYOUT: &str = "culvert messages, layout 5";
 
 /// Sessions of one message at most: each may come with its two sockets.
 pub const BATCH: usize = MAX_DESCRIPTORS / 2;
@@ -22,6 +22,15 @@ pub struct SessionId {
     pub place: Place,
     /// The generation of its record.
     pub generation: u32,
+}
+
+/// A buffer of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Buffer {
+    /// SO_SNDBUF.
+    Send,
+    /// SO_RCVBUF.
+    Receive,
 }
 
 /// From the master to a worker.
@@ -58,6 +67,9 @@ pub enum ToMaster {
     Forget(Vec<SessionId>),
     /// Ask for the addresses of these hosts, of which there are at most [`crate::hosts::BATCH`].
     Ask(Vec<Question>),
+    /// Give the socket that comes with the message a send buffer of this many bytes, or a receive buffer, although it is
+    /// larger than `net.core.wmem_max`, or `rmem_max`: that takes CAP_NET_ADMIN, which a worker does not have.
+    Size(Buffer, u32),
 }
 
 impl ToWorker {
@@ -118,6 +130,15 @@ impl ToMaster {
                 questions.iter().for_each(|question| question.encode(&mut bytes));
                 bytes
             }
+            ToMaster::Size(buffer, size) => {
+                let name = match buffer {
+                    Buffer::Send => SIZE_SEND,
+                    Buffer::Receive => SIZE_RECEIVE,
+                };
+                let mut bytes = encode(name, &[]);
+                bytes.extend(size.to_ne_bytes());
+                bytes
+            }
         }
     }
 
@@ -135,6 +156,13 @@ impl ToMaster {
             }
             return Some(ToMaster::Ask(questions));
         }
+        if let Some((name @ (&SIZE_SEND | &SIZE_RECEIVE), size)) = bytes.split_first() {
+            let buffer = match *name {
+                SIZE_SEND => Buffer::Send,
+                _ => Buffer::Receive,
+            };
+            return Some(ToMaster::Size(buffer, u32::from_ne_bytes(size.try_into().ok()?)));
+        }
         match decode(bytes)? {
             (b'R', none) if none.is_empty() => Some(ToMaster::Ready),
             (b'K', sessions) => Some(ToMaster::Keep(sessions)),
@@ -148,6 +176,9 @@ impl ToMaster {
         }
     }
 }
+
+const SIZE_SEND: u8 = b'W';
+const SIZE_RECEIVE: u8 = b'B';
 
 const ID_BYTES: usize = 12;
 
@@ -236,6 +267,8 @@ mod tests {
             ToMaster::Over(some()),
             ToMaster::Forget(Vec::new()),
             ToMaster::Ask(vec![question(), question()]),
+            ToMaster::Size(Buffer::Send, 4 << 20),
+            ToMaster::Size(Buffer::Receive, 2 << 20),
         ] {
             assert_eq!(ToMaster::decode(&message.encode()), Some(message));
         }

@@ -35,6 +35,11 @@ pub fn settable_receive_buffer() -> u64 {
     last_number("core/rmem_max")
 }
 
+/// The largest send buffer that may be asked for; the kernel doubles it.
+pub fn settable_send_buffer() -> u64 {
+    last_number("core/wmem_max")
+}
+
 fn last_number(name: &str) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/sys/net/{name}")).expect(name);
     let last = text.split_whitespace().next_back();

@@ -1,5 +1,6 @@
 //! What std's sockets do not offer: a reset instead of a close, a listener that answers no SYN, a FIN
-//! that travels in the last data segment, and a connection whose sequence numbers are set by hand.
+//! that travels in the last data segment, and a connection whose sequence numbers are set by hand. What ss(8) says of
+//! the proxy's own.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,6 +14,7 @@ use nix::sys::socket::{
 use nix::{setsockopt_impl, sockopt_impl};
 
 use super::PATIENCE;
+use super::program::{need, shell};
 
 /// Connects with the harness's timeouts.
 #[track_caller]
@@ -160,4 +162,24 @@ pub fn rewind(old: TcpStream, bytes: u32) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
     stream
+}
+
+/// The proxy's ends of the connections to a port, as ss(8) shows them.
+#[track_caller]
+pub fn ss(options: &str, filter: &str) -> String {
+    need("ss", "iproute2");
+    let line = format!("ss -Htn {options} state established '{filter}'");
+    shell(&line, Duration::from_secs(10)).replace('\n', " ")
+}
+
+/// A number that follows a word in what ss(8) says.
+#[track_caller]
+pub fn number_after(text: &str, word: &str) -> u64 {
+    let (_, rest) = text
+        .split_once(word)
+        .unwrap_or_else(|| panic!("no {word} in {text:?}"));
+    let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+    digits
+        .parse()
+        .unwrap_or_else(|_| panic!("no number after {word} in {text:?}"))
 }

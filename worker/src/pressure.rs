@@ -2,12 +2,14 @@
 //! outstanding, and say when that has drained; this file lets it go again. No byte is touched here.
 
 use std::collections::HashSet;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::Result;
 use culvert_bpf::{Event, EventKind, Events, FlowState, LaneNumber, SlotMaps, flow_flag};
 use culvert_shared::counters::Board;
 use culvert_shared::ids::{Direction, Owner};
+use culvert_shared::message::{Buffer, ToMaster};
+use culvert_shared::sys::fdpass;
 
 use crate::clock;
 use crate::drive::{Next, Trouble};
@@ -211,9 +213,7 @@ impl Worker {
     /// Sizes the buffers of a direction that is fast enough to be held back. The target's send buffer must
     /// take all that may be outstanding, and what the source gathered while it was held back: where it is
     /// full, sk_psock_backlog sleeps for a jiffy each time. So the source's receive buffer must not grow with
-    /// a peer that is held back. The kernel doubles both
-    /// values (socket(7)), and caps them at net.core.wmem_max and rmem_max; where a cap would make a buffer
-    /// smaller than the kernel's own sizing does, it is left alone.
+    /// a peer that is held back. The kernel doubles both values (socket(7)).
     ///
     /// What a source has gathered comes all at once when it is let go. So where too many are held back for
     /// each to gather that much within the worker's total, a source's buffer stays as it is, or shrinks to
@@ -233,12 +233,12 @@ impl Worker {
         let former = session.stream(direction).buffers;
         if former == Buffers::Own
             && given_to_target.is_none()
-            && let Some(socket) = session
-                .socket(target(direction))
-                .filter(|_| backlog.max(RECEIVE_BYTES_MIN) <= self.limits.send_bytes)
+            && let Some(socket) = session.socket(target(direction))
         {
-            let _ = sockets::set_send_buffer(socket.as_fd(), backlog.max(RECEIVE_BYTES_MIN));
+            let bytes = culvert_bpf::largest_window(session.settings.ebpf_backlog_size);
+            self.size(socket.as_fd(), Buffer::Send, bytes as usize);
         }
+        let given_to_source = given_to_source.map(|bytes| bytes.min(self.limits.receive_bytes));
         let wide = given_to_source.unwrap_or((backlog / 2).max(RECEIVE_BYTES_MIN));
         let sources = self.pressure.paused.len();
         let share = self.pair(session).and_then(|(maps, _)| maps.share_bytes(sources));
@@ -250,7 +250,7 @@ impl Worker {
         };
         let present = sockets::receive_buffer(socket.as_fd()).map_or(0, |bytes| bytes / 2);
         let (buffers, bytes) = if share >= wide {
-            (Buffers::Wide, wide.min(self.limits.receive_bytes))
+            (Buffers::Wide, wide)
         } else {
             // Whole segments, or the sender waits for its probe timer each time.
             let segment = sockets::segment_bytes(socket.as_fd()).unwrap_or(0);
@@ -258,12 +258,12 @@ impl Worker {
         };
         let fixed = match buffers {
             // What was fixed once does not size itself again.
-            Buffers::Wide => former == Buffers::Narrow || (former == Buffers::Own && bytes == wide),
+            Buffers::Wide => former != Buffers::Wide,
             _ => present > 2 * bytes || present < bytes,
         };
         let is_promised = bytes < present && !sockets::is_window_closed(socket.as_fd());
         if fixed && !is_promised {
-            let _ = sockets::set_receive_buffer(socket.as_fd(), bytes);
+            self.size(socket.as_fd(), Buffer::Receive, bytes);
         }
         session.stream(direction).buffers = match fixed && is_promised && buffers == Buffers::Wide {
             false => buffers,
@@ -275,6 +275,21 @@ impl Worker {
             self.pressure.narrow.insert((token, direction));
             self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
         }
+    }
+
+    /// Sizes a buffer; the kernel doubles it. More than the host lets everybody have (208 KiB, unless somebody has raised it)
+    /// only the master can give. Should it not hear that, the session is slower.
+    fn size(&self, socket: BorrowedFd<'_>, buffer: Buffer, bytes: usize) {
+        let _ = match buffer {
+            Buffer::Send if bytes <= self.limits.send_bytes => sockets::set_send_buffer(socket, bytes),
+            Buffer::Receive if bytes <= self.limits.receive_bytes => {
+                sockets::set_receive_buffer(socket, bytes)
+            }
+            _ => {
+                let message = ToMaster::Size(buffer, u32::try_from(bytes).unwrap_or(u32::MAX));
+                fdpass::send(self.control.as_fd(), &message.encode(), &[socket])
+            }
+        };
     }
 
     /// The sizes that the buffers of a socket were given by its listener, in bytes: receive, send.
