@@ -84,7 +84,7 @@ pub struct Worker {
     orders: VecDeque<(ToWorker, Vec<OwnedFd>)>,
     /// The same for what came of its questions.
     unheard: VecDeque<ToWorker>,
-    /// The host had no memory for a message: until when none is tried. Its socket says nothing of that.
+    /// The host had no room for a message: until when none is tried. Its socket says nothing of that.
     rest_until: Option<Instant>,
     /// Sessions that it is to adopt and was not yet told of.
     pub to_adopt: Queue,
