@@ -6,9 +6,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::harness::pattern::{ping, receive_from};
+use crate::harness::program::need;
 use crate::harness::{
     Flag, PATIENCE, Plan, Port, Proxy, Received, Upstream, connect, process, receive, send, within,
 };
+use crate::keeper_room::leave_room_for;
 use crate::reload::{half_a_reload, tell};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -383,6 +385,34 @@ fn logs_that_are_rotated_during_a_reload_are_new_for_the_next_generation_too() {
     }
     assert_eq!(lines(&file, 6).len(), 6);
     assert_eq!(lines(&moved, 0).len(), 0);
+}
+
+#[test]
+fn a_worker_hears_of_new_logs_however_many_descriptors_are_under_way() {
+    const LOGS: usize = 30;
+    need("setpriv", "util-linux");
+    let upstream = Upstream::echo("127.0.0.1");
+    let mut plan = Plan::new().launched_by(&["setpriv", "--bounding-set=-sys_resource", "--"]);
+    let files: Vec<_> = (0..LOGS)
+        .map(|log| plan.file(&format!("access-{log}.log")))
+        .collect();
+    let fronts: Vec<_> = files
+        .iter()
+        .map(|file| plan.server_with("127.0.0.1", &upstream, &json_log(file)))
+        .collect();
+    let proxy = plan.start();
+    let worker = proxy.worker();
+    tell(worker, Signal::SIGSTOP);
+    // Each time all logs are sent to it, and the kernel lets so many be under way as the master may have open.
+    leave_room_for(proxy.pid(), 5 * LOGS as u64);
+    for _ in 0..15 {
+        std::fs::rename(&files[0], proxy.dir().join("old")).expect("moving the log away");
+        proxy.signal(Signal::SIGUSR1);
+        assert!(within(PATIENCE, || files[0].exists()), "{}", proxy.log());
+    }
+    tell(worker, Signal::SIGCONT);
+    ping(&mut connect(fronts[0]), 1, 1).expect("an echo");
+    assert_eq!(lines(&files[0], 1).len(), 1);
 }
 
 #[test]

@@ -95,7 +95,7 @@ fn limit(pid: i32, soft: u64) {
 }
 
 /// Leaves a process room for so many descriptors more; says how to take that back.
-fn leave_room_for(pid: i32, more: u64) -> u64 {
+pub fn leave_room_for(pid: i32, more: u64) -> u64 {
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("its limits");
     let line = limits
         .lines()

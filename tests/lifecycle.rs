@@ -121,6 +121,26 @@ fn the_commands_find_the_master_by_its_pid_file() {
 }
 
 #[test]
+fn a_start_that_cannot_write_its_pid_file_leaves_no_half_of_one_behind() {
+    let plan = Plan::new();
+    let file = plan.file("proxy.toml");
+    std::fs::write(&file, plan.text()).expect("writing the configuration");
+    // As on a full disk: files are made, and nothing can be written into them. What it says goes through a pipe.
+    let script = r#"{ (trap "" XFSZ; ulimit -f 0; exec "$0" -c "$1"); echo "exit $?"; } 2>&1 | cat"#;
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script, env!("CARGO_BIN_EXE_master")])
+        .arg(&file);
+    let said = run(command, Duration::from_secs(10)).out;
+    assert!(said.contains("failed to take the pid file"), "{said}");
+    assert!(said.ends_with("exit 1\n"), "{said}");
+    let folder = std::fs::read_dir(file.parent().expect("a folder")).expect("the folder");
+    let names = folder.map(|entry| entry.expect("an entry").file_name().display().to_string());
+    let names: Vec<String> = names.filter(|name| name.ends_with(".new")).collect();
+    assert!(names.is_empty(), "{names:?}");
+}
+
+#[test]
 fn a_stale_pid_file_is_refused_and_nobody_is_signalled() {
     let proxy = Plan::new();
     let file = proxy.file("proxy.toml");

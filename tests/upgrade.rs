@@ -122,6 +122,11 @@ fn an_upgraded_master_still_reloads_replaces_workers_and_stops() {
         "a counter fell"
     );
     assert!(after.sockmap().sum() >= before.sockmap().sum(), "a counter fell");
+    let uptimes = [&before, &after].map(|status| status.number("/uptime_seconds"));
+    assert!(
+        uptimes[0] >= 2 && uptimes[1] >= uptimes[0] && uptimes[1] < 100,
+        "{uptimes:?}"
+    );
     proxy.wait("the session is counted once", |s| s.active() == 1);
     ping(&mut client, 2, 3).expect("the session after the upgrade");
 

@@ -24,7 +24,7 @@ use crate::names::Names;
 use crate::pidfile::PidFile;
 use crate::retain;
 use crate::steering::Steering;
-use crate::supervise::{Master, Outside};
+use crate::supervise::{Master, Outside, now_ms};
 use crate::tune;
 use crate::upgrade::Upgrade;
 
@@ -75,6 +75,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         .duration_since(UNIX_EPOCH)
         .context("the clock is before 1970: set it")?;
     board[0].started_unix_ms.store(now.as_millis() as u64, Relaxed);
+    board[0].started_ms.store(now_ms(), Relaxed);
 
     // Before anything listens, so that the first connections find peers.
     let mut names = Names::default();

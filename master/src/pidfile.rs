@@ -54,10 +54,13 @@ impl PidFile {
         // Whoever holds the lock on what the path names now is the one who may replace it.
         let before = lock_current(path).with_context(what)?;
         let mut new = path.as_os_str().to_owned();
-        new.push(format!(".{}.new", std::process::id()));
+        new.push(".new");
         let new = PathBuf::from(new);
-        let file = write_locked(&new).with_context(what)?;
-        fs::rename(&new, path).with_context(what)?;
+        let placed = write_locked(&new).and_then(|file| fs::rename(&new, path).map(|()| file));
+        // The disk may be full.
+        let file = placed
+            .inspect_err(|_| drop(fs::remove_file(&new)))
+            .with_context(what)?;
         drop(before);
         Ok(PidFile {
             path: path.to_owned(),
@@ -172,7 +175,7 @@ fn lock_current(path: &Path) -> Result<Flock<File>> {
     }
 }
 
-fn write_locked(path: &Path) -> Result<Flock<File>> {
+fn write_locked(path: &Path) -> std::io::Result<Flock<File>> {
     let _ = fs::remove_file(path);
     let file = OpenOptions::new()
         .write(true)

@@ -230,14 +230,15 @@ impl Steering {
         let mut new = self.journal.as_os_str().to_owned();
         new.push(".new");
         let _ = fs::remove_file(&new);
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&new)
-            .with_context(what)?;
-        file.write_all(write_journal(&self.host(), &self.changes).as_bytes())
-            .with_context(what)?;
-        fs::rename(&new, &self.journal).with_context(what)
+        let place = || {
+            let mut file = OpenOptions::new().write(true).create_new(true).open(&new)?;
+            file.write_all(write_journal(&self.host(), &self.changes).as_bytes())?;
+            fs::rename(&new, &self.journal)
+        };
+        // The disk may be full.
+        place()
+            .inspect_err(|_| drop(fs::remove_file(&new)))
+            .with_context(what)
     }
 
     fn read(&self, knob: &Knob) -> Result<u64> {

@@ -244,7 +244,7 @@ impl Master {
             worker.control().map(|fd| PollFd::new(fd, wanted))
         }));
         sources.extend(self.names.sources());
-        let deadlines = self.workers.iter().filter_map(|worker| worker.state().deadline());
+        let deadlines = self.workers.iter().filter_map(Worker::deadline);
         let replacements = self.slots.iter().filter_map(|slot| slot.replace_at);
         let carers = Some(self.care_from).filter(|_| !self.uncared().is_empty());
         let building = self.building.iter().map(Building::due);
@@ -409,7 +409,7 @@ impl Master {
             return self.stop(now);
         }
         Board::add(&self.board[0].worker_restarts, 1);
-        let wait = self.replace_later(slot, now.saturating_duration_since(worker.started), now);
+        let wait = self.replace_later(slot, worker.lived(now), now);
         if wait.is_zero() {
             log::error!("worker {slot} (process {pid}) {how}: it is replaced");
         } else {

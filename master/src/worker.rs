@@ -21,6 +21,10 @@ use crate::keeper::Queue;
 
 pub use hearing::never_wait;
 
+/// How long a worker may take until it says that it is ready, whatever it is told meanwhile: it has little to do before that,
+/// and until then nobody serves its slot and the sessions that wait for it. A reload gives its workers up sooner.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+
 /// How long a worker has to obey [`ToWorker::Stop`]: it only resets what is open.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -31,7 +35,8 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 ///     │                  │                  │                        ▲
 ///     └──────────────────┴──────────────────┴──Stop, or its control socket closes
 /// ```
-/// From each of them a worker may die; reaping it is what removes it.
+/// From each of them a worker may die; reaping it is what removes it. And in each of them it is killed when it does not say in
+/// time that it is ready: it may be told to drain before it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Forked, not yet accepting.
@@ -48,7 +53,7 @@ pub enum State {
 
 impl State {
     /// When something is to be done if nothing happens before.
-    pub fn deadline(self) -> Option<Instant> {
+    fn deadline(self) -> Option<Instant> {
         match self {
             State::Starting | State::Serving | State::Killed => None,
             State::Draining(stop_at) => stop_at,
@@ -79,7 +84,7 @@ pub struct Worker {
     orders: VecDeque<(ToWorker, Vec<OwnedFd>)>,
     /// The same for what came of its questions.
     unheard: VecDeque<ToWorker>,
-    /// The host had no memory for a message: until when none is tried. Its socket says nothing of that.
+    /// The host had no room for a message: until when none is tried. Its socket says nothing of that.
     rest_until: Option<Instant>,
     /// Sessions that it is to adopt and was not yet told of.
     pub to_adopt: Queue,
@@ -87,6 +92,8 @@ pub struct Worker {
     pub started: Instant,
     /// Messages of this turn.
     heard: usize,
+    /// It has said that it is ready.
+    was_ready: bool,
     state: State,
     leaving: bool,
     control: Option<OwnedFd>,
@@ -143,6 +150,7 @@ impl Worker {
             to_adopt: Queue::new(),
             started: now,
             heard: 0,
+            was_ready: false,
             state: State::Starting,
             leaving: false,
             control,
@@ -163,6 +171,8 @@ impl Worker {
             state,
             leaving,
             to_adopt,
+            // Of one that was told something before it was ready that is not known any more.
+            was_ready: state != State::Starting,
             ..Worker::new(born, now)
         };
         // That binary may have had no room to say it. Twice does no harm, and a worker that has handed over goes on so.
@@ -177,6 +187,25 @@ impl Worker {
     /// How far it has got.
     pub fn state(&self) -> State {
         self.state
+    }
+
+    /// When something is to be done if nothing happens before.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.state.deadline().into_iter().chain(self.ready_by()).min()
+    }
+
+    /// When it is killed if it has not said that it is ready.
+    fn ready_by(&self) -> Option<Instant> {
+        let is_waited_for = !self.was_ready && self.state != State::Killed;
+        is_waited_for.then(|| self.started + START_PATIENCE)
+    }
+
+    /// How long it has lived; no time if it has never been ready.
+    pub fn lived(&self, now: Instant) -> Duration {
+        match self.was_ready {
+            true => now.saturating_duration_since(self.started),
+            false => Duration::ZERO,
+        }
     }
 
     /// Whether it was told to leave: its end is no accident then.
@@ -237,6 +266,14 @@ impl Worker {
     pub fn advance(&mut self, now: Instant) {
         self.heard = 0;
         self.say_on();
+        if self.ready_by().is_some_and(|ready_by| ready_by <= now) {
+            log::error!(
+                "worker {} (process {}) was not ready within {START_PATIENCE:?}: it is killed",
+                self.slot,
+                self.pid
+            );
+            return self.kill();
+        }
         if self.state.deadline().is_none_or(|deadline| now < deadline) {
             return;
         }
@@ -282,6 +319,13 @@ mod tests {
         (Worker::new(born, now), theirs, now)
     }
 
+    fn serving() -> (Worker, OwnedFd, Instant) {
+        let (mut worker, theirs, now) = worker();
+        fdpass::send(theirs.as_fd(), &ToMaster::Ready.encode(), &[]).unwrap();
+        worker.hear(now);
+        (worker, theirs, now)
+    }
+
     /// Of a worker whose process does not exist: the id is beyond what Linux gives out (PID_MAX_LIMIT).
     fn born() -> (Born, OwnedFd, Instant) {
         let (control, theirs) = fdpass::pair().unwrap();
@@ -318,8 +362,33 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_is_not_ready_in_time_is_killed_whatever_it_was_told() {
+        type Told = fn(&mut Worker, Instant);
+        let told: [Told; 3] = [
+            |_, _| {},
+            |worker, now| worker.drain(None, now),
+            |worker, now| worker.hand_over(None, now),
+        ];
+        for (tell, is_ready) in told.iter().flat_map(|tell| [(tell, false), (tell, true)]) {
+            let (mut worker, theirs, now) = worker();
+            tell(&mut worker, now);
+            if is_ready {
+                fdpass::send(theirs.as_fd(), &ToMaster::Ready.encode(), &[]).unwrap();
+                worker.hear(now);
+            }
+            assert_eq!(worker.deadline().is_none(), is_ready);
+            worker.advance(now + START_PATIENCE - Duration::from_millis(1));
+            assert_ne!(worker.state(), State::Killed);
+            worker.advance(now + START_PATIENCE);
+            assert_eq!(worker.state() == State::Killed, !is_ready);
+            assert_eq!(worker.deadline(), None);
+            assert_eq!(worker.lived(now + START_PATIENCE).is_zero(), !is_ready);
+        }
+    }
+
+    #[test]
     fn a_drain_that_takes_too_long_becomes_a_stop_and_then_a_kill() {
-        let (mut worker, theirs, now) = worker();
+        let (mut worker, theirs, now) = serving();
         let limit = Duration::from_secs(60);
         worker.drain(Some(limit), now);
         assert_eq!(heard(&theirs), Some(ToWorker::Drain));
@@ -334,7 +403,7 @@ mod tests {
 
     #[test]
     fn a_drain_without_limit_waits_for_ever() {
-        let (mut worker, theirs, now) = worker();
+        let (mut worker, theirs, now) = serving();
         worker.drain(None, now);
         assert_eq!(heard(&theirs), Some(ToWorker::Drain));
         assert_eq!(worker.state().deadline(), None);

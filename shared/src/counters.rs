@@ -25,7 +25,7 @@ pub const MAX_GROUPS: usize = 1024;
 
 /// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
 /// it whenever a field or a reason changes its place or meaning.
-const LAYOUT: &str = "culvert counters, layout 7";
+const LAYOUT: &str = "culvert counters, layout 8";
 
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
@@ -124,6 +124,8 @@ pub struct Board {
     pub generation: AtomicU64,
     /// When the program started, in milliseconds since the Unix epoch.
     pub started_unix_ms: AtomicU64,
+    /// The same by CLOCK_MONOTONIC: the host's time may be set while the program runs.
+    pub started_ms: AtomicU64,
     /// Successful reloads.
     pub reloads_succeeded: AtomicU64,
     /// Reloads that were refused; the old configuration went on.

@@ -98,9 +98,6 @@ impl Worker {
 
     fn status(&self) -> Value {
         let board = &self.board[0];
-        let now_unix_ms = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |time| time.as_millis() as u64);
         let live = || board.live_workers().map(|(_, row)| row);
         let now_ms = clock::now_ms();
         let (active, offloaded) = (board.active(now_ms), board.offloaded(now_ms));
@@ -129,7 +126,7 @@ impl Worker {
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "generation": load(&board.generation),
-            "uptime_seconds": now_unix_ms.saturating_sub(load(&board.started_unix_ms)) / 1000,
+            "uptime_seconds": now_ms.saturating_sub(load(&board.started_ms)) / 1000,
             "datapath": if self.wards[0].store.maps.is_some() { "sockmap" } else { "relay" },
             "datapath_reason": self.relay_reason,
             "confinement": crate::confine::status(),

@@ -157,6 +157,16 @@ fn a_failure_half_way_leaves_the_host_as_it_was() {
 }
 
 #[test]
+fn a_journal_that_cannot_be_written_leaves_no_half_of_one_behind() {
+    let host = Host::new("unwritten");
+    fs::create_dir(host.0.join("master.pid.steering")).unwrap();
+    let steering = Steering::begin_at(&host.0, &host.config(FlowSteering::Rfs));
+    assert_eq!(host.values(), (0, 0));
+    assert!(!host.0.join("master.pid.steering.new").exists());
+    drop(steering);
+}
+
+#[test]
 fn the_devices_below_a_bond_are_steered_and_those_below_a_bridge_are_not() {
     let host = Host::new("lower");
     let net = host.0.join("sys/class/net");

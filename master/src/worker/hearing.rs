@@ -36,8 +36,12 @@ impl Worker {
                 Ok(received) if !received.message.is_empty() => {
                     received.descriptors.iter().for_each(never_wait);
                     match ToMaster::decode(&received.message) {
-                        Some(ToMaster::Ready) if self.state == State::Starting => self.state = State::Serving,
-                        Some(ToMaster::Ready) => {}
+                        Some(ToMaster::Ready) => {
+                            self.was_ready = true;
+                            if self.state == State::Starting {
+                                self.state = State::Serving;
+                            }
+                        }
                         Some(message) => return Some((message, received.descriptors)),
                         None => log::error!(
                             "worker {} (process {}) sent an unknown message",

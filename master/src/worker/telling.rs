@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use super::Worker;
 use crate::error_log::ErrorLog;
 
-/// How long a worker is told nothing more after the host had no memory for it.
+/// How long a worker is told nothing more after the host had no room for it.
 const REST: Duration = Duration::from_millis(20);
 
 /// Answers that wait for a worker to listen: more than it may have asked for at once.
@@ -82,12 +82,12 @@ impl Worker {
         !self.to_adopt.is_empty() || !self.orders.is_empty() || !self.unheard.is_empty()
     }
 
-    /// Until when it is told nothing, because the host has no memory for it.
+    /// Until when it is told nothing, because the host has no room for it.
     pub fn rest_until(&self, now: Instant) -> Option<Instant> {
         self.rest_until.filter(|until| *until > now && self.has_unheard())
     }
 
-    /// The host had no memory for what it was to be told.
+    /// The host had no room for what it was to be told.
     pub fn rest(&mut self) {
         self.rest_until = Some(Instant::now() + REST);
     }
@@ -99,7 +99,7 @@ impl Worker {
 
     /// Says what it had no room to hear, orders first.
     pub(super) fn say_on(&mut self) {
-        if let Err(Errno::ENOBUFS | Errno::ENOMEM) = self.try_to_say_on() {
+        if self.try_to_say_on().is_err_and(|errno| errno != Errno::EAGAIN) {
             self.rest();
         }
     }
@@ -129,9 +129,13 @@ impl Worker {
     }
 }
 
-/// Whether a control socket has no room for a message now; the loop waits until it has.
+/// Whether a control socket has no room for a message now, or the host none for what comes along: where the master may not do
+/// as it likes, so many descriptors may be under way at once as it may have open (too_many_unix_fds, net/unix/scm.c).
 fn is_full(errno: Errno) -> bool {
-    matches!(errno, Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM)
+    matches!(
+        errno,
+        Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM | Errno::ETOOMANYREFS
+    )
 }
 
 #[cfg(test)]
