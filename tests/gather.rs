@@ -229,3 +229,35 @@ fn a_reader_that_stops_amid_small_pieces_stops_their_writer() {
     must_be_sound(&status);
     assert!(status.number("/gathers") > 0);
 }
+
+#[test]
+fn what_was_copied_counts_as_outstanding_no_longer_than_it_is() {
+    const BURST: u64 = 64 * 1024;
+    const BURSTS: u64 = 8;
+    let (proxy, front) = proxy_with("127.0.0.1", "");
+    for towards in Towards::BOTH {
+        let (writing, mut reader) = front.offloaded(&proxy, towards);
+        setsockopt(&reader, RcvBuf, &(64 * 1024)).expect("SO_RCVBUF");
+        let before = gathers(&proxy);
+        for burst in 0..BURSTS {
+            let mut handle = &writing;
+            for piece in 0..BURST / SMALL as u64 {
+                let from = burst * BURST + piece * SMALL as u64;
+                send(&mut handle, UP, from, from + SMALL as u64).expect("writing");
+            }
+            // The kernel has it again when the next one comes.
+            pause(400);
+        }
+        assert!(gathers(&proxy) > before, "nothing was gathered");
+        assert_eq!(
+            receive_from(&mut reader, UP, 0, BURSTS * BURST).bytes,
+            BURSTS * BURST
+        );
+        // The session goes on, and has nothing more to say.
+        proxy.wait("nothing is outstanding", |s| {
+            s.number("/workers/0/backlog_bytes") == 0
+        });
+        drop((writing, reader));
+    }
+    must_be_sound(&proxy.settle());
+}

@@ -101,8 +101,10 @@ impl Worker {
     fn take_kernel_event(&mut self, token: Token, event: Event) {
         let direction = event.direction;
         self.with_session(token, |worker, session| match event.kind {
+            // Not without a look: it may have been let go since, by the clock, and be about to gather anew. Then the kernel
+            // has it still, and there would be two movers.
             EventKind::Paused if worker.flow(session, direction).gathers => {
-                worker.gather(token, session, direction)
+                worker.look_at_flow(token, session, direction)
             }
             EventKind::Paused => {
                 worker.note_paused(token, direction);
