@@ -200,6 +200,38 @@ fn buffers_are_as_large_as_the_backlog_needs_though_the_host_lets_nobody_ask_for
 }
 
 #[test]
+fn what_a_sender_was_allowed_finds_room_although_its_buffer_is_limited() {
+    const FIRST: u64 = 20 * MIB;
+    let _alone = alone();
+    for round in 0..6 {
+        with_grown_buffers(|| {
+            let (proxy, front) = proxy_with("127.0.0.1", "");
+            let (writing, mut reading) = front.offloaded(&proxy, Towards::BOTH[round % 2]);
+            setsockopt(&reading, RcvBuf, &READERS_BUFFER).expect("SO_RCVBUF");
+            let worker = Pid::from_raw(proxy.worker());
+            let writer = Writer::start(&writing, UP, 100 * MIB, PIECE);
+            assert_eq!(receive_from(&mut reading, UP, 0, FIRST).bytes, FIRST);
+            kill(worker, Signal::SIGSTOP).expect("stopping the worker");
+            writer.wait_for_stall();
+            // What was dropped is sent again after a timeout that doubles, and counts as sent until then; a window that is
+            // closed is asked for with nothing.
+            let mut command = Command::new(need("ss", "iproute2"));
+            let own = writing.local_addr().expect("the writer's address");
+            command.args(["-Htin", "src", &own.to_string()]);
+            let told = run(command, PATIENCE);
+            kill(worker, Signal::SIGCONT).expect("letting the worker go on");
+            let told = told.must_succeed("ss");
+            assert!(
+                told.contains("cwnd:") && !told.contains("unacked:"),
+                "round {round}: {told}"
+            );
+            finish(writer, writing, reading, UP, FIRST, 100 * MIB);
+            must_have_stayed_in_the_kernel(&proxy.settle());
+        });
+    }
+}
+
+#[test]
 fn segments_of_a_few_bytes_are_bounded_too() {
     a_reader_stands_still("127.0.0.1", Towards::Upstream, 1000, 16, 24 * MIB);
 }

@@ -50,7 +50,7 @@ struct flow {
 	__u32 gather;		/* small segments gather: the source is held back for that, or user space copies them by now */
 	__u32 window_bytes;	/* user: the largest receive window of the source */
 	__u32 settable_bytes;	/* user: the largest receive buffer that the kernel lets anyone ask for */
-	__u32 pad;
+	__u32 narrowed;		/* no more than an eighth of that is announced now */
 };
 
 /*

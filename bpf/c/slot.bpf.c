@@ -356,45 +356,53 @@ int verdict(struct __sk_buff *skb)
 	return answer;
 }
 
+/* Whether a source's receive buffer has grown to more than twice a window, beyond Linux's own limit (net.ipv4.tcp_rmem). */
+static __always_inline int has_grown(struct tcp_sock *self, struct flow *flow)
+{
+	return (__u32)self->inet_conn.icsk_inet.sk.sk_rcvbuf / 2 > flow->window_bytes;
+}
+
 /*
  * Announces no more than the flow's largest window. The kernel raises the limit as often as it lets the receive buffer
  * grow (tcp_rcv_space_adjust); this is called before each announcement (tcp_select_window), so none is too large. A
- * buffer of a fixed size would do as well, but small segments do not fit.
+ * buffer of a fixed size would do as well, but small segments do not fit: where those are gathered in a buffer that has
+ * grown, an eighth is announced, so that it can be limited.
  */
 static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
 {
-	int bytes = flow->window_bytes;
+	__u32 narrowed = flow->gather && has_grown(self, flow);
+	int bytes = narrowed ? flow->window_bytes / 8 : flow->window_bytes;
 
-	if (self->window_clamp > (__u32)bytes)
+	if (self->window_clamp > (__u32)bytes || (flow->narrowed && !narrowed))
 		bpf_setsockopt(ops, IPPROTO_TCP, TCP_WINDOW_CLAMP, &bytes, sizeof(bytes));
+	if (flow->narrowed != narrowed)
+		flow->narrowed = narrowed;
 }
 
 /*
  * The receive queue of a source that is held back fills until its buffer is full, however large that has grown. User space
- * gives the buffer its size, but may come late. What was announced has to fit (size_buffers in worker/src/pressure.rs); the
- * kernel doubles what it is told, as segments cost more than their bytes. A stream of small segments would be slower for
- * good, so its buffer is left alone until more waits there than a window.
+ * gives the buffer its size, but may come late: here it is limited to twice a window. What was announced has to find room, or the sender waits for a timeout that doubles each time; so
+ * it is reckoned at twice what the segments that wait cost for their bytes. A stream of small segments would
+ * be slower for good, so its buffer is left alone until more waits there than a window.
  */
 static __always_inline void limit_buffer(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
 {
 	struct sock *sk = &self->inet_conn.icsk_inet.sk;
-	__u32 announced = self->rcv_wup + self->rcv_wnd - self->rcv_nxt;
+	__u32 bytes = flow->window_bytes;
+	/* Below zero if the sender has gone beyond it. */
+	__s32 left = (__s32)(self->rcv_wup + self->rcv_wnd - self->rcv_nxt);
+	__u32 unread = self->rcv_nxt - self->copied_seq;
 	__u32 waiting = sk->sk_backlog.rmem_alloc.counter;
-	__u32 window = flow->window_bytes;
-	__u32 bytes = announced > window / 2 ? announced : window / 2;
+	__u64 promised = left > 0 ? left : 0;
 
-	if (flow->gather || flow->small) {
-		if (waiting <= window)
-			return;
-		bytes = window;
-	}
-	/* More may have been announced before the flow was joined. */
-	if (announced > window + window / 2)
+	if (bytes > flow->settable_bytes || !has_grown(self, flow) ||
+	    BPF_CORE_READ_BITFIELD(sk, sk_userlocks) & SOCK_RCVBUF_LOCK)
 		return;
-	if (bytes > window)
-		bytes = window;
-	if (bytes <= flow->settable_bytes && sk->sk_rcvbuf > (int)(2 * bytes) &&
-	    !(BPF_CORE_READ_BITFIELD(sk, sk_userlocks) & SOCK_RCVBUF_LOCK))
+	if ((flow->gather || flow->small) && waiting <= bytes)
+		return;
+	if (unread && waiting > unread)
+		promised = promised * waiting / unread;
+	if (waiting + 2 * promised <= 2 * (__u64)bytes)
 		bpf_setsockopt(ops, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
 }
 

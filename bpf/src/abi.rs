@@ -34,7 +34,7 @@ pub struct Flow {
     pub gather: AtomicU32,
     pub window_bytes: AtomicU32,
     pub settable_bytes: AtomicU32,
-    pub pad: AtomicU32,
+    pub narrowed: AtomicU32,
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -163,6 +163,7 @@ const _: () = {
     assert!(offset_of!(Flow, gather) == offset_of!(types::flow, gather));
     assert!(offset_of!(Flow, window_bytes) == offset_of!(types::flow, window_bytes));
     assert!(offset_of!(Flow, settable_bytes) == offset_of!(types::flow, settable_bytes));
+    assert!(offset_of!(Flow, narrowed) == offset_of!(types::flow, narrowed));
     assert!(offset_of!(Flow, runaway_bytes) == offset_of!(types::flow, runaway_bytes));
     assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));
     assert!(offset_of!(Flow, wake) == offset_of!(types::flow, wake));

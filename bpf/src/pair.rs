@@ -298,6 +298,7 @@ impl SlotMaps {
                 &flow.queued,
                 &flow.small,
                 &flow.gather,
+                &flow.narrowed,
             ] {
                 counter.store(0, Relaxed);
             }
