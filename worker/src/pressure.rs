@@ -233,12 +233,13 @@ impl Worker {
         let (_, given_to_target) = self.given_sizes(session, target(direction));
         let backlog = session.settings.ebpf_backlog_size as usize;
         let former = session.stream(direction).buffers;
+        let mut heard = true;
         if former == Buffers::Own
             && given_to_target.is_none()
             && let Some(socket) = session.socket(target(direction))
         {
             let bytes = culvert_bpf::largest_window(session.settings.ebpf_backlog_size);
-            self.size(socket.as_fd(), Buffer::Send, bytes as usize);
+            heard = self.size(socket.as_fd(), Buffer::Send, bytes as usize);
         }
         let given_to_source = given_to_source.map(|bytes| bytes.min(self.limits.receive_bytes));
         let wide = given_to_source.unwrap_or((backlog / 2).max(RECEIVE_BYTES_MIN));
@@ -265,9 +266,11 @@ impl Worker {
         };
         let is_promised = bytes < present && !sockets::is_window_closed(socket.as_fd());
         if fixed && !is_promised {
-            self.size(socket.as_fd(), Buffer::Receive, bytes);
+            heard &= self.size(socket.as_fd(), Buffer::Receive, bytes);
         }
         session.stream(direction).buffers = match fixed && is_promised && buffers == Buffers::Wide {
+            // At the next pause, or by the clock.
+            false if !heard && buffers == Buffers::Wide => former,
             false => buffers,
             // Looked at by the clock while it is held back, and at its next pause.
             true if held_back => Buffers::Narrow,
@@ -280,9 +283,9 @@ impl Worker {
     }
 
     /// Sizes a buffer; the kernel doubles it. More than the host lets everybody have (208 KiB, unless somebody has raised it)
-    /// only the master can give. Should it not hear that, the session is slower.
-    fn size(&self, socket: BorrowedFd<'_>, buffer: Buffer, bytes: usize) {
-        let _ = match buffer {
+    /// only the master can give. False: it has no room to hear that now.
+    fn size(&self, socket: BorrowedFd<'_>, buffer: Buffer, bytes: usize) -> bool {
+        let sized = match buffer {
             Buffer::Send if bytes <= self.limits.send_bytes => sockets::set_send_buffer(socket, bytes),
             Buffer::Receive if bytes <= self.limits.receive_bytes => {
                 sockets::set_receive_buffer(socket, bytes)
@@ -292,6 +295,7 @@ impl Worker {
                 fdpass::send(self.control.as_fd(), &message.encode(), &[socket])
             }
         };
+        sized.is_ok()
     }
 
     /// The sizes that the buffers of a socket were given by its listener, in bytes: receive, send.
