@@ -381,9 +381,10 @@ static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_so
 
 /*
  * The receive queue of a source that is held back fills until its buffer is full, however large that has grown. User space
- * gives the buffer its size, but may come late: here it is limited to twice a window. What was announced has to find room, or the sender waits for a timeout that doubles each time; so
- * it is reckoned at twice what the segments that wait cost for their bytes. A stream of small segments would
- * be slower for good, so its buffer is left alone until more waits there than a window.
+ * gives the buffer its size, but may come late: here it is limited to twice a window. What was announced has to find room,
+ * or the sender waits for a timeout that doubles each time; so it is reckoned at twice what the segments that wait cost for
+ * their bytes. A stream of small segments would be slower for good, so its buffer is left alone until more waits there than
+ * a window.
  */
 static __always_inline void limit_buffer(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
 {

@@ -3,19 +3,19 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Once};
 use std::time::Instant;
 
 use culvert_shared::counters::{Board, CloseReason};
 use culvert_shared::ids::Owner;
-use culvert_shared::message::{BATCH, Buffer, SessionId, ToMaster, ToWorker};
+use culvert_shared::message::{BATCH, SessionId, ToMaster, ToWorker};
 use culvert_shared::sessions::Place;
 use culvert_shared::sys::fdpass;
 use culvert_worker::Store;
 use nix::errno::Errno;
-use nix::sys::socket::{setsockopt, sockopt};
 
+use crate::buffers;
 use crate::supervise::Master;
 use crate::worker::{State, Worker, never_wait};
 
@@ -245,31 +245,6 @@ impl Keeper {
     }
 }
 
-/// Sizes a buffer beyond what a process without rights may have.
-fn size(socket: &OwnedFd, buffer: Buffer, bytes: u32) {
-    /// It is the same for all.
-    static TOLD: Once = Once::new();
-    let bytes = bytes as usize;
-    let (sized, limit) = match buffer {
-        Buffer::Send => (
-            setsockopt(socket, sockopt::SndBufForce, &bytes),
-            "net.core.wmem_max",
-        ),
-        Buffer::Receive => (
-            setsockopt(socket, sockopt::RcvBufForce, &bytes),
-            "net.core.rmem_max",
-        ),
-    };
-    if let Err(error) = sized {
-        TOLD.call_once(|| {
-            log::warn!(
-                "socket buffers of {bytes} bytes cannot be had: {error}; sessions whose reader is the slower end are slow \
-                 until {limit} is at least that, or the master has CAP_NET_ADMIN"
-            );
-        });
-    }
-}
-
 impl Master {
     /// Hears every worker.
     pub fn hear_all(&mut self, now: Instant) {
@@ -342,7 +317,7 @@ impl Master {
                 }
                 ToMaster::Size(buffer, bytes) => {
                     let bytes = bytes.min(self.current.largest_buffer());
-                    sockets.for_each(|socket| size(&socket, buffer, bytes));
+                    sockets.for_each(|socket| buffers::size(&socket, buffer, bytes));
                 }
                 ToMaster::Ready => {}
             }

@@ -13,6 +13,7 @@ mod access_log;
 mod args;
 mod backoff;
 mod boot;
+mod buffers;
 mod building;
 mod care;
 mod check;
