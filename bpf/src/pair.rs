@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use culvert_shared::ids::{Direction, Owner};
@@ -87,10 +88,38 @@ pub struct Terms {
     pub lane: LaneNumber,
 }
 
+/// Bytes outstanding below which a source is let go: half of what may be. Where a round trip takes more than that, its
+/// target would run dry before more comes, so it is let go early.
+fn low_mark(high_bytes: u32, in_flight_bytes: u64) -> u32 {
+    let half = high_bytes / 2;
+    if in_flight_bytes > half.into() {
+        high_bytes - high_bytes / 8
+    } else {
+        half
+    }
+}
+
+/// Whether the source of a direction is held back ([`SlotMaps::hold`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// It is not.
+    Off,
+    /// It is, although its target has drained: it may be let go.
+    Drained,
+    /// It is, and has to be.
+    On {
+        /// What the target's peer has acknowledged, low 32 bits.
+        acked_bytes: u32,
+        /// In about what time it may be let go, at the pace of the last round trip, where the programs may not be there
+        /// to see it.
+        drained_in: Option<Duration>,
+    },
+}
+
 impl Terms {
     fn set_limits(&self, flow: &Flow) {
         flow.high_bytes.store(self.backlog_bytes, Relaxed);
-        flow.low_bytes.store(self.backlog_bytes / 2, Relaxed);
+        flow.low_bytes.store(low_mark(self.backlog_bytes, 0), Relaxed);
         flow.window_bytes
             .store(largest_window(self.backlog_bytes), Relaxed);
         flow.settable_bytes.store(self.settable_bytes, Relaxed);
@@ -440,15 +469,17 @@ impl SlotMaps {
         }
     }
 
-    /// Whether a source is held back although its target has drained: to be asked by the clock, because a
-    /// target that only retransmits reports nothing (RTT_CB needs a round-trip sample).
-    pub fn is_due(&self, place: Place, direction: Direction, target: BorrowedFd<'_>) -> bool {
+    /// How a direction stands; to be asked when it is held back, and by the clock from then on. The programs see its target at
+    /// a round-trip sample that is the first of its flight (RTT_CB, tcp_rtt_estimator) and when it sends. One that
+    /// only retransmits has no sample, and one that has all of it in flight says nothing until it has drained wholly.
+    pub fn hold(&self, place: Place, direction: Direction, target: BorrowedFd<'_>) -> Hold {
         let flow = &self.flows[self.index(place, direction.index())];
         if flow.pause.load(Acquire) == flow_pause::OFF {
-            return false;
+            return Hold::Off;
         }
-        let acked = socket::tcp_info(target).map_or(0, |info| info.bytes_acked as u32);
-        let acked = acked.wrapping_sub(flow.acked_base.load(Relaxed));
+        let info = socket::tcp_info(target).unwrap_or_default();
+        let acked_bytes = info.bytes_acked as u32;
+        let acked = acked_bytes.wrapping_sub(flow.acked_base.load(Relaxed));
         let outstanding = (flow.forwarded_bytes.load(Relaxed) as u32).wrapping_sub(acked) as i32;
         let charge = match flow.queued.load(Relaxed) {
             0 => outstanding,
@@ -461,7 +492,19 @@ impl SlotMaps {
             }
         };
         self.count_held(flow, charge);
-        charge < flow.low_bytes.load(Relaxed) as i32 && self.has_room(place, direction)
+        let high = flow.high_bytes.load(Relaxed);
+        let low = low_mark(high, info.in_flight_bytes);
+        flow.low_bytes.store(low, Relaxed);
+        let above = i64::from(charge) - i64::from(low);
+        if above < 0 && self.has_room(place, direction) {
+            return Hold::Drained;
+        }
+        let is_silent = above >= 0 && info.in_flight_bytes > u64::from(high / 4);
+        let drained_in = is_silent.then(|| info.round_trip.mul_f64(above as f64 / info.in_flight_bytes as f64));
+        Hold::On {
+            acked_bytes,
+            drained_in,
+        }
     }
 
     /// As the programs' function of that name: the flow's part of the slot's sum.

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::Result;
-use culvert_bpf::{Event, EventKind, Events, FlowState, LaneNumber, SlotMaps, flow_flag};
+use culvert_bpf::{Event, EventKind, Events, FlowState, Hold, LaneNumber, SlotMaps, flow_flag};
 use culvert_shared::counters::Board;
 use culvert_shared::ids::{Direction, Owner};
 use culvert_shared::message::{Buffer, ToMaster};
@@ -103,13 +103,12 @@ impl Worker {
         self.with_session(token, |worker, session| match event.kind {
             // Not without a look: it may have been let go since, by the clock, and be about to gather anew. Then the kernel
             // has it still, and there would be two movers.
-            EventKind::Paused if worker.flow(session, direction).gathers => {
-                worker.look_at_flow(token, session, direction)
-            }
             EventKind::Paused => {
-                worker.note_paused(token, direction);
-                worker.size_buffers(token, session, direction);
-                worker.wait(session)
+                if !worker.flow(session, direction).gathers {
+                    worker.note_paused(token, direction);
+                    worker.size_buffers(token, session, direction);
+                }
+                worker.look_at_flow(token, session, direction)
             }
             EventKind::Drained if worker.has_room(session, direction) => {
                 worker.resume(token, session, direction)
@@ -163,11 +162,18 @@ impl Worker {
         if paused && gathers {
             return self.gather(token, session, direction);
         }
-        if self.is_due(session, direction) {
-            return self.resume(token, session, direction);
-        }
-        if self.flow(session, direction).paused {
-            self.note_paused(token, direction);
+        match self.hold(session, direction) {
+            Hold::Drained => return self.resume(token, session, direction),
+            Hold::On {
+                acked_bytes,
+                drained_in,
+            } => {
+                self.note_paused(token, direction);
+                session
+                    .stream(direction)
+                    .held(clock::now_ms(), acked_bytes, drained_in);
+            }
+            Hold::Off => session.stream(direction).drain = None,
         }
         self.wait(session)
     }
@@ -316,6 +322,7 @@ impl Worker {
     /// Lets a source go. One that has ended meanwhile is not taken by the kernel again: user space copies
     /// what it has left, after what the kernel has taken.
     fn resume(&mut self, token: Token, session: &mut Session, direction: Direction) -> Next {
+        session.stream(direction).drain = None;
         let resumed = match (self.pair(session), session.socket(source(direction))) {
             (Some((maps, place)), Some(socket)) => maps.resume(place, direction, socket.as_fd()),
             _ => true,
@@ -365,10 +372,10 @@ impl Worker {
             .is_none_or(|(maps, place)| maps.has_room(place, direction))
     }
 
-    fn is_due(&self, session: &Session, direction: Direction) -> bool {
+    fn hold(&self, session: &Session, direction: Direction) -> Hold {
         match (self.pair(session), session.socket(target(direction))) {
-            (Some((maps, place)), Some(socket)) => maps.is_due(place, direction, socket.as_fd()),
-            _ => false,
+            (Some((maps, place)), Some(socket)) => maps.hold(place, direction, socket.as_fd()),
+            _ => Hold::Off,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 
 use culvert_shared::client::{Shown, is_unix};
 use culvert_shared::config::{ProxyProtocol, Stream as Settings};
@@ -57,6 +58,20 @@ pub enum Buffers {
     Narrow,
 }
 
+/// The longest time after which a target that drains is looked at again: all that are held back are, so often.
+const LONGEST_DRAIN_MS: u64 = 100;
+
+/// The clock of a target that drains.
+#[derive(Clone, Copy)]
+pub struct Drain {
+    /// When it is looked at.
+    pub look_ms: u64,
+    /// What its peer had acknowledged when it was last looked at, low 32 bits.
+    pub acked_bytes: u32,
+    /// Milliseconds until it is looked at again at least; doubles while nothing is acknowledged.
+    pub patience_ms: u64,
+}
+
 /// One direction of a session.
 pub struct Stream {
     /// Where it stands.
@@ -77,6 +92,8 @@ pub struct Stream {
     pub patience_ms: u64,
     /// When it is looked at then; 0: as soon as may be.
     pub look_ms: u64,
+    /// When it is looked at while its source is held back, where the programs may not say that its target has drained.
+    pub drain: Option<Drain>,
     /// Its limit in bytes per second; `None`: without. A limited direction is copied.
     pub pace: Option<Pace>,
     /// When a direction that is copied for a while goes back to the kernel; `None`: it does not.
@@ -96,6 +113,7 @@ impl Stream {
             buffers: Buffers::Own,
             patience_ms: 1,
             look_ms: 0,
+            drain: None,
             pace: None,
             back_ms: None,
         }
@@ -130,6 +148,7 @@ impl Stream {
             self.way = Way::Settling;
             self.patience_ms = 1;
             self.look_ms = 0;
+            self.drain = None;
         }
         self.check_invariants();
     }
@@ -138,6 +157,23 @@ impl Stream {
     pub fn look_later(&mut self, now_ms: u64, longest_ms: u64) {
         self.look_ms = now_ms + self.patience_ms;
         self.patience_ms = (2 * self.patience_ms).min(longest_ms);
+    }
+
+    /// Its source is held back, and was looked at. `drained_in`: about when the target has drained, if nobody may say so.
+    pub fn held(&mut self, now_ms: u64, acked_bytes: u32, drained_in: Option<Duration>) {
+        let former = self.drain.take();
+        let Some(drained_in) = drained_in else { return };
+        let patience_ms = match former {
+            Some(former) if former.acked_bytes == acked_bytes => 2 * former.patience_ms,
+            _ => 1,
+        };
+        let patience_ms = patience_ms.min(LONGEST_DRAIN_MS);
+        let drained_ms = drained_in.as_millis().min(LONGEST_DRAIN_MS.into()) as u64;
+        self.drain = Some(Drain {
+            look_ms: now_ms + drained_ms.max(patience_ms),
+            acked_bytes,
+            patience_ms,
+        });
     }
 
     /// The target's TCP has everything that it was sent. Says whether the end of the stream is due now.

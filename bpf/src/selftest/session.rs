@@ -11,7 +11,7 @@ use culvert_shared::sys::repair;
 
 use super::socket::{Socket, connection, prepared, wait_until};
 use crate::flow_flag;
-use crate::pair::{FlowState, Joined, LaneNumber, SlotMaps, Terms};
+use crate::pair::{FlowState, Hold, Joined, LaneNumber, SlotMaps, Terms};
 use culvert_shared::sessions::Place;
 
 /// Before a byte: only the SYN that opened `upstream`.
@@ -88,7 +88,7 @@ impl<'a> Session<'a> {
     /// Whether the source of to_upstream is held back although its target has drained: what workers ask by the clock.
     pub(super) fn is_due(&self) -> bool {
         let target = self.upstream.stream.as_fd();
-        self.maps.is_due(self.place, Direction::ToUpstream, target)
+        self.maps.hold(self.place, Direction::ToUpstream, target) == Hold::Drained
     }
 
     /// Lets the source of a direction go that was held back.

@@ -3,6 +3,7 @@
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 use nix::libc;
 
@@ -17,6 +18,10 @@ pub struct TcpInfo {
     pub established: bool,
     /// Bytes that the last ACK allowed the peer to send (`tcpi_rcv_wnd`); `None` before Linux 6.2.
     pub receive_window: Option<u32>,
+    /// Bytes on their way, whole segments: sent and not acknowledged (`tcpi_unacked`).
+    pub in_flight_bytes: u64,
+    /// The smoothed round-trip time (`tcpi_rtt`).
+    pub round_trip: Duration,
     /// By how many bits windows are shifted: those that the peer tells in the lower four, our own in the others.
     pub window_scales: u8,
 }
@@ -48,6 +53,8 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
         established: info.tcpi_state == ESTABLISHED,
         receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
             .then_some(info.tcpi_rcv_wnd),
+        in_flight_bytes: u64::from(info.tcpi_unacked) * u64::from(info.tcpi_snd_mss),
+        round_trip: Duration::from_micros(info.tcpi_rtt.into()),
         window_scales: info.tcpi_snd_rcv_wscale,
     })
 }
