@@ -46,11 +46,14 @@ struct flow {
 	__u32 runaway_bytes;	/* user: outstanding bytes that no source reaches that can be held back; 0 = not known */
 	__u64 indexed_cookie;	/* what stands for it in `indices`; a stale one is replaced by the next `join` */
 	__u32 queued;		/* segments that the target's TCP had not taken when a small one came last */
-	__u32 small;		/* small segments in a row */
+	__u32 small;		/* the last segment was small */
 	__u32 gather;		/* small segments gather: the source is held back for that, or user space copies them by now */
 	__u32 window_bytes;	/* user: the largest receive window of the source */
 	__u32 settable_bytes;	/* user: the largest receive buffer that the kernel lets anyone ask for */
-	__u32 narrowed;		/* no more than an eighth of that is announced now */
+	__u32 narrowed;		/* less than that is announced now */
+	__u32 crowded_since;	/* when it was found crowded last, 2^20 ns; 0: it was not */
+	__u32 crowded_time;	/* how long it was crowded in the present period, likewise */
+	__u32 period_start;	/* likewise */
 };
 
 /*
@@ -100,11 +103,14 @@ enum segment_cost {
 };
 
 /*
- * Small segments in a row after which a flow's are gathered and copied, if half as many wait for the target's TCP although it
- * has space: then they come faster than the kernel thread takes them, which it does one by one.
+ * A flow's small segments are gathered and copied where they come faster than the kernel thread takes them, which it does one
+ * by one: where for a good part of the time many wait for the target's TCP although it has space. What has waited behind a
+ * hole comes in a burst, too, but the kernel thread is through with that in a millisecond or two.
  */
-enum gather_segments {
-	GATHER_SEGMENTS = 64,
+enum crowd {
+	CROWD_SEGMENTS = 32,	/* so many are many */
+	CROWD_TIME = 10,	/* so long, in units of 2^20 ns, */
+	CROWD_PERIOD = 64,	/* out of so long */
 };
 
 /*

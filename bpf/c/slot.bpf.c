@@ -37,6 +37,9 @@
 /* Below this a segment is small: what it costs beside its bytes is no less than half as much as they are. */
 #define SMALL_SEGMENT (2 * SEGMENT_COST)
 
+/* However much small segments cost, so much is announced. */
+#define WINDOW_FLOOR (64 * 1024)
+
 /* include/uapi/linux/tcp.h and asm-generic/socket.h, include/net/sock.h */
 #define TCP_WINDOW_CLAMP 10
 #define SOL_SOCKET 1
@@ -243,15 +246,25 @@ static __always_inline int has_room(struct slot_total *total)
 static __always_inline int is_to_gather(struct flow *flow, struct tcp_sock *target, __u32 len)
 {
 	struct sock *sk = &target->inet_conn.icsk_inet.sk;
+	__u32 is_small = len < SMALL_SEGMENT;
+	__u32 crowded = is_small && flow->queued >= CROWD_SEGMENTS && sk->sk_wmem_queued < sk->sk_sndbuf >> 1;
+	__u32 now;
 
-	if (len >= SMALL_SEGMENT) {
-		if (flow->small)
-			flow->small = 0;
+	if (flow->small != is_small)
+		flow->small = is_small;
+	if (!crowded && !flow->crowded_since)
 		return 0;
+	now = bpf_ktime_get_ns() >> 20;
+	now += !now;
+	if (now - flow->period_start > CROWD_PERIOD) {
+		flow->period_start = now;
+		flow->crowded_time = 0;
+	} else if (flow->crowded_since && now != flow->crowded_since) {
+		/* Of a time in which none came nothing is known. */
+		flow->crowded_time++;
 	}
-	flow->small++;
-	return flow->small >= GATHER_SEGMENTS && flow->queued >= GATHER_SEGMENTS / 2 &&
-	       sk->sk_wmem_queued < sk->sk_sndbuf >> 1;
+	flow->crowded_since = crowded ? now : 0;
+	return crowded && flow->crowded_time >= CROWD_TIME;
 }
 
 static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u32 index, struct tcp_sock *target)
@@ -366,15 +379,37 @@ static __always_inline int has_grown(struct tcp_sock *self, struct flow *flow)
  * Announces no more than the flow's largest window. The kernel raises the limit as often as it lets the receive buffer
  * grow (tcp_rcv_space_adjust); this is called before each announcement (tcp_select_window), so none is too large. A
  * buffer of a fixed size would do as well, but small segments do not fit: where those are gathered in a buffer that has
- * grown, an eighth is announced, so that it can be limited.
+ * grown, only so much is announced as costs a window, going by what waits, and an eighth of that once a quarter of a window
+ * waits, so that the buffer can be limited.
  */
 static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
 {
+	__u32 unread = self->rcv_nxt - self->copied_seq;
+	__u32 waiting = self->inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter;
 	__u32 narrowed = flow->gather && has_grown(self, flow);
-	int bytes = narrowed ? flow->window_bytes / 8 : flow->window_bytes;
+	__u64 bytes = flow->window_bytes;
+	int window;
 
-	if (self->window_clamp > (__u32)bytes || (flow->narrowed && !narrowed))
-		bpf_setsockopt(ops, IPPROTO_TCP, TCP_WINDOW_CLAMP, &bytes, sizeof(bytes));
+	if (narrowed) {
+		/* Nothing waits, or behind a hole: what it costs is not known. */
+		if (!unread || !waiting || self->rx_opt.num_sacks) {
+			narrowed = flow->narrowed;
+			if (narrowed)
+				return;
+		} else {
+			if (waiting > bytes / 4)
+				bytes /= 8;
+			if (waiting > unread)
+				bytes = bytes * unread / waiting;
+			if (bytes < WINDOW_FLOOR)
+				bytes = WINDOW_FLOOR;
+			narrowed = bytes < flow->window_bytes;
+		}
+	}
+	if (self->window_clamp > bytes || (flow->narrowed && self->window_clamp < bytes / 2)) {
+		window = bytes;
+		bpf_setsockopt(ops, IPPROTO_TCP, TCP_WINDOW_CLAMP, &window, sizeof(window));
+	}
 	if (flow->narrowed != narrowed)
 		flow->narrowed = narrowed;
 }

@@ -35,6 +35,9 @@ pub struct Flow {
     pub window_bytes: AtomicU32,
     pub settable_bytes: AtomicU32,
     pub narrowed: AtomicU32,
+    pub crowded_since: AtomicU32,
+    pub crowded_time: AtomicU32,
+    pub period_start: AtomicU32,
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -164,6 +167,7 @@ const _: () = {
     assert!(offset_of!(Flow, window_bytes) == offset_of!(types::flow, window_bytes));
     assert!(offset_of!(Flow, settable_bytes) == offset_of!(types::flow, settable_bytes));
     assert!(offset_of!(Flow, narrowed) == offset_of!(types::flow, narrowed));
+    assert!(offset_of!(Flow, crowded_since) == offset_of!(types::flow, crowded_since));
     assert!(offset_of!(Flow, runaway_bytes) == offset_of!(types::flow, runaway_bytes));
     assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));
     assert!(offset_of!(Flow, wake) == offset_of!(types::flow, wake));

@@ -328,6 +328,7 @@ impl SlotMaps {
                 &flow.small,
                 &flow.gather,
                 &flow.narrowed,
+                &flow.crowded_since,
             ] {
                 counter.store(0, Relaxed);
             }
@@ -379,6 +380,7 @@ impl SlotMaps {
         let flow = &self.flows[index];
         flow.wake.store(0, Relaxed);
         flow.gather.store(0, Relaxed);
+        flow.crowded_since.store(0, Relaxed);
         if flow
             .pause
             .compare_exchange(flow_pause::WANTED, flow_pause::OFF, AcqRel, Acquire)
@@ -418,7 +420,7 @@ impl SlotMaps {
         // The next segment says anew where the stream stands.
         flow.flags.fetch_and(!flow_flag::STARTED, AcqRel);
         flow.acked_base.store(sent_bytes as u32, Relaxed);
-        for counter in [&flow.wake, &flow.queued, &flow.small, &flow.gather] {
+        for counter in [&flow.wake, &flow.queued, &flow.small, &flow.gather, &flow.crowded_since] {
             counter.store(0, Relaxed);
         }
         // Until then nobody looks at what is acknowledged, and there may never be one.

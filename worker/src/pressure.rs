@@ -26,8 +26,8 @@ const LOOK_MS: u64 = 100;
 /// The same for a worker that is told nothing at all, because every ring buffer of its slot has a reader.
 const LOOK_UNTOLD_MS: u64 = 5;
 
-/// How long small pieces are copied before the kernel is given their direction again: trying costs about a millisecond.
-const GATHER_MS: u64 = 250;
+/// How long small pieces are copied before the kernel is given their direction again: it takes some 30 ms until they gather anew.
+const GATHER_MS: u64 = 500;
 
 /// The smallest receive buffer for a source that is held back from time to time. With a smaller one the last
 /// ACK that is sent while it is let go (from its socket backlog, which tcp_space subtracts) closes the
