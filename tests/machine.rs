@@ -6,6 +6,7 @@ mod harness;
 mod adoption;
 mod chaos;
 mod held_back;
+mod long_links;
 mod lost_events;
 mod memory_pressure;
 mod outlive;

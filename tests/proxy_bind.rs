@@ -1,25 +1,27 @@
 //! Where connections to peers come from: `proxy_bind`, with the client's address in network namespaces of the test's
 //! own. What else needs a network of its own is here as well: probes of a client that is gone, data in a SYN.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::harness::greeter::{greeter, visit};
+use crate::harness::networks::Networks;
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run, shell};
 use crate::harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send};
-use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt,
 };
 
 /// CAP_NET_RAW, as a set of capabilities in /proc.
 const NET_RAW: u64 = 1 << 13;
+
+const CLIENT: usize = 0;
+const PROXY: usize = 1;
+const SERVER: usize = 2;
 
 /// A client, the proxy and a server, each in a network of its own. The server's way to the client leads through
 /// the proxy's, which takes what comes from there for itself.
@@ -28,27 +30,9 @@ const NET_RAW: u64 = 1 << 13;
 ///   client 10.77.1.2 ─── 10.77.1.1 proxy 10.77.2.1 ─── 10.77.2.2 server
 ///        fd77:1::2          fd77:1::1    fd77:2::1         fd77:2::2
 /// ```
-struct Networks {
-    names: [String; 3],
-}
-
-const CLIENT: usize = 0;
-const PROXY: usize = 1;
-const SERVER: usize = 2;
-
-impl Networks {
-    fn new() -> Networks {
-        need("ip", "iproute2");
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = |what: &str| format!("cv{what}{}-{number}", std::process::id());
-        let networks = Networks {
-            names: ["c", "p", "s"].map(name),
-        };
-        let [c, p, s] = &networks.names;
-        let lines = [
-            format!("ip netns add {c}; ip netns add {p}; ip netns add {s}"),
-            format!("for n in {c} {p} {s}; do ip -n $n link set lo up; done"),
+fn networks() -> Networks<3> {
+    Networks::new(["c", "p", "s"], |[c, p, s]| {
+        vec![
             format!("ip -n {p} link add to-c type veth peer name to-p netns {c}"),
             format!("ip -n {p} link add to-s type veth peer name to-p netns {s}"),
             // A sysctl that only new devices take would come too late.
@@ -79,48 +63,15 @@ impl Networks {
             format!(
                 "ip -n {p} -6 rule add iif to-s lookup 77; ip -n {p} -6 route add local default dev lo table 77"
             ),
-        ];
-        for line in lines {
-            shell(&line, PATIENCE);
-        }
-        networks
-    }
-
-    /// Does something in one of the networks; sockets that are made there stay there.
-    fn within<T: Send>(&self, network: usize, work: impl FnOnce() -> T + Send) -> T {
-        let path = format!("/run/netns/{}", self.names[network]);
-        std::thread::scope(|scope| {
-            let inside = scope.spawn(|| {
-                let file = File::open(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-                setns(&file, CloneFlags::CLONE_NEWNET).expect("entering a network (as root?)");
-                work()
-            });
-            inside
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    }
-
-    /// A listener of the server's.
-    fn server(&self, ip: &str) -> TcpListener {
-        self.within(SERVER, || {
-            TcpListener::bind((ip, 0)).expect("binding in the server's network")
-        })
-    }
-
-    fn connect(&self, address: SocketAddr) -> TcpStream {
-        self.within(CLIENT, || connect(address))
-    }
+        ]
+    })
 }
 
-impl Drop for Networks {
-    fn drop(&mut self) {
-        for name in &self.names {
-            let mut command = std::process::Command::new("ip");
-            command.args(["netns", "del", name]);
-            let _ = command.status();
-        }
-    }
+/// A listener of the server's.
+fn serve(networks: &Networks<3>, ip: &str) -> TcpListener {
+    networks.within(SERVER, || {
+        TcpListener::bind((ip, 0)).expect("binding in the server's network")
+    })
 }
 
 /// Says whom the server sees, and echoes.
@@ -229,9 +180,9 @@ const FAMILIES: [[&str; 3]; 2] = [
 fn a_transparent_proxy_connects_from_the_client_and_the_kernel_carries_the_bytes() {
     // Less than ebpf_backlog_size, so that no source is held back: what it has left when it ends then is copied.
     const BYTES: u64 = 2 << 20;
-    let networks = &Networks::new();
+    let networks = &networks();
     for [client_ip, front_ip, server_ip] in FAMILIES {
-        let server = Upstream::on(networks.server(server_ip), |mut stream| {
+        let server = Upstream::on(serve(networks, server_ip), |mut stream| {
             let peer = stream.peer_addr().expect("the peer's address");
             let received = receive(&mut stream, 1);
             send(&mut stream, 2, 0, BYTES).expect("answering");
@@ -248,7 +199,7 @@ fn a_transparent_proxy_connects_from_the_client_and_the_kernel_carries_the_bytes
             );
             let proxy = plan.start();
             for (front, port_too) in [(any, false), (same_port, true)] {
-                let mut client = networks.connect(front);
+                let mut client = networks.within(CLIENT, || connect(front));
                 send(&mut client, 1, 0, BYTES).expect("asking");
                 client.shutdown(std::net::Shutdown::Write).expect("the end");
                 receive(&mut client, 2).must_be_whole(BYTES);
@@ -322,7 +273,7 @@ fn transparency_without_its_right_is_refused_at_the_start() {
 
 #[test]
 fn a_client_that_is_gone_without_a_word_is_noticed_by_probes() {
-    let networks = Networks::new();
+    let networks = networks();
     networks.within(PROXY, || {
         let echo = Upstream::echo("127.0.0.1");
         let (probed, not) = (Port::claim(), Port::claim());
@@ -336,7 +287,7 @@ fn a_client_that_is_gone_without_a_word_is_noticed_by_probes() {
             .tables(&server(&probed, ", so_keepalive = \"1s:1s:2\""))
             .tables(&server(&not, ""));
         let proxy = plan.start();
-        let mut clients = [&probed, &not].map(|port| networks.connect(port.on("10.77.1.1")));
+        let mut clients = [&probed, &not].map(|port| networks.within(CLIENT, || connect(port.on("10.77.1.1"))));
         for client in &mut clients {
             ping(client, 1, 2).expect("a session");
         }
@@ -352,7 +303,7 @@ fn a_client_that_is_gone_without_a_word_is_noticed_by_probes() {
 }
 
 /// A number that the kernel counts in a network.
-fn counted(networks: &Networks, name: &str) -> u64 {
+fn counted(networks: &Networks<3>, name: &str) -> u64 {
     let text = networks.within(PROXY, || {
         std::fs::read_to_string("/proc/thread-self/net/netstat").expect("the kernel's counters")
     });
@@ -389,7 +340,7 @@ fn connect_with_data(address: SocketAddr, data: &[u8], late_ack: bool) -> TcpStr
 
 #[test]
 fn a_client_may_send_data_in_its_syn() {
-    let networks = Networks::new();
+    let networks = networks();
     networks.within(PROXY, || {
         for name in [&networks.names[CLIENT], &networks.names[PROXY]] {
             let line = format!("ip netns exec {name} sysctl -qw net.ipv4.tcp_fastopen=3");

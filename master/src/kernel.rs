@@ -254,7 +254,9 @@ impl Kernel {
 }
 
 const GIVE_RIGHTS: &str = "run as root or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
-const MOUNT_CGROUPS: &str = "mount a cgroup2 file system";
+/// ip(8) mounts /sys anew, without what was mounted below it.
+const MOUNT_CGROUPS: &str =
+    "mount a cgroup2 file system (`ip netns exec` hides it: enter the network by `nsenter --net=` instead)";
 const CHANGE_KERNEL: &str = "this kernel is not trusted with it: run another one";
 
 /// BPF, on a kernel that has passed the self-test; or why not, and what helps.

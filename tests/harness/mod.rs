@@ -24,6 +24,7 @@
 //! | `cramped` | a cgroup in which a proxy's sockets are short of memory |
 //! | `metrics` | the page of metrics, read by two parsers |
 //! | `memory` | what the kernel's TCP holds, and the memory of the machine |
+//! | `networks` | networks of the test's own |
 //! | `program` | other programs: run to the end, or kept running |
 //! | `random` | numbers that follow from a seed |
 //! | `turns` | tests that need the machine for themselves |
@@ -39,6 +40,7 @@ pub mod hello;
 pub mod load;
 pub mod memory;
 pub mod metrics;
+pub mod networks;
 pub mod pair;
 pub mod pattern;
 pub mod plan;

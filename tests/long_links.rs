@@ -1,0 +1,81 @@
+//! Links on which much is on its way at any time: a long way, or a slow router with a long queue. Over loopback there is never
+//! more than one burst, and whoever looks only there does not see what waits for an acknowledgement that is far away.
+
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use crate::harness::networks::Networks;
+use crate::harness::pattern::receive_from;
+use crate::harness::slow::{DOWN, MIB, PIECE, must_have_stayed_in_the_kernel};
+use crate::harness::turns::alone;
+use crate::harness::{Front, Plan, Writer, connect};
+
+const CLIENT: usize = 0;
+const PROXY: usize = 2;
+
+/// A client, a router and the proxy with its upstream. The router's way to the client carries 1 Gbit/s, and 16 MB wait there.
+///
+/// ```text
+///   client 10.78.1.2 ─── 10.78.1.1 router 10.78.2.1 ─── 10.78.2.2 proxy
+/// ```
+fn networks() -> Networks<3> {
+    Networks::new(["c", "r", "p"], |[c, r, p]| {
+        vec![
+            format!("ip -n {r} link add to-c type veth peer name to-r netns {c}"),
+            format!("ip -n {r} link add to-p type veth peer name to-r netns {p}"),
+            format!("ip -n {c} addr add 10.78.1.2/24 dev to-r; ip -n {c} link set to-r up"),
+            format!("ip -n {r} addr add 10.78.1.1/24 dev to-c; ip -n {r} link set to-c up"),
+            format!("ip -n {r} addr add 10.78.2.1/24 dev to-p; ip -n {r} link set to-p up"),
+            format!("ip -n {p} addr add 10.78.2.2/24 dev to-r; ip -n {p} link set to-r up"),
+            format!("ip -n {c} route add default via 10.78.1.1; ip -n {p} route add default via 10.78.2.1"),
+            format!("ip netns exec {r} sysctl -qw net.ipv4.ip_forward=1"),
+            format!("ip netns exec {r} tc qdisc add dev to-c root tbf rate 1gbit burst 256kb limit 16mb"),
+            // It fills the queue of a router, which others avoid.
+            format!("ip netns exec {p} sysctl -qw net.ipv4.tcp_congestion_control=cubic"),
+        ]
+    })
+}
+
+/// How long the stream takes after its first part, in which TCP finds out what the link carries.
+fn time(writing: &TcpStream, reading: &mut TcpStream) -> Duration {
+    const FIRST: u64 = 32 * MIB;
+    const TOTAL: u64 = 192 * MIB;
+    let writer = Writer::start(writing, DOWN, TOTAL, PIECE);
+    assert_eq!(receive_from(reading, DOWN, 0, FIRST).bytes, FIRST);
+    let begun = Instant::now();
+    assert_eq!(receive_from(reading, DOWN, FIRST, TOTAL).bytes, TOTAL - FIRST);
+    let took = begun.elapsed();
+    writer.join().expect("writing");
+    took
+}
+
+#[test]
+fn a_source_that_is_held_back_is_let_go_before_a_long_link_runs_dry() {
+    let _alone = alone();
+    let networks = &networks();
+    networks.within(PROXY, || {
+        let listener = TcpListener::bind(("10.78.2.2", 0)).expect("binding");
+        let address = listener.local_addr().expect("its address");
+        let mut client = networks.within(CLIENT, || connect(address));
+        let (server, _) = listener.accept().expect("accepting");
+        let direct = time(&server, &mut client);
+        drop((client, server));
+
+        let mut plan = Plan::new();
+        let front = Front::between(&mut plan, "10.78.2.2", "127.0.0.1", "");
+        let proxy = plan.start();
+        let mut client = networks.within(CLIENT, || connect(front.address));
+        let upstream = front.accept();
+        let proxied = time(&upstream, &mut client);
+        drop((client, upstream));
+        let status = proxy.settle();
+        must_have_stayed_in_the_kernel(&status);
+        let pauses = status.number("/pauses");
+        eprintln!("direct {direct:.2?}, by the proxy {proxied:.2?}, {pauses} pauses");
+        assert!(pauses > 3, "the link was faster than the upstream");
+        assert!(
+            proxied < direct * 3 / 2,
+            "{proxied:.2?} for what a direct connection does in {direct:.2?}"
+        );
+    });
+}
