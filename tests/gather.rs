@@ -264,10 +264,7 @@ fn what_was_copied_counts_as_outstanding_no_longer_than_it_is() {
         assert!(gathers(&proxy) > before, "nothing was gathered");
         // The kernel has it again, and nothing comes.
         pause(BACK_AGAIN_MS);
-        assert_eq!(
-            receive_from(&mut reader, UP, BULK, written).bytes,
-            written - BULK
-        );
+        assert_eq!(receive_from(&mut reader, UP, BULK, written).bytes, written - BULK);
         proxy.wait("nothing is outstanding", |s| {
             s.number("/workers/0/backlog_bytes") == 0
         });

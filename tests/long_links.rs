@@ -5,10 +5,10 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::harness::networks::Networks;
-use crate::harness::pattern::receive_from;
+use crate::harness::pattern::{pause, receive_from};
 use crate::harness::slow::{DOWN, MIB, PIECE, must_have_stayed_in_the_kernel};
-use crate::harness::turns::alone;
-use crate::harness::{Front, Plan, Writer, connect};
+use crate::harness::turns::{alone, beside_others};
+use crate::harness::{Front, PATIENCE, Plan, Writer, connect, send, within};
 
 const CLIENT: usize = 0;
 const PROXY: usize = 2;
@@ -77,5 +77,44 @@ fn a_source_that_is_held_back_is_let_go_before_a_long_link_runs_dry() {
             proxied < direct * 3 / 2,
             "{proxied:.2?} for what a direct connection does in {direct:.2?}"
         );
+    });
+}
+
+#[test]
+fn what_a_last_flight_had_outstanding_is_counted_anew() {
+    const ANSWER: u64 = 3 * MIB;
+    /// It is counted anew every three seconds.
+    const COUNTED_MS: u64 = 5_000;
+    let _turn = beside_others();
+    let networks = &networks();
+    networks.within(PROXY, || {
+        let mut plan = Plan::new();
+        let front = Front::between(&mut plan, "10.78.2.2", "127.0.0.1", "");
+        let proxy = plan.start();
+        let mut client = networks.within(CLIENT, || connect(front.address));
+        let upstream = front.accept();
+        let backlog = || proxy.status().number("/workers/0/backlog_bytes");
+        let mut read = 0;
+        let mut answer = || {
+            let mut writing = upstream.try_clone().expect("a second handle");
+            let writer = std::thread::spawn(move || send(&mut writing, DOWN, read, read + ANSWER));
+            assert_eq!(receive_from(&mut client, DOWN, read, read + ANSWER).bytes, ANSWER);
+            writer.join().expect("the writer").expect("writing");
+            read += ANSWER;
+        };
+        // All has been read, and so acknowledged.
+        let is_left = within(PATIENCE, || {
+            answer();
+            backlog() > 0
+        });
+        assert!(is_left, "no flight was so large");
+        pause(COUNTED_MS);
+        assert_eq!(backlog(), 0, "nothing is outstanding");
+        // Nor if nobody has waked the worker since.
+        (0..8).for_each(|_| answer());
+        pause(COUNTED_MS);
+        assert_eq!(backlog(), 0, "nothing is outstanding");
+        drop((client, upstream));
+        must_have_stayed_in_the_kernel(&proxy.settle());
     });
 }

@@ -287,7 +287,8 @@ fn a_client_that_is_gone_without_a_word_is_noticed_by_probes() {
             .tables(&server(&probed, ", so_keepalive = \"1s:1s:2\""))
             .tables(&server(&not, ""));
         let proxy = plan.start();
-        let mut clients = [&probed, &not].map(|port| networks.within(CLIENT, || connect(port.on("10.77.1.1"))));
+        let mut clients =
+            [&probed, &not].map(|port| networks.within(CLIENT, || connect(port.on("10.77.1.1"))));
         for client in &mut clients {
             ping(client, 1, 2).expect("a session");
         }

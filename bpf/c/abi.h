@@ -91,7 +91,8 @@ struct slot_total {
 	__u64 pauses;		/* times that a source of the slot was held back */
 	__u32 wake;		/* somebody waits until less than low_bytes are held */
 	__u32 lost_events;	/* for which there was no room in a ring buffer of the slot */
-	__u32 pad[6];
+	__u32 counted;		/* a worker was told that there is something to count anew now and then; user: no more */
+	__u32 pad[5];
 };
 
 /*
@@ -134,6 +135,7 @@ enum event_kind {
 	EVENT_TROUBLE = 3,	/* a flag was set that a session must not survive */
 	EVENT_ROOM = 4,		/* the slot holds few enough bytes again; index says nothing */
 	EVENT_LOST = 5,		/* events were lost (slot_total.lost_events); index says nothing */
+	EVENT_HELD = 6,		/* the slot has bytes outstanding, and nobody counts them anew (slot_total.counted) */
 };
 
 struct event {

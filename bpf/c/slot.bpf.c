@@ -210,7 +210,8 @@ static __always_inline __s32 charge(struct flow *flow, struct tcp_sock *target, 
 
 /*
  * Brings the flow's part of the slot's sum up to date. The exchange makes sure that what was put into the sum
- * is taken out once, whoever else does the same on another CPU.
+ * is taken out once, whoever else does the same on another CPU. What a target has in its last flight is acknowledged unseen,
+ * so its worker is told to count anew (`SlotMaps::recount`).
  */
 static __always_inline void count_held(struct flow *flow, __u32 index, __s32 outstanding, struct slot_total *total)
 {
@@ -225,6 +226,8 @@ static __always_inline void count_held(struct flow *flow, __u32 index, __s32 out
 	before = __sync_fetch_and_add(&total->held_bytes, difference);
 	if (total->wake && before + difference < total->low_bytes && __sync_lock_test_and_set(&total->wake, 0))
 		tell(flow, index, EVENT_ROOM);
+	if (difference > 0 && !total->counted && !__sync_lock_test_and_set(&total->counted, 1))
+		tell(flow, index, EVENT_HELD);
 }
 
 /* Whether the slot has more outstanding than it may: flows above the floor have to wait. */

@@ -138,7 +138,8 @@ pub struct SlotTotal {
     pub pauses: AtomicU64,
     pub wake: AtomicU32,
     pub lost_events: AtomicU32,
-    pub pad: [AtomicU32; 6],
+    pub counted: AtomicU32,
+    pub pad: [AtomicU32; 5],
 }
 
 // SAFETY: only atomics in a `repr(C)` layout; zero is valid.
@@ -188,6 +189,7 @@ const _: () = {
     assert!(offset_of!(SlotTotal, pauses) == offset_of!(types::slot_total, pauses));
     assert!(offset_of!(SlotTotal, wake) == offset_of!(types::slot_total, wake));
     assert!(offset_of!(SlotTotal, lost_events) == offset_of!(types::slot_total, lost_events));
+    assert!(offset_of!(SlotTotal, counted) == offset_of!(types::slot_total, counted));
 };
 
 /// Bits of `flow.flags` (`enum flow_flag`, where they are explained).

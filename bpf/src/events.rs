@@ -58,6 +58,8 @@ pub enum EventKind {
     Trouble,
     /// The slot holds few enough bytes again: sources that wait for it may be let go.
     Room,
+    /// The slot has bytes outstanding, and nobody counts them anew: see [`crate::SlotMaps::recount`].
+    Held,
     /// Events were lost: see [`crate::SlotMaps::lost_events`].
     Lost,
 }
@@ -113,6 +115,7 @@ fn decode(bytes: &[u8]) -> Option<Event> {
         types::event_kind::EVENT_TROUBLE => EventKind::Trouble,
         types::event_kind::EVENT_ROOM => EventKind::Room,
         types::event_kind::EVENT_LOST => EventKind::Lost,
+        types::event_kind::EVENT_HELD => EventKind::Held,
         _ => return None,
     };
     let direction = if index & 1 == 0 {

@@ -231,6 +231,7 @@ impl Totals {
         }
         total.wake.store(0, Relaxed);
         total.lost_events.store(0, Relaxed);
+        total.counted.store(0, Relaxed);
     }
 
     /// Bytes of each direction, by its index, for each CPU that forwarded any, with its number.

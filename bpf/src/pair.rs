@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use culvert_shared::ids::{Direction, Owner};
 use culvert_shared::sessions::Place;
 use culvert_shared::sys::shm::Shared;
-use culvert_shared::sys::socket;
+use culvert_shared::sys::socket::{self, TcpInfo};
 use libbpf_rs::libbpf_sys;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
@@ -88,6 +88,22 @@ pub struct Terms {
     pub lane: LaneNumber,
 }
 
+/// What a flow costs the kernel, as the programs' function of that name has it.
+fn charge(flow: &Flow, target: BorrowedFd<'_>, info: &TcpInfo) -> i32 {
+    let acked = (info.bytes_acked as u32).wrapping_sub(flow.acked_base.load(Relaxed));
+    let outstanding = (flow.forwarded_bytes.load(Relaxed) as u32).wrapping_sub(acked) as i32;
+    match flow.queued.load(Relaxed) {
+        0 => outstanding,
+        // What the program saw last may have been taken since: there are no more segments than bytes that are not.
+        queued => {
+            let taken = socket::unacknowledged_bytes(target).unwrap_or(0);
+            let left = u64::try_from(outstanding).unwrap_or(0).saturating_sub(taken);
+            let cost = left.min(queued.into()) * u64::from(SEGMENT_COST_BYTES);
+            i32::try_from(i64::from(outstanding).saturating_add_unsigned(cost)).unwrap_or(i32::MAX)
+        }
+    }
+}
+
 /// Bytes outstanding below which a source is let go: half of what may be. Where a round trip takes more than that, its
 /// target would run dry before more comes, so it is let go early.
 fn low_mark(high_bytes: u32, in_flight_bytes: u64) -> u32 {
@@ -106,6 +122,8 @@ pub enum Hold {
     Off,
     /// It is, although its target has drained: it may be let go.
     Drained,
+    /// It is, and its target has drained, but the slot has too much outstanding.
+    Full,
     /// It is, and has to be.
     On {
         /// What the target's peer has acknowledged, low 32 bits.
@@ -420,7 +438,13 @@ impl SlotMaps {
         // The next segment says anew where the stream stands.
         flow.flags.fetch_and(!flow_flag::STARTED, AcqRel);
         flow.acked_base.store(sent_bytes as u32, Relaxed);
-        for counter in [&flow.wake, &flow.queued, &flow.small, &flow.gather, &flow.crowded_since] {
+        for counter in [
+            &flow.wake,
+            &flow.queued,
+            &flow.small,
+            &flow.gather,
+            &flow.crowded_since,
+        ] {
             counter.store(0, Relaxed);
         }
         // Until then nobody looks at what is acknowledged, and there may never be one.
@@ -480,33 +504,49 @@ impl SlotMaps {
             return Hold::Off;
         }
         let info = socket::tcp_info(target).unwrap_or_default();
-        let acked_bytes = info.bytes_acked as u32;
-        let acked = acked_bytes.wrapping_sub(flow.acked_base.load(Relaxed));
-        let outstanding = (flow.forwarded_bytes.load(Relaxed) as u32).wrapping_sub(acked) as i32;
-        let charge = match flow.queued.load(Relaxed) {
-            0 => outstanding,
-            // What the program saw last may have been taken since: there are no more segments than bytes that are not.
-            queued => {
-                let taken = socket::unacknowledged_bytes(target).unwrap_or(0);
-                let left = u64::try_from(outstanding).unwrap_or(0).saturating_sub(taken);
-                let cost = left.min(queued.into()) * u64::from(SEGMENT_COST_BYTES);
-                i32::try_from(i64::from(outstanding).saturating_add_unsigned(cost)).unwrap_or(i32::MAX)
-            }
-        };
+        let charge = charge(flow, target, &info);
         self.count_held(flow, charge);
         let high = flow.high_bytes.load(Relaxed);
         let low = low_mark(high, info.in_flight_bytes);
         flow.low_bytes.store(low, Relaxed);
         let above = i64::from(charge) - i64::from(low);
-        if above < 0 && self.has_room(place, direction) {
-            return Hold::Drained;
+        if above < 0 {
+            return match self.has_room(place, direction) {
+                true => Hold::Drained,
+                false => Hold::Full,
+            };
         }
-        let is_silent = above >= 0 && info.in_flight_bytes > u64::from(high / 4);
-        let drained_in = is_silent.then(|| info.round_trip.mul_f64(above as f64 / info.in_flight_bytes as f64));
+        let is_silent = info.in_flight_bytes > u64::from(high / 4);
         Hold::On {
-            acked_bytes,
-            drained_in,
+            acked_bytes: info.bytes_acked as u32,
+            drained_in: is_silent.then(|| {
+                info.round_trip
+                    .mul_f64(above as f64 / info.in_flight_bytes as f64)
+            }),
         }
+    }
+
+    /// Counts anew what a flow has outstanding in which nothing was forwarded since `since_ns`. The programs do not see its
+    /// target while its last flight is acknowledged (see [`SlotMaps::hold`]), so what that flow stood for in the slot's
+    /// sum would stay until it has something to say again.
+    pub fn recount(&self, place: Place, direction: Direction, target: BorrowedFd<'_>, since_ns: u64) {
+        let flow = &self.flows[self.index(place, direction.index())];
+        if flow.held_bytes.load(Relaxed) != 0
+            && flow.last_active_ns.load(Relaxed) < since_ns
+            && let Ok(info) = socket::tcp_info(target)
+        {
+            self.count_held(flow, charge(flow, target, &info));
+        }
+    }
+
+    /// Bytes that all flows of the slot have outstanding, as far as is known.
+    pub fn held_bytes(&self) -> u64 {
+        self.total().held_bytes.load(Relaxed)
+    }
+
+    /// From now on the programs say again when they become more: to be asked for before all are counted anew.
+    pub fn tell_when_held(&self) {
+        self.total().counted.store(0, SeqCst);
     }
 
     /// As the programs' function of that name: the flow's part of the slot's sum.

@@ -69,7 +69,9 @@ pub(crate) const CHECK_TIMER: u32 = 7;
 pub(crate) const QUEUE_TIMER: u32 = 8;
 /// The timer that tells the master of hosts that it had no room to hear of.
 pub(crate) const NAMING_TIMER: u32 = 9;
-const FIRST_SESSION: u32 = 10;
+/// The timer that counts anew what the sessions have outstanding.
+pub(crate) const RECOUNT_TIMER: u32 = 10;
+const FIRST_SESSION: u32 = 11;
 
 /// One worker process.
 pub struct Worker {
@@ -251,6 +253,7 @@ impl Worker {
                 }
             }
             self.make_up_for_lost_events();
+            self.arm_recount();
             for _ in 0..self.again.len() {
                 let Some(token) = self.again.pop_front() else {
                     break;
@@ -381,6 +384,7 @@ impl Worker {
         match timer {
             ACCEPT_TIMER => self.end_rest(),
             PRESSURE_TIMER => self.look_at_paused(),
+            RECOUNT_TIMER => self.recount(),
             KEEP_TIMER => self.keep_due(),
             LOG_TIMER => self.flush_access_logs(),
             BUSY_TIMER => self.tell_busiest(),

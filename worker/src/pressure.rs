@@ -13,7 +13,7 @@ use culvert_shared::sys::fdpass;
 
 use crate::clock;
 use crate::drive::{Next, Trouble};
-use crate::event_loop::{PRESSURE_TIMER, Worker};
+use crate::event_loop::{PRESSURE_TIMER, RECOUNT_TIMER, Worker};
 use crate::offload::sent_by_us;
 use crate::session::{Buffers, Session, source, target};
 use crate::sockets;
@@ -25,6 +25,13 @@ use crate::table::{Side, Token};
 const LOOK_MS: u64 = 100;
 /// The same for a worker that is told nothing at all, because every ring buffer of its slot has a reader.
 const LOOK_UNTOLD_MS: u64 = 5;
+
+/// How often it is counted anew what is outstanding, where anything is.
+const RECOUNT_MS: u64 = 3_000;
+/// A flow in which nothing was forwarded for so long rests; and how often it is counted anew where the worker is full.
+const RESTS_MS: u64 = 200;
+/// Counting may take one part in so many of the worker's time.
+const RECOUNT_SHARE: u64 = 50;
 
 /// How long small pieces are copied before the kernel is given their direction again: it takes some 30 ms until they gather anew.
 const GATHER_MS: u64 = 500;
@@ -78,6 +85,8 @@ pub struct Pressure {
     paused: HashSet<(Token, Direction)>,
     /// Flows whose source may gather less than it should, because many were held back at once.
     narrow: HashSet<(Token, Direction)>,
+    /// Before then nothing is counted anew.
+    recount_ms: u64,
 }
 
 impl Worker {
@@ -113,7 +122,7 @@ impl Worker {
             EventKind::Drained if worker.has_room(session, direction) => {
                 worker.resume(token, session, direction)
             }
-            EventKind::Drained | EventKind::Room | EventKind::Lost => worker.wait(session),
+            EventKind::Drained | EventKind::Room | EventKind::Held | EventKind::Lost => worker.wait(session),
             EventKind::Trouble => worker.look_at_flow(token, session, direction),
         });
     }
@@ -172,6 +181,13 @@ impl Worker {
                 session
                     .stream(direction)
                     .held(clock::now_ms(), acked_bytes, drained_in);
+            }
+            Hold::Full => {
+                self.note_paused(token, direction);
+                session.stream(direction).drain = None;
+                let now_ms = clock::now_ms();
+                self.wheel
+                    .set_earlier(RECOUNT_TIMER, self.pressure.recount_ms.max(now_ms));
             }
             Hold::Off => session.stream(direction).drain = None,
         }
@@ -355,6 +371,45 @@ impl Worker {
             });
         }
         self.arm_untold();
+    }
+
+    /// Sees to it that what is outstanding is counted anew now and then, as long as anything is.
+    pub(crate) fn arm_recount(&mut self) {
+        let is_held = |ward: &Ward| ward.store.maps.as_ref().is_some_and(|maps| maps.held_bytes() > 0);
+        if self.wards.iter().any(is_held) {
+            self.wheel
+                .set_earlier(RECOUNT_TIMER, clock::now_ms() + RECOUNT_MS);
+        }
+    }
+
+    /// Counts anew what rests: who got a large answer and asks nothing more must not take from what the others may have
+    /// outstanding.
+    pub(crate) fn recount(&mut self) {
+        let begun_ns = clock::now_ns();
+        let since_ns = begun_ns.saturating_sub(RESTS_MS * 1_000_000);
+        for maps in self.wards.iter().filter_map(|ward| ward.store.maps.as_ref()) {
+            maps.tell_when_held();
+        }
+        for token in self.table.tokens() {
+            let Some(session) = self.table.take(token) else {
+                continue;
+            };
+            if let Some((maps, place)) = self.pair(&session) {
+                for direction in Direction::BOTH {
+                    if let Some(socket) = session.socket(target(direction)) {
+                        maps.recount(place, direction, socket.as_fd(), since_ns);
+                    }
+                }
+            }
+            self.table.put(token, session);
+        }
+        let now_ns = clock::now_ns();
+        let rest_ms = RECOUNT_SHARE * (now_ns - begun_ns) / 1_000_000;
+        self.pressure.recount_ms = now_ns / 1_000_000 + rest_ms.max(RESTS_MS);
+        if !self.pressure.paused.is_empty() {
+            self.look_at_paused();
+        }
+        self.arm_recount();
     }
 
     /// Starts the clock of a worker that is told nothing.
