@@ -36,7 +36,7 @@ struct flow {
 	enum flow_flag flags;
 	__u32 acked_base;	/* user: bytes_acked of the target when all that was sent before the flow is acknowledged, low 32 bits */
 	__u32 high_bytes;	/* user: outstanding bytes above which the source is held back */
-	__u32 low_bytes;	/* user: outstanding bytes below which it is let go */
+	__u32 low_bytes;	/* user, anew at each look: outstanding bytes below which it is let go */
 	enum flow_pause pause;	/* user space turns it off when it resumes the source */
 	__u32 wake;		/* user space is to be told when few enough are outstanding */
 	__u32 pauses;		/* times that the source was held back */

@@ -389,16 +389,15 @@ static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_so
 {
 	__u32 unread = self->rcv_nxt - self->copied_seq;
 	__u32 waiting = self->inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter;
-	__u32 narrowed = flow->gather && has_grown(self, flow);
 	__u64 bytes = flow->window_bytes;
+	/* What was narrowed below this is widened. */
+	__u64 least = bytes;
 	int window;
 
-	if (narrowed) {
-		/* Nothing waits, or behind a hole: what it costs is not known. */
+	if (flow->gather && has_grown(self, flow)) {
 		if (!unread || !waiting || self->rx_opt.num_sacks) {
-			narrowed = flow->narrowed;
-			if (narrowed)
-				return;
+			/* Nothing waits, or behind a hole: what it costs is not known. */
+			least = 0;
 		} else {
 			if (waiting > bytes / 8 * 5)
 				bytes /= 8;
@@ -406,15 +405,14 @@ static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_so
 				bytes = bytes * unread / waiting;
 			if (bytes < WINDOW_FLOOR)
 				bytes = WINDOW_FLOOR;
-			narrowed = bytes < flow->window_bytes;
+			least = bytes / 2;
 		}
 	}
-	if (self->window_clamp > bytes || (flow->narrowed && self->window_clamp < bytes / 2)) {
+	if (self->window_clamp > bytes || (flow->narrowed && self->window_clamp < least)) {
 		window = bytes;
 		bpf_setsockopt(ops, IPPROTO_TCP, TCP_WINDOW_CLAMP, &window, sizeof(window));
+		flow->narrowed = bytes < flow->window_bytes;
 	}
-	if (flow->narrowed != narrowed)
-		flow->narrowed = narrowed;
 }
 
 /*

@@ -1,8 +1,11 @@
 //! The self-test passes on this kernel, and each of its steps notices what it is there for. What is spoilt
-//! is spoilt in the kernel's own maps, so that the kernel itself does the wrong thing. Needs root.
+//! is spoilt in the kernel's own maps, so that the kernel itself does the wrong thing. Its sessions also show what
+//! the program announces as a socket's window. Needs root.
 
 use std::fs;
-use std::os::fd::RawFd;
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -10,6 +13,7 @@ use culvert_bpf::selftest::{Session, run, run_meddled};
 use culvert_bpf::{Bpf, Cgroup, SlotMaps};
 use culvert_shared::ids::Direction;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::libc;
 
 /// What is spoilt is mostly noticed when a step's time is over.
 const STEP_TIME: Duration = Duration::from_secs(1);
@@ -32,6 +36,9 @@ const FLOWS: usize = 2;
 const NEXT_SEQ: usize = 32;
 const HIGH_BYTES: usize = 44;
 const LANE: usize = 68;
+const GATHER: usize = 96;
+const WINDOW_BYTES: usize = 100;
+const NARROWED: usize = 108;
 
 fn map(maps: &SlotMaps, place: usize) -> MapHandle {
     let fd: RawFd = maps.fds()[place];
@@ -169,4 +176,68 @@ fn a_program_that_does_not_say_when_a_target_has_drained_fails_at_pause_and_resu
         change(session, Direction::ToUpstream, LANE, |_| u32::MAX)
     });
     assert!(said.contains("the program said 0 times"), "{said}");
+}
+
+/// The largest window that a socket announces, after it was set to `new` if given.
+fn window_clamp(socket: &TcpStream, new: Option<u32>) -> u32 {
+    let (fd, level, name) = (socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP);
+    let mut bytes = new.unwrap_or(0);
+    let mut len = size_of::<u32>() as libc::socklen_t;
+    // SAFETY: both look at no more than the word, which lives across the calls.
+    let failed = unsafe {
+        let word = std::ptr::from_mut(&mut bytes).cast();
+        new.is_some_and(|_| libc::setsockopt(fd, level, name, word, len) != 0)
+            || libc::getsockopt(fd, level, name, word, &mut len) != 0
+    };
+    assert!(!failed, "TCP_WINDOW_CLAMP: {}", std::io::Error::last_os_error());
+    bytes
+}
+
+/// The largest window that a source announces once segments have come, if it was `before` until then and these words of the
+/// source's flow are changed.
+fn largest_announced(before: u32, words: &[(usize, u32)]) -> u32 {
+    let _one = ONE.lock().unwrap_or_else(|error| error.into_inner());
+    let (_cgroup, bpf) = open();
+    let mut clamp = None;
+    // It fails: more comes than it has sent.
+    let _ = run_meddled(&bpf, STEP_TIME, &mut |name, session| {
+        if name != "activation" {
+            return;
+        }
+        let source = session.upstream.stream();
+        window_clamp(source, Some(before));
+        for (offset, word) in words {
+            change(session, Direction::ToDownstream, *offset, |_| *word);
+        }
+        let mut server = session.server.stream();
+        for _ in 0..20 {
+            server.write_all(&[0; 100]).expect("sending");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        clamp = Some(window_clamp(source, None));
+    });
+    clamp.expect("the self-test came as far as activation")
+}
+
+#[test]
+fn a_window_that_was_narrowed_is_as_large_as_before_once_nothing_is_gathered() {
+    let window = 60_000;
+    for narrow in [window / 8, window / 2 + 1, window - 1] {
+        let words = [(WINDOW_BYTES, window), (NARROWED, 1)];
+        assert_eq!(largest_announced(narrow, &words), window, "after {narrow}");
+    }
+}
+
+#[test]
+fn a_buffer_that_grows_while_nothing_waits_there_announces_no_more() {
+    // A window that a fresh buffer is more than twice as large as.
+    let window = 30_000;
+    for narrowed in [0, 1] {
+        let words = [(WINDOW_BYTES, window), (GATHER, 1), (NARROWED, narrowed)];
+        assert_eq!(
+            largest_announced(2 * window, &words),
+            window,
+            "narrowed: {narrowed}"
+        );
+    }
 }

@@ -595,6 +595,32 @@ mod tests {
         assert_eq!(stream.way, Way::Relay);
     }
 
+    #[test]
+    fn who_acknowledges_nothing_is_looked_at_ever_more_rarely() {
+        let mut stream = Stream::new();
+        stream.offload();
+        let mut looks = |from_ms: u64, to_ms: u64, acked_bytes: fn(u64) -> u32| {
+            let (mut now_ms, mut count) = (from_ms, 0);
+            while now_ms < to_ms {
+                stream.held(now_ms, acked_bytes(now_ms), Some(Duration::ZERO));
+                now_ms = stream.drain.expect("its clock runs").look_ms;
+                count += 1;
+            }
+            count
+        };
+        assert_eq!(looks(0, 1_000, |now_ms| now_ms as u32), 1_000);
+        // After 1, 2, 4, … 64 ms, then every 100.
+        assert_eq!(looks(1_000, 10_000, |_| 7), 7 + 89);
+        assert_eq!(looks(10_000, 11_000, |now_ms| now_ms as u32), 1_000);
+        stream.held(11_000, 7, Some(Duration::from_secs(9)));
+        assert_eq!(stream.drain.expect("its clock runs").look_ms, 11_100);
+        stream.held(11_000, 7, None);
+        assert!(stream.drain.is_none(), "the programs will say it");
+        stream.held(11_000, 7, Some(Duration::ZERO));
+        stream.settle();
+        assert!(stream.drain.is_none(), "it is not held back any more");
+    }
+
     proptest! {
         #[test]
         fn no_order_of_events_ends_a_stream_with_bytes_in_hand(events in proptest::collection::vec(0u8..6, 0..40)) {
