@@ -232,6 +232,8 @@ impl Worker {
 
     /// Serves until the master says stop, or a drain is over.
     pub fn serve(&mut self) -> Result<()> {
+        // The worker before may have been told.
+        self.recount_later();
         let mut events = Events::with_capacity(256);
         let mut due = Vec::new();
         self.listen()?;

@@ -91,16 +91,20 @@ pub struct Pressure {
 
 impl Worker {
     pub(crate) fn take_kernel_events(&mut self) {
-        let mut room = false;
+        let (mut room, mut held) = (false, false);
         for ward in 0..self.wards.len() {
             let events = self.wards[ward].reader.events.as_mut();
             for event in events.map_or(Vec::new(), Events::take) {
                 room |= event.kind == EventKind::Room;
+                held |= event.kind == EventKind::Held;
                 let tokens = &self.wards[ward].tokens;
                 if let Some(token) = tokens.get(event.pair as usize).copied().flatten() {
                     self.take_kernel_event(token, event);
                 }
             }
+        }
+        if held {
+            self.recount_later();
         }
         if room {
             self.look_at_paused();
@@ -135,6 +139,7 @@ impl Worker {
             if std::mem::replace(&mut reader.lost_events, lost) == lost {
                 continue;
             }
+            self.recount_later();
             let tokens: Vec<Token> = self.wards[ward].tokens.iter().flatten().copied().collect();
             for token in tokens {
                 self.with_session(token, |worker, session| worker.catch_up(token, session));
@@ -377,9 +382,15 @@ impl Worker {
     pub(crate) fn arm_recount(&mut self) {
         let is_held = |ward: &Ward| ward.store.maps.as_ref().is_some_and(|maps| maps.held_bytes() > 0);
         if self.wards.iter().any(is_held) {
-            self.wheel
-                .set_earlier(RECOUNT_TIMER, clock::now_ms() + RECOUNT_MS);
+            self.recount_later();
         }
+    }
+
+    /// Also where nothing is outstanding any more by now: until it is counted anew, the programs do not say that there is
+    /// something again.
+    pub(crate) fn recount_later(&mut self) {
+        self.wheel
+            .set_earlier(RECOUNT_TIMER, clock::now_ms() + RECOUNT_MS);
     }
 
     /// Counts anew what rests: who got a large answer and asks nothing more must not take from what the others may have
