@@ -347,6 +347,8 @@ impl SlotMaps {
                 &flow.gather,
                 &flow.narrowed,
                 &flow.crowded_since,
+                &flow.crowded_time,
+                &flow.period_start,
             ] {
                 counter.store(0, Relaxed);
             }
