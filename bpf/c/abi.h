@@ -110,8 +110,8 @@ enum segment_cost {
  */
 enum crowd {
 	CROWD_SEGMENTS = 32,	/* so many are many */
-	CROWD_TIME = 10,	/* so long, in units of 2^20 ns, */
-	CROWD_PERIOD = 64,	/* out of so long */
+	CROWD_TIME = 12,	/* so long, in units of 2^20 ns, */
+	CROWD_PERIOD = 128,	/* out of so long */
 };
 
 /*

@@ -249,12 +249,21 @@ static __always_inline int has_room(struct slot_total *total)
 static __always_inline int is_to_gather(struct flow *flow, struct tcp_sock *target, __u32 len)
 {
 	struct sock *sk = &target->inet_conn.icsk_inet.sk;
-	__u32 is_small = len < SMALL_SEGMENT;
-	__u32 crowded = is_small && flow->queued >= CROWD_SEGMENTS && sk->sk_wmem_queued < sk->sk_sndbuf >> 1;
-	__u32 now;
+	__u32 crowded, now;
 
-	if (flow->small != is_small)
-		flow->small = is_small;
+	/* Bulk ends each of its writes in a small one. */
+	if (len >= SMALL_SEGMENT) {
+		if (flow->small)
+			flow->small = 0;
+		if (flow->crowded_since)
+			flow->crowded_since = 0;
+		if (flow->crowded_time)
+			flow->crowded_time--;
+		return 0;
+	}
+	if (!flow->small)
+		flow->small = 1;
+	crowded = flow->queued >= CROWD_SEGMENTS && sk->sk_wmem_queued < sk->sk_sndbuf >> 1;
 	if (!crowded && !flow->crowded_since)
 		return 0;
 	now = bpf_ktime_get_ns() >> 20;
