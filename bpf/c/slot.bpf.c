@@ -390,7 +390,7 @@ static __always_inline int has_grown(struct tcp_sock *self, struct flow *flow)
 /*
  * Announces no more than the flow's largest window. The kernel raises the limit as often as it lets the receive buffer
  * grow (tcp_rcv_space_adjust); this is called before each announcement (tcp_select_window), so none is too large. A
- * buffer of a fixed size would do as well, but small segments do not fit: where those are gathered in a buffer that has
+ * buffer of a fixed size would do as well, but small segments do not fit: where those gather or are held back in a buffer that has
  * grown, only so much is announced as costs a window, going by what waits, and an eighth of that once more waits than
  * comes in one burst, so that the buffer can be limited.
  */
@@ -403,12 +403,12 @@ static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_so
 	__u64 least = bytes;
 	int window;
 
-	if (flow->gather && has_grown(self, flow)) {
+	if ((flow->gather || (flow->small && flow->pause == PAUSE_ON)) && has_grown(self, flow)) {
 		if (!unread || !waiting || self->rx_opt.num_sacks) {
 			/* Nothing waits, or behind a hole: what it costs is not known. */
 			least = 0;
 		} else {
-			if (waiting > bytes / 8 * 5)
+			if (!flow->gather || waiting > bytes / 8 * 5)
 				bytes /= 8;
 			if (waiting > unread)
 				bytes = bytes * unread / waiting;

@@ -9,7 +9,7 @@ use culvert_bpf::{Event, EventKind, Events, FlowState, Hold, LaneNumber, SlotMap
 use culvert_shared::counters::Board;
 use culvert_shared::ids::{Direction, Owner};
 use culvert_shared::message::{Buffer, ToMaster};
-use culvert_shared::sys::fdpass;
+use culvert_shared::sys::{fdpass, socket};
 
 use crate::clock;
 use crate::drive::{Next, Trouble};
@@ -215,6 +215,14 @@ impl Worker {
         for direction in Direction::BOTH {
             let due_ms = session.stream(direction).due_back_ms();
             if due_ms.is_none_or(|due_ms| clock::now_ms() < due_ms) {
+                continue;
+            }
+            // A reader that is slow has a full send buffer before it, and would have a backlog besides.
+            let waiting = session
+                .socket(target(direction))
+                .and_then(|socket| socket::unacknowledged_bytes(socket.as_fd()).ok());
+            if waiting.is_some_and(|bytes| bytes > u64::from(session.settings.ebpf_backlog_size) / 2) {
+                session.stream(direction).back_ms = Some(clock::now_ms() + LOOK_MS);
                 continue;
             }
             session.stream(direction).back_ms = None;
