@@ -15,7 +15,6 @@ mod datapath;
 mod endings;
 mod fallback;
 mod from_nginx;
-mod gather;
 mod http;
 mod keeper_room;
 mod lifecycle;
