@@ -11,7 +11,7 @@ use crate::harness::{
     Flag, PATIENCE, Plan, Port, Proxy, Received, Upstream, connect, process, receive, send, within,
 };
 use crate::keeper_room::leave_room_for;
-use crate::reload::{half_a_reload, tell};
+use crate::reload::{HALVES, half_a_reload, tell};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -363,7 +363,9 @@ fn logs_that_are_rotated_during_a_reload_are_new_for_the_next_generation_too() {
         let proxy = plan.start();
         half_a_reload(&proxy).map(|half| (file, front, proxy, half))
     };
-    let (file, front, proxy, (old, last)) = (0..5).find_map(|_| begin()).expect("a worker that is not ready");
+    let (file, front, proxy, (old, last)) = (0..HALVES)
+        .find_map(|_| begin())
+        .expect("a worker that is not ready");
     let moved = proxy.dir().join("moved");
     std::fs::rename(&file, &moved).expect("moving the log away");
     proxy.signal(Signal::SIGUSR1);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::harness::pattern::ping;
 use crate::harness::{PATIENCE, Plan, Proxy, Upstream, connect, exchange, patient, process, receive, within};
-use crate::reload::half_a_reload;
+use crate::reload::{HALVES, half_a_reload};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -41,7 +41,7 @@ fn end_well(clients: Vec<TcpStream>) {
 #[test]
 fn sessions_of_a_refused_generation_outlive_their_worker() {
     let echo = Upstream::echo("127.0.0.1");
-    for _ in 0..5 {
+    for _ in 0..HALVES {
         // A store of its own: nobody else has it, and the worker goes on alone.
         let mut plan = Plan::new().workers(2).global("worker_connections = 1024");
         let front = plan.server(&echo);

@@ -169,6 +169,8 @@ const _: () = {
     assert!(offset_of!(Flow, settable_bytes) == offset_of!(types::flow, settable_bytes));
     assert!(offset_of!(Flow, narrowed) == offset_of!(types::flow, narrowed));
     assert!(offset_of!(Flow, crowded_since) == offset_of!(types::flow, crowded_since));
+    assert!(offset_of!(Flow, crowded_time) == offset_of!(types::flow, crowded_time));
+    assert!(offset_of!(Flow, period_start) == offset_of!(types::flow, period_start));
     assert!(offset_of!(Flow, runaway_bytes) == offset_of!(types::flow, runaway_bytes));
     assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));
     assert!(offset_of!(Flow, wake) == offset_of!(types::flow, wake));
