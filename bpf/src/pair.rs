@@ -372,8 +372,6 @@ impl SlotMaps {
         ] {
             counter.store(0, Relaxed);
         }
-        // Until then nobody looks at what is acknowledged, and there may never be one.
-        self.count_held(flow, 0);
         let rejoined = self.insert_socket(&self.sources, index, source).is_ok();
         if rejoined {
             let _ = socket::set_receive_low_water(source, 1);
