@@ -1,14 +1,16 @@
-//! Links on which much is on its way at any time: a long way, or a slow router with a long queue. Over loopback there is never
+//! Links on which much is on its way at any time, or lost: a long way, or a slow router with a long queue. Over loopback there is never
 //! more than one burst, and whoever looks only there does not see what waits for an acknowledgement that is far away.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use crate::harness::long_way::{LongWay, Way};
 use crate::harness::networks::Networks;
 use crate::harness::pattern::{pause, receive_from};
-use crate::harness::slow::{DOWN, MIB, PIECE, must_have_stayed_in_the_kernel};
+use crate::harness::slow::{DOWN, MIB, PIECE, UP, must_have_stayed_in_the_kernel};
+use crate::harness::sockets::reset;
 use crate::harness::turns::{alone, beside_others};
-use crate::harness::{Front, PATIENCE, Plan, Writer, connect, send, within};
+use crate::harness::{Front, PATIENCE, Plan, Writer, connect, receive, send, within};
 
 const CLIENT: usize = 0;
 const PROXY: usize = 2;
@@ -37,13 +39,12 @@ fn networks() -> Networks<3> {
 }
 
 /// How long the stream takes after its first part, in which TCP finds out what the link carries.
-fn time(writing: &TcpStream, reading: &mut TcpStream) -> Duration {
+fn time(writing: &TcpStream, reading: &mut TcpStream, total: u64) -> Duration {
     const FIRST: u64 = 32 * MIB;
-    const TOTAL: u64 = 192 * MIB;
-    let writer = Writer::start(writing, DOWN, TOTAL, PIECE);
+    let writer = Writer::start(writing, DOWN, total, PIECE);
     assert_eq!(receive_from(reading, DOWN, 0, FIRST).bytes, FIRST);
     let begun = Instant::now();
-    assert_eq!(receive_from(reading, DOWN, FIRST, TOTAL).bytes, TOTAL - FIRST);
+    assert_eq!(receive_from(reading, DOWN, FIRST, total).bytes, total - FIRST);
     let took = begun.elapsed();
     writer.join().expect("writing");
     took
@@ -51,6 +52,7 @@ fn time(writing: &TcpStream, reading: &mut TcpStream) -> Duration {
 
 #[test]
 fn a_source_that_is_held_back_is_let_go_before_a_long_link_runs_dry() {
+    const TOTAL: u64 = 192 * MIB;
     let _alone = alone();
     let networks = &networks();
     networks.within(PROXY, || {
@@ -58,7 +60,7 @@ fn a_source_that_is_held_back_is_let_go_before_a_long_link_runs_dry() {
         let address = listener.local_addr().expect("its address");
         let mut client = networks.within(CLIENT, || connect(address));
         let (server, _) = listener.accept().expect("accepting");
-        let direct = time(&server, &mut client);
+        let direct = time(&server, &mut client, TOTAL);
         drop((client, server));
 
         let mut plan = Plan::new();
@@ -66,7 +68,7 @@ fn a_source_that_is_held_back_is_let_go_before_a_long_link_runs_dry() {
         let proxy = plan.start();
         let mut client = networks.within(CLIENT, || connect(front.address));
         let upstream = front.accept();
-        let proxied = time(&upstream, &mut client);
+        let proxied = time(&upstream, &mut client, TOTAL);
         drop((client, upstream));
         let status = proxy.settle();
         must_have_stayed_in_the_kernel(&status);
@@ -77,6 +79,94 @@ fn a_source_that_is_held_back_is_let_go_before_a_long_link_runs_dry() {
             proxied < direct * 3 / 2,
             "{proxied:.2?} for what a direct connection does in {direct:.2?}"
         );
+    });
+}
+
+/// Behind each hole that is filled a burst of segments becomes readable at once.
+#[test]
+fn a_stream_whose_packets_are_lost_on_the_way_stays_in_the_kernel_and_is_as_fast() {
+    const TOTAL: u64 = 96 * MIB;
+    let _alone = alone();
+    let networks = &Networks::new(["c", "p"], |_| Vec::new());
+    let way = Way {
+        delay: Duration::from_millis(10),
+        mbit_s: 250,
+        queue_bytes: MIB,
+        lost: 500,
+        doubled: 0,
+        late: 0,
+    };
+    let _way = LongWay::between(networks, [0, 1], "way", 84, way);
+    networks.within(1, || {
+        let listener = TcpListener::bind(("10.84.0.2", 0)).expect("binding");
+        let address = listener.local_addr().expect("its address");
+        let client = networks.within(0, || connect(address));
+        let (mut server, _) = listener.accept().expect("accepting");
+        let direct = time(&client, &mut server, TOTAL);
+        drop((client, server));
+
+        let mut plan = Plan::new();
+        let front = Front::between(&mut plan, "10.84.0.2", "127.0.0.1", "");
+        let proxy = plan.start();
+        let client = networks.within(0, || connect(front.address));
+        let mut upstream = front.accept();
+        let proxied = time(&client, &mut upstream, TOTAL);
+        drop((client, upstream));
+        let status = proxy.settle();
+        let gathers = status.number("/gathers");
+        eprintln!("direct {direct:.2?}, by the proxy {proxied:.2?}, {gathers} gathers");
+        must_have_stayed_in_the_kernel(&status);
+        assert!(
+            proxied < direct * 3 / 2,
+            "{proxied:.2?} for what a direct connection does in {direct:.2?}"
+        );
+    });
+}
+
+/// From a socket whose streams both have an end Linux sends no reset (tcp_disconnect, 6.12): what it drops then nobody sends again.
+#[test]
+fn an_answer_that_is_lost_on_the_way_is_not_forgotten_when_its_upstream_resets() {
+    const STEP: u64 = 2048;
+    const ANSWER: u64 = 10_000;
+    const ARRIVES_MS: u64 = 200;
+    let _turn = beside_others();
+    let networks = &Networks::new(["c", "p"], |[_, p]| {
+        let small = "net.ipv4.tcp_wmem='4096 16384 65536'";
+        vec![format!("ip netns exec {p} sysctl -qw {small}")]
+    });
+    let way = Way {
+        delay: Duration::from_millis(1),
+        mbit_s: 1000,
+        queue_bytes: MIB,
+        lost: 0,
+        doubled: 0,
+        late: 0,
+    };
+    let way = LongWay::between(networks, [0, 1], "way", 85, way);
+    networks.within(1, || {
+        let mut plan = Plan::new();
+        let front = Front::between(&mut plan, "10.85.0.2", "127.0.0.1", "ebpf_enable = false");
+        let proxy = plan.start();
+        let mut client = networks.within(0, || connect(front.address));
+        let mut upstream = front.accept();
+        // The client's end of stream is to come behind what the upstream does not read.
+        let mut sent = 0;
+        while sent == proxy.status().relay().to_upstream {
+            send(&mut client, UP, sent, sent + STEP).expect("sending the question");
+            sent += STEP;
+            pause(10);
+        }
+        client.shutdown(Shutdown::Write).expect("ending the question");
+        pause(ARRIVES_MS);
+        way.cut(true);
+        send(&mut upstream, DOWN, 0, ANSWER).expect("sending the answer");
+        upstream.shutdown(Shutdown::Write).expect("ending the answer");
+        pause(ARRIVES_MS);
+        reset(upstream);
+        let status = proxy.settle();
+        assert_eq!(status.number("/closes/upstream_reset"), 1, "{:#}", status.json());
+        way.cut(false);
+        receive(&mut client, DOWN).must_be_a_prefix_and_a_reset(ANSWER);
     });
 }
 

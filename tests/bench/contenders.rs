@@ -5,7 +5,7 @@
 use std::fmt::Write;
 use std::fs::File;
 use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -15,8 +15,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::ports::Port;
-use crate::process;
+use crate::harness::ports::Port;
+use crate::harness::process;
+use crate::site::Site;
 
 /// The binary under test, built by cargo with this program.
 pub const CULVERT: &str = env!("CARGO_BIN_EXE_master");
@@ -106,6 +107,8 @@ pub const ALL: &[Contender] = &[
 /// What all contenders have in common.
 #[derive(Debug)]
 pub struct Setup {
+    /// Where the contenders, the servers and the clients are.
+    pub site: Site,
     /// Configurations and logs.
     pub dir: PathBuf,
     /// Workers of each proxy.
@@ -123,6 +126,7 @@ struct Route {
 #[derive(Debug)]
 pub struct Proxy {
     server: Option<Background>,
+    ip: IpAddr,
     routes: Vec<Route>,
     status: Option<Port>,
     /// Culvert's, where it serves them.
@@ -168,8 +172,10 @@ impl Contender {
     /// Starts it with one listener for each of the upstream ports, and waits until it serves. The last upstream
     /// must be one that tolerates a connection without a byte.
     pub fn start(&self, upstreams: &[u16], setup: &Setup) -> Result<Proxy> {
+        let ip = setup.site.ip();
         let mut proxy = Proxy {
             server: None,
+            ip,
             routes: Vec::new(),
             status: None,
             metrics: None,
@@ -179,7 +185,7 @@ impl Contender {
             return Ok(proxy);
         }
         for &upstream in upstreams {
-            let listen = Port::claim();
+            let listen = setup.site.port();
             proxy.routes.push(Route { listen, upstream });
         }
         let workers = setup.workers;
@@ -191,20 +197,20 @@ impl Contender {
         let (program, args, text) = match self.kind {
             Kind::Direct => return Ok(proxy),
             Kind::Culvert { stream, equipped } => {
-                let status = proxy.status.insert(Port::claim()).number;
-                let mut text = culvert(&proxy.routes, workers, stream, status, &stem);
+                let status = proxy.status.insert(setup.site.port()).number;
+                let mut text = culvert(&proxy, workers, stream, status, &stem);
                 if equipped {
-                    let metrics = proxy.metrics.insert(Port::claim()).number;
-                    text = equip(&text, metrics, &stem);
+                    let metrics = proxy.metrics.insert(setup.site.port()).number;
+                    text = equip(&text, ip, metrics, &stem);
                 }
                 (PathBuf::from(CULVERT), vec!["-c"], text)
             }
             Kind::Nginx { buffer } => {
-                let text = nginx(&proxy.routes, workers, buffer, &stem);
+                let text = nginx(&proxy, workers, buffer, &stem);
                 (PathBuf::from("nginx"), vec!["-e", "stderr", "-c"], text)
             }
             Kind::Haproxy => {
-                let text = haproxy(&proxy.routes, workers);
+                let text = haproxy(&proxy, workers);
                 (PathBuf::from("haproxy"), vec!["-db", "-f"], text)
             }
         };
@@ -214,10 +220,9 @@ impl Contender {
         // The proxy must not outlive this program, however this program ends.
         command.args(["--pdeathsig", "TERM"]).arg(program);
         command.args(args).arg(&file);
-        let mut server = Background::start(command, &stem.with_extension("log"))?;
         let last = proxy.routes.last().map_or(0, |route| route.listen.number);
-        server
-            .wait_for(last)
+        let log = stem.with_extension("log");
+        let server = Background::serving(command, &log, SocketAddr::new(ip, last), setup)
             .with_context(|| format!("{} does not serve", self.title))?;
         proxy.server = Some(server);
         Ok(proxy)
@@ -231,7 +236,7 @@ impl Proxy {
             .routes
             .get(upstream)
             .map_or(self.upstreams[upstream], |route| route.listen.number);
-        SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+        SocketAddr::new(self.ip, port)
     }
 
     /// Every process of it; none where there is no proxy.
@@ -242,7 +247,7 @@ impl Proxy {
     /// Reads Culvert's metrics, as a monitoring system does.
     pub fn scrape(&self) {
         let Some(port) = &self.metrics else { return };
-        if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port.number)) {
+        if let Ok(mut stream) = TcpStream::connect((self.ip, port.number)) {
             let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
             let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n");
             let _ = std::io::copy(&mut stream, &mut std::io::sink());
@@ -252,24 +257,25 @@ impl Proxy {
     /// Culvert's status document; nothing for the others.
     pub fn status(&self) -> Option<Value> {
         let port = self.status.as_ref()?.number;
-        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok()?;
+        let stream = TcpStream::connect((self.ip, port)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
         serde_json::from_reader(stream).ok()
     }
 }
 
-fn culvert(routes: &[Route], workers: usize, stream: &str, status: u16, stem: &Path) -> String {
+fn culvert(proxy: &Proxy, workers: usize, stream: &str, status: u16, stem: &Path) -> String {
+    let ip = proxy.ip;
     let mut text = format!(
         "worker_processes = {workers}\nworker_cpu_affinity = \"auto\"\nworker_connections = 4096\n\
          pid = \"{}\"\nerror_log = {{ path = \"stderr\", level = \"warn\" }}\n\
          [stream]\n{stream}\n\
-         [[server]]\nlisten = \"127.0.0.1:{status}\"\nebpf_status_return = true\n",
+         [[server]]\nlisten = \"{ip}:{status}\"\nebpf_status_return = true\n",
         stem.with_extension("pid").display()
     );
-    for Route { listen, upstream } in routes {
+    for Route { listen, upstream } in &proxy.routes {
         let _ = writeln!(
             text,
-            "[[server]]\nlisten = \"127.0.0.1:{}\"\nproxy_pass = \"127.0.0.1:{upstream}\"",
+            "[[server]]\nlisten = \"{ip}:{}\"\nproxy_pass = \"{ip}:{upstream}\"",
             listen.number
         );
     }
@@ -277,7 +283,7 @@ fn culvert(routes: &[Route], workers: usize, stream: &str, status: u16, stem: &P
 }
 
 /// Adds what a well-run proxy has beside forwarding: rules that are all looked at, a line for each session, metrics.
-fn equip(text: &str, metrics: u16, stem: &Path) -> String {
+fn equip(text: &str, ip: IpAddr, metrics: u16, stem: &Path) -> String {
     let rules: Vec<String> = (0..16).map(|net| format!("\"deny 10.{net}.0.0/16\"")).collect();
     let stream = format!(
         "[stream]\naccess = [{}, \"allow all\"]\naccess_log = \"{}\"\n",
@@ -285,12 +291,13 @@ fn equip(text: &str, metrics: u16, stem: &Path) -> String {
         stem.with_extension("access.log").display()
     );
     format!(
-        "{}[http]\nlisten = \"127.0.0.1:{metrics}\"\n",
+        "{}[http]\nlisten = \"{ip}:{metrics}\"\n",
         text.replacen("[stream]\n", &stream, 1)
     )
 }
 
-fn nginx(routes: &[Route], workers: usize, buffer: &str, stem: &Path) -> String {
+fn nginx(proxy: &Proxy, workers: usize, buffer: &str, stem: &Path) -> String {
+    let ip = proxy.ip;
     let mut text = format!(
         "load_module {STREAM_MODULE};\ndaemon off;\nuser root;\nworker_processes {workers};\n\
          worker_cpu_affinity auto;\nworker_rlimit_nofile 16384;\npid {};\nerror_log stderr warn;\n\
@@ -298,29 +305,30 @@ fn nginx(routes: &[Route], workers: usize, buffer: &str, stem: &Path) -> String 
          stream {{\n  access_log off;\n  proxy_buffer_size {buffer};\n",
         stem.with_extension("pid").display()
     );
-    for Route { listen, upstream } in routes {
+    for Route { listen, upstream } in &proxy.routes {
         let port = listen.number;
         let _ = writeln!(
             text,
-            "  server {{ listen 127.0.0.1:{port} reuseport; proxy_pass 127.0.0.1:{upstream}; }}"
+            "  server {{ listen {ip}:{port} reuseport; proxy_pass {ip}:{upstream}; }}"
         );
     }
     text.push_str("}\n");
     text
 }
 
-fn haproxy(routes: &[Route], workers: usize) -> String {
+fn haproxy(proxy: &Proxy, workers: usize) -> String {
+    let ip = proxy.ip;
     let mut text = format!(
         "global\n  nbthread {workers}\n  cpu-map auto:1/1-{workers} 0-{}\n  maxconn 5000\n\
          defaults\n  mode tcp\n  option splice-request\n  option splice-response\n\
          \x20 timeout connect 10s\n  timeout client 10m\n  timeout server 10m\n",
         workers - 1
     );
-    for Route { listen, upstream } in routes {
+    for Route { listen, upstream } in &proxy.routes {
         let port = listen.number;
         let _ = writeln!(
             text,
-            "listen r{port}\n  bind 127.0.0.1:{port} shards by-thread\n  server s 127.0.0.1:{upstream}"
+            "listen r{port}\n  bind {ip}:{port} shards by-thread\n  server s {ip}:{upstream}"
         );
     }
     text
@@ -334,8 +342,16 @@ pub struct Background {
 }
 
 impl Background {
-    /// Starts it with its output in a file.
-    pub fn start(mut command: Command, log: &Path) -> Result<Background> {
+    /// Starts a server with its output in a file, and waits until it listens.
+    pub fn serving(command: Command, log: &Path, address: SocketAddr, setup: &Setup) -> Result<Background> {
+        setup.site.among_servers(|| {
+            let mut server = Background::start(command, log)?;
+            server.wait_for(address)?;
+            Ok(server)
+        })
+    }
+
+    fn start(mut command: Command, log: &Path) -> Result<Background> {
         let file = File::create(log).with_context(|| format!("failed to create {}", log.display()))?;
         let child = command
             .env_remove("RUST_LOG")
@@ -350,18 +366,17 @@ impl Background {
         })
     }
 
-    /// Waits until something listens on the port.
-    pub fn wait_for(&mut self, port: u16) -> Result<()> {
+    fn wait_for(&mut self, address: SocketAddr) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(15);
         loop {
-            if TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            if TcpStream::connect(address).is_ok() {
                 return Ok(());
             }
             let exit = self.child.try_wait()?;
             if exit.is_some() || Instant::now() > end {
                 let log = std::fs::read_to_string(&self.log).unwrap_or_default();
                 let what = exit.map_or("it still runs".to_owned(), |exit| format!("it ended with {exit}"));
-                bail!("nothing listens on 127.0.0.1:{port}: {what}, its log says: {log}");
+                bail!("nothing listens on {address}: {what}, its log says: {log}");
             }
             std::thread::sleep(Duration::from_millis(20));
         }

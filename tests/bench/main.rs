@@ -1,10 +1,11 @@
-//! `make bench`: measures Culvert against no proxy at all, nginx's stream module and HAProxy, on loopback,
-//! interleaved in one run, and reports every figure as a ratio to the direct connection of the same round.
+//! `make bench`: measures Culvert against no proxy at all, nginx's stream module and HAProxy, on loopback or with a long way between
+//! client and proxy, interleaved in one run, and reports every figure as a ratio to the direct connection of the same round.
 //!
 //! | room | owns |
 //! |---|---|
 //! | `main` | the arguments and the order of the runs |
 //! | `contenders` | what is compared: configurations, start, stop |
+//! | `site` | where all of them are: on loopback, or the clients at the other end of a long way |
 //! | `peers` | the servers that the contenders lead to |
 //! | `load` | the clients |
 //! | `measures` | one run of one measure |
@@ -12,14 +13,10 @@
 //! | `report` | the tables and the raw data |
 //! | `plot` | the picture |
 //!
-//! Never talks to anything but loopback, and never changes a setting of the machine.
+//! Never talks to anything but loopback and networks of its own, and never changes a setting of the machine.
 
-#[path = "../harness/ports.rs"]
-#[allow(dead_code)]
-mod ports;
-#[path = "../harness/process.rs"]
-#[allow(dead_code)]
-mod process;
+#[path = "../harness/mod.rs"]
+mod harness;
 
 mod contenders;
 mod load;
@@ -28,6 +25,7 @@ mod measures;
 mod peers;
 mod plot;
 mod report;
+mod site;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -35,8 +33,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use contenders::{Contender, Setup};
+use harness::long_way::Way;
 use measures::{MEASURES, Measure, Place, Sample};
 use peers::Peers;
+use site::Site;
 
 const USAGE: &str = "arguments, as in: make bench BENCH=\"--quick --only up1,rr1\"
   --rounds N         how often everything is measured (5; the memory figures half as often)
@@ -46,6 +46,8 @@ const USAGE: &str = "arguments, as in: make bench BENCH=\"--quick --only up1,rr1
   --contenders A,B   only these beside direct: culvert at_once relayed equipped nginx16k nginx256k haproxy
   --workers N        worker processes or threads of each proxy (2)
   --sessions N       idle sessions for the memory figure (2000)
+  --way MS,MBIT,LOST a way of so many ms, one way, between the clients and the rest, that carries so many Mbit/s and loses so
+                     many of a million packets; up1 and down1 with --seconds 8 are of use there
   --stopped N        keep the stopped reader for N whole seconds (otherwise 20, or until nothing moves any more)
   --out DIR          where the raw data, the tables and the plot go (bench/ in cargo's target directory)
   --keep             put a copy into tests/bench/results/ as well";
@@ -60,6 +62,7 @@ pub struct Options {
     workers: usize,
     sessions: usize,
     stopped: Option<f64>,
+    way: Option<Way>,
     out: PathBuf,
     keep: bool,
 }
@@ -73,6 +76,7 @@ fn main() -> Result<()> {
     machine::raise_descriptor_limit()?;
     let begun = Instant::now();
     let setup = Setup {
+        site: Site::new(options.way),
         dir: options.out.join("work"),
         workers: options.workers,
     };
@@ -120,15 +124,18 @@ fn finish(options: &Options, samples: &[Sample], places: &[Place], begun: Instan
         ),
         ("tables.md", tables),
     ];
-    if let Some(plot) = plot::svg(samples, options) {
+    if options.way.is_none()
+        && let Some(plot) = plot::svg(samples, options)
+    {
         files.push(("plot.svg", plot));
     }
     let mut places = vec![options.out.clone()];
     if options.keep {
-        places.push(PathBuf::from(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/bench/results"
-        )));
+        let results = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/bench/results"));
+        places.push(match options.way {
+            Some(_) => results.join("long_way"),
+            None => results,
+        });
     }
     for dir in places {
         std::fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
@@ -156,6 +163,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Options>> {
         workers: 2,
         sessions: 2000,
         stopped: None,
+        way: None,
         out: default_out()?,
         keep: false,
     };
@@ -173,6 +181,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Options>> {
             "--workers" => options.workers = value()?.parse().context("--workers takes a number")?,
             "--sessions" => options.sessions = value()?.parse().context("--sessions takes a number")?,
             "--stopped" => options.stopped = Some(value()?.parse().context("--stopped takes a number")?),
+            "--way" => options.way = Some(site::way(&value()?)?),
             "--out" => options.out = std::path::absolute(value()?)?,
             "--keep" => options.keep = true,
             "--only" => options.measures = pick(&value()?, MEASURES, |m| m.name)?,

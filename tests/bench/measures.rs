@@ -160,18 +160,20 @@ pub fn run(measure: &Measure, place: &mut Place, round: usize, setup: &Setup, op
 }
 
 /// An attempt during which the contender's metrics are read once a second, if it serves any.
-fn watched(measure: &Measure, place: &Place, setup: &Setup, options: &Options) -> Result<Outcome> {
+fn watched(measure: &Measure, place: &mut Place, setup: &Setup, options: &Options) -> Result<Outcome> {
     let (end, ended) = channel::<()>();
-    let proxy = &place.proxy;
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(Duration::from_secs(1)) {
-                proxy.scrape();
-            }
-        });
-        let outcome = attempt(measure, place, setup, options);
-        drop(end);
-        outcome
+    setup.site.among_clients(move || {
+        let (place, proxy) = (&*place, &place.proxy);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(Duration::from_secs(1)) {
+                    proxy.scrape();
+                }
+            });
+            let outcome = attempt(measure, place, setup, options);
+            drop(end);
+            outcome
+        })
     })
 }
 
@@ -235,13 +237,13 @@ fn attempt(measure: &Measure, place: &Place, setup: &Setup, options: &Options) -
 
 /// Gbit/s and GiB received, by iperf3.
 fn iperf(place: &Place, seconds: f64, options: &[&str]) -> Result<(f64, f64)> {
-    let port = place.proxy.address(IPERF).port();
+    let address = place.proxy.address(IPERF);
     // iperf3 takes whole seconds. `timeout` is there for a contender that loses the end of a test.
     let seconds = seconds.round().max(1.0) as u64;
     let mut command = Command::new("timeout");
     command.arg((seconds + 10).to_string());
-    command.args(["iperf3", "-c", "127.0.0.1", "-J"]);
-    command.args(["-p", &port.to_string(), "-t", &seconds.to_string()]);
+    command.args(["iperf3", "-J", "-c", &address.ip().to_string()]);
+    command.args(["-p", &address.port().to_string(), "-t", &seconds.to_string()]);
     command.args(options);
     let output = command.output().context("failed to start iperf3")?;
     let result: Value = serde_json::from_slice(&output.stdout)

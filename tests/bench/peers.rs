@@ -3,7 +3,7 @@
 //! figure, the direct connection's too. Never measures.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,7 +17,8 @@ use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::RcvBuf;
 
 use crate::contenders::{Background, Setup};
-use crate::ports::Port;
+use crate::harness::ports::Port;
+use crate::site::Site;
 
 /// Request and answer, in bytes.
 pub const MESSAGE_BYTES: usize = 64;
@@ -58,8 +59,9 @@ pub struct Peers {
 impl Peers {
     /// Starts them.
     pub fn start(setup: &Setup) -> Result<Peers> {
-        let ports = std::array::from_fn(|_| Port::claim());
+        let ports = std::array::from_fn(|_| setup.site.port());
         let iperf = iperf(&ports[IPERF], setup)?;
+        let listener = |port: &Port| listener(&setup.site, port);
         let echo = listener(&ports[ECHO])?;
         thread::spawn(move || {
             for stream in echo.incoming().flatten() {
@@ -102,19 +104,17 @@ impl Peers {
 
 fn iperf(port: &Port, setup: &Setup) -> Result<Background> {
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "TERM", "iperf3", "-s", "-B", "127.0.0.1", "-p"]);
-    command.arg(port.number.to_string());
+    let address = SocketAddr::new(setup.site.ip(), port.number);
+    command.args(["--pdeathsig", "TERM", "iperf3", "-s", "-B"]);
+    command.args([&address.ip().to_string(), "-p", &address.port().to_string()]);
     let log = setup.dir.join(format!("iperf3-{}.log", port.number));
-    let mut server = Background::start(command, &log)?;
-    server
-        .wait_for(port.number)
-        .context("iperf3's server does not start")?;
-    Ok(server)
+    Background::serving(command, &log, address, setup).context("iperf3's server does not start")
 }
 
-fn listener(port: &Port) -> Result<TcpListener> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port.number))
-        .with_context(|| format!("failed to listen on 127.0.0.1:{}", port.number))
+fn listener(site: &Site, port: &Port) -> Result<TcpListener> {
+    let address = SocketAddr::new(site.ip(), port.number);
+    site.among_servers(|| TcpListener::bind(address))
+        .with_context(|| format!("failed to listen on {address}"))
 }
 
 fn answer(mut stream: TcpStream) {

@@ -158,7 +158,9 @@ pub fn tables(samples: &[Sample], options: &Options) -> String {
     let mut text = String::new();
 
     let mut lines = Vec::new();
-    for row in RATIOS {
+    // What the way itself costs is no proxy's.
+    let rows = RATIOS.iter().filter(|row| !row.is_cost || options.way.is_none());
+    for row in rows {
         let Some(direct) = absolute(samples, "direct", row.measure, row.figure) else {
             continue;
         };
@@ -179,6 +181,13 @@ pub fn tables(samples: &[Sample], options: &Options) -> String {
             "Ratios to the direct connection of the same round: median (least..most) of {} rounds.\n",
             options.rounds
         );
+        if let Some(way) = options.way {
+            let (ms, mbit_s, lost) = (way.delay.as_millis(), way.mbit_s, way.lost as f64 / 1e4);
+            let _ = writeln!(
+                text,
+                "Clients {ms} ms away, one way, over {mbit_s} Mbit/s that lose {lost} % of the packets.\n"
+            );
+        }
         let mut head = vec!["figure ÷ direct".to_owned(), "direct".to_owned()];
         head.extend(proxies.clone().map(|c| c.title.to_owned()));
         text += &table(&head, &lines);
@@ -272,6 +281,7 @@ pub fn json(samples: &[Sample], options: &Options, places: &[Place], took: Durat
         .collect();
     let document = json!({
         "machine": machine::describe(),
+        "way": options.way.map(|way| format!("{way:?}")),
         "rounds": options.rounds,
         "seconds_per_run": options.seconds,
         "workers": options.workers,

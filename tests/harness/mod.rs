@@ -23,6 +23,7 @@
 //! | `slow` | sessions whose reader is slow: their proxy, their end, what must hold |
 //! | `cramped` | a cgroup in which a proxy's sockets are short of memory |
 //! | `metrics` | the page of metrics, read by two parsers |
+//! | `long_way` | a long and faulty way between two networks |
 //! | `memory` | what the kernel's TCP holds, and the memory of the machine |
 //! | `networks` | networks of the test's own |
 //! | `program` | other programs: run to the end, or kept running |
@@ -38,6 +39,7 @@ pub mod end;
 pub mod greeter;
 pub mod hello;
 pub mod load;
+pub mod long_way;
 pub mod memory;
 pub mod metrics;
 pub mod networks;

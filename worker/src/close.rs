@@ -7,12 +7,12 @@ use std::sync::atomic::AtomicU64;
 use culvert_shared::client::Shown;
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
+use culvert_shared::sys::socket::{reset, reset_on_close};
 
 use crate::access_line::Carried;
 use crate::clock;
 use crate::event_loop::Worker;
 use crate::session::{Datapath, Session, Way, target};
-use crate::sockets;
 use crate::table::{Side, Token};
 
 impl Worker {
@@ -28,11 +28,11 @@ impl Worker {
             };
             if self.ends_in_order(&session, side, reason) {
                 // A failure leaves the reset in place, which errs on the safe side.
-                let _ = sockets::reset_on_close(socket.as_fd(), false);
-            } else if session.seat.is_some_and(|seat| seat.kept) {
+                let _ = reset_on_close(socket.as_fd(), false);
+            } else {
                 // The master has the socket too, so closing ours alone would not reset it. Unix sockets know no
                 // reset; they end when the master closes them.
-                let _ = culvert_shared::sys::socket::reset(socket.as_fd());
+                let _ = reset(socket.as_fd());
             }
         }
         if !session.is_status {

@@ -233,7 +233,7 @@ impl Worker {
         let tcp = matches!(address, Address::Tcp(_));
         let settings = std::rc::Rc::clone(&session.settings);
         if tcp {
-            sockets::reset_on_close(socket.as_fd(), true)?;
+            socket::reset_on_close(socket.as_fd(), true)?;
             sockets::urgent_inline(socket.as_fd())?;
             if settings.tcp_nodelay {
                 sockets::no_delay(socket.as_fd())?;

@@ -14,7 +14,6 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use culvert_shared::sys::socket::tcp_info;
 use nix::errno::Errno;
-use nix::libc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{self, MsgFlags, Shutdown, SockaddrStorage, getsockopt, setsockopt, sockopt};
 
@@ -235,19 +234,6 @@ pub fn pending_error(fd: BorrowedFd<'_>) -> Option<Errno> {
 /// Whether a connection attempt has succeeded, though its peer may have ended its stream since.
 pub fn is_connected(fd: BorrowedFd<'_>) -> bool {
     socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()).is_ok()
-}
-
-/// Whether closing the socket resets the connection. On from a socket's birth, so that whatever kills
-/// the worker cannot turn a truncated stream into a clean end; off only for the orderly close.
-pub fn reset_on_close(fd: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
-    setsockopt(
-        &fd,
-        sockopt::Linger,
-        &libc::linger {
-            l_onoff: on.into(),
-            l_linger: 0,
-        },
-    )
 }
 
 /// Sends small segments at once.

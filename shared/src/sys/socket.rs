@@ -5,7 +5,9 @@ use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
 
 /// What the kernel tells of a TCP connection that user space may not compute itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -16,6 +18,8 @@ pub struct TcpInfo {
     pub bytes_received: u64,
     /// Neither end has ended its stream.
     pub established: bool,
+    /// Both have, and all of ours has been sent once: from here Linux sends no reset (tcp_disconnect, 6.12).
+    pub past_reset: bool,
     /// Bytes that the last ACK allowed the peer to send (`tcpi_rcv_wnd`); `None` before Linux 6.2.
     pub receive_window: Option<u32>,
     /// Bytes on their way, whole segments: sent and not acknowledged (`tcpi_unacked`).
@@ -26,8 +30,10 @@ pub struct TcpInfo {
     pub window_scales: u8,
 }
 
-/// `TCP_ESTABLISHED` of the kernel's tcp_states.h.
+// Of the kernel's tcp_states.h.
 const ESTABLISHED: u8 = 1;
+const LAST_ACK: u8 = 9;
+const CLOSING: u8 = 11;
 
 /// Reads `TCP_INFO`.
 pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
@@ -51,6 +57,7 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
         bytes_acked: info.tcpi_bytes_acked,
         bytes_received: info.tcpi_bytes_received,
         established: info.tcpi_state == ESTABLISHED,
+        past_reset: matches!(info.tcpi_state, LAST_ACK | CLOSING) && info.tcpi_notsent_bytes == 0,
         receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
             .then_some(info.tcpi_rcv_wnd),
         in_flight_bytes: u64::from(info.tcpi_unacked) * u64::from(info.tcpi_snd_mss),
@@ -206,9 +213,25 @@ pub fn get_int(fd: BorrowedFd<'_>, option: IntOption) -> io::Result<i32> {
     }
 }
 
+/// Whether closing the socket resets the connection. On from its birth, so that whatever kills the worker cannot turn a truncated
+/// stream into a clean end; off only for the orderly close.
+pub fn reset_on_close(fd: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
+    let linger = libc::linger {
+        l_onoff: on.into(),
+        l_linger: 0,
+    };
+    setsockopt(&fd, sockopt::Linger, &linger)
+}
+
 /// Resets a connection although other processes have its socket too, for whom closing would do nothing:
 /// connecting to nowhere disconnects (tcp_disconnect, 6.12).
+///
+/// Where both streams have an end that would say nothing to the peer, and drop what has been lost on its way: there the close
+/// that follows is an ordinary one, by which the kernel resets if something was never read, or goes on sending a stream that is whole.
 pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
+    if tcp_info(fd).is_ok_and(|info| info.past_reset) {
+        return Ok(reset_on_close(fd, false)?);
+    }
     // SAFETY: `sockaddr` is plain numbers, for which all zeros is a valid value.
     let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
     nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;

@@ -1,0 +1,85 @@
+//! Where a run takes place: all on loopback, or the clients in a network of their own at the other end of a long way. Never
+//! measures.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+
+use crate::harness::long_way::{LongWay, Way};
+use crate::harness::networks::Networks;
+use crate::harness::ports::Port;
+
+const CLIENTS: usize = 0;
+const SERVERS: usize = 1;
+
+/// The place.
+#[derive(Debug)]
+pub struct Site {
+    far: Option<(LongWay, Networks<2>)>,
+}
+
+impl Site {
+    /// Makes it.
+    pub fn new(way: Option<Way>) -> Site {
+        let far = way.map(|way| {
+            let networks = Networks::new(["c", "s"], |_| Vec::new());
+            (
+                LongWay::between(&networks, [CLIENTS, SERVERS], "way", 83, way),
+                networks,
+            )
+        });
+        Site { far }
+    }
+
+    /// The address of everything that listens.
+    pub fn ip(&self) -> IpAddr {
+        match self.far {
+            Some(_) => IpAddr::from([10, 83, 0, 2]),
+            None => IpAddr::from(Ipv4Addr::LOCALHOST),
+        }
+    }
+
+    /// A port there.
+    pub fn port(&self) -> Port {
+        self.among_servers(Port::claim)
+    }
+
+    /// Does something where the servers and the contenders are.
+    pub fn among_servers<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.within(SERVERS, work)
+    }
+
+    /// Does something where the clients are.
+    pub fn among_clients<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.within(CLIENTS, work)
+    }
+
+    fn within<T: Send>(&self, network: usize, work: impl FnOnce() -> T + Send) -> T {
+        match &self.far {
+            Some((_, networks)) => networks.within(network, work),
+            None => work(),
+        }
+    }
+}
+
+/// The way that the command line describes. Its queue is what it carries in 20 ms or, where it is longer than that, while a packet
+/// goes there and back.
+pub fn way(text: &str) -> Result<Way> {
+    let numbers: Vec<u64> = text.split(',').flat_map(str::parse).collect();
+    let &[ms, mbit_s, lost] = &numbers[..] else {
+        bail!("--way takes three whole numbers, as in 20,500,100, and not {text}");
+    };
+    ensure!(
+        ms <= 1000 && (1..=100_000).contains(&mbit_s) && lost <= 1_000_000,
+        "--way {text} is out of range"
+    );
+    Ok(Way {
+        delay: Duration::from_millis(ms),
+        mbit_s,
+        queue_bytes: mbit_s * 125 * (2 * ms).max(20),
+        lost,
+        doubled: 0,
+        late: 0,
+    })
+}
