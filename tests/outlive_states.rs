@@ -6,7 +6,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::harness::end::{Gap, Half, Script, Start, play};
+use crate::harness::end::{Ends, Gap, Half, Script, Start, play};
 use crate::harness::load::KEPT_AFTER;
 use crate::harness::pattern::ping;
 use crate::harness::sockets::Deaf;
@@ -195,7 +195,7 @@ fn flowing(front: &Front, name: &str, care: Care) -> Case {
         into: half(into),
         start: Start::After(Duration::ZERO),
         glued: false,
-        ends_last: false,
+        ends: Ends::AtOnce,
         reset_after: None,
         receive_buffer: None,
     };

@@ -4,7 +4,7 @@
 //! | variable | effect |
 //! |---|---|
 //! | `TEST_RANDOM_SECONDS` | how long it goes on; 8 unless set |
-//! | `TEST_RANDOM_GIB` | larger sessions, nearly all on listeners that the kernel takes, until so many GiB have come through |
+//! | `TEST_RANDOM_GIB` | over loopback larger sessions, nearly all on listeners that the kernel takes, until so many GiB have come through |
 //! | `TEST_RANDOM_SEED` | this session alone, again and again for as long as the other variables say |
 
 use std::fmt::Write;
@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::harness::end::{Gap, Half, Outcome, Script, Start, play};
+use crate::harness::end::{Ends, Gap, Half, Outcome, Script, Start, play};
 use crate::harness::long_way::{LongWay, Way};
 use crate::harness::networks::Networks;
 use crate::harness::random::Random;
@@ -118,7 +118,7 @@ fn scripts(seed: u64, size: Size) -> [Script; 2] {
                 random.milliseconds(30)
             }),
             glued: random.once_in(4),
-            ends_last: false,
+            ends: Ends::AtOnce,
             reset_after: None,
             // Less than a segment moves a few times a second at best (silly-window avoidance).
             receive_buffer: random
@@ -138,7 +138,7 @@ fn scripts(seed: u64, size: Size) -> [Script; 2] {
     // Bulk for the kernel: half-closed sessions leave it when they are first held back, so most end both ways at once.
     if size == Size::Large && !random.once_in(8) {
         for end in &mut ends {
-            (end.ends_last, end.glued) = (true, false);
+            (end.ends, end.glued) = (Ends::Last, false);
             // Nobody waits for an end that is held back for him.
             if !matches!(end.start, Start::After(_)) {
                 end.start = Start::After(Duration::ZERO);
@@ -147,16 +147,13 @@ fn scripts(seed: u64, size: Size) -> [Script; 2] {
     }
     if random.once_in(4) {
         let resetting = random.below(2) as usize;
-        let total = lengths[0] + lengths[1];
-        if size != Size::Small {
-            ends[resetting].reset_after = Some(random.below(total + 1));
-        } else if total > 0 {
+        ends[resetting].reset_after = Some(random.below(lengths[0] + lengths[1] + 1));
+        if size == Size::Small {
             // Once both streams have an end a socket sends no reset (tcp_disconnect, Linux 6.12), and nobody can tell the other
-            // end that what was lost will not be sent again: this one does not end before it resets.
-            ends[resetting].reset_after = Some(random.below(total));
-            ends[resetting].ends_last = true;
-            if ends[1 - resetting].start == Start::AfterEnd {
-                ends[1 - resetting].start = Start::Answering;
+            // end that what was lost will not be sent again. So this one does not end before, nor does anybody wait for that.
+            ends[resetting].ends = Ends::Never;
+            if !matches!(ends[1 - resetting].start, Start::After(_)) {
+                ends[1 - resetting].start = Start::After(Duration::ZERO);
             }
         }
     }
@@ -180,6 +177,8 @@ fn judge(writer: &Outcome, script: &Script, reader: &Outcome) -> Result<(), Stri
         Ending::Reset => Err("a reset that nobody sent".to_owned()),
         Ending::Enough if reader.reset => Ok(()),
         Ending::Enough => Err("the reader stopped by itself".to_owned()),
+        // TCP's resets can be lost, for nobody sends them again: see `run`.
+        Ending::Silent if writer.reset => Ok(()),
         Ending::Silent => Err("neither bytes nor an end for long".to_owned()),
     }?;
     match reader.write_error {
@@ -193,6 +192,8 @@ fn judge(writer: &Outcome, script: &Script, reader: &Outcome) -> Result<(), Stri
 struct Tally {
     sessions: AtomicU64,
     resets: AtomicU64,
+    /// Those whose other end waited for them in vain.
+    lost_resets: AtomicU64,
     /// By direction: to_upstream, to_downstream.
     written: [AtomicU64; 2],
     received: [AtomicU64; 2],
@@ -229,6 +230,8 @@ fn session(seed: u64, size: Size, client: TcpStream, front: &Front, tally: &Tall
         tally.written[end].fetch_add(writer.written, Ordering::Relaxed);
         tally.received[end].fetch_add(reader.received.bytes, Ordering::Relaxed);
         tally.resets.fetch_add(u64::from(writer.reset), Ordering::Relaxed);
+        let is_lost = writer.reset && reader.received.ending == Ending::Silent;
+        tally.lost_resets.fetch_add(u64::from(is_lost), Ordering::Relaxed);
         if let Err(what) = judge(writer, &scripts[end], reader) {
             let way = ["to_upstream", "to_downstream"][end];
             let mut text = format!("{way}: {what}; to see it again: TEST_RANDOM_SEED={seed}");
@@ -286,9 +289,9 @@ fn run(size: Size, fronts: &[Front], proxy: Proxy, connect: impl Fn(SocketAddr) 
 
     let failures = tally.failures.into_inner().expect("the list");
     let sessions = tally.sessions.into_inner();
+    let (resets, lost_resets) = (tally.resets.into_inner(), tally.lost_resets.into_inner());
     eprintln!(
-        "{sessions} sessions, {} resets, {:.1} GiB, {} failures",
-        tally.resets.into_inner(),
+        "{sessions} sessions, {resets} resets of which {lost_resets} are lost, {:.1} GiB, {} failures",
         tally
             .received
             .iter()
@@ -302,6 +305,14 @@ fn run(size: Size, fronts: &[Front], proxy: Proxy, connect: impl Fn(SocketAddr) 
         "{} of {sessions} sessions failed:\n{}",
         failures.len(),
         failures.join("\n")
+    );
+
+    // A reset that overtakes lost data is answered with a challenge (RFC 5961), which may be lost too, or held back after another
+    // (tcp_oow_rate_limited, Linux 6.12). Nothing is lost on loopback.
+    let may_be_lost = if size == Size::Small { 1 + resets / 50 } else { 0 };
+    assert!(
+        lost_resets <= may_be_lost,
+        "{lost_resets} of {resets} resets did not arrive"
     );
 
     let status = proxy.settle();
@@ -405,7 +416,8 @@ fn so_are_those_over_links_that_lose_double_and_disorder() {
         LongWay::between(networks, [CLIENT, PROXY], "to-proxy", 81, way),
         LongWay::between(networks, [PROXY, UPSTREAM], "to-upstream", 82, way),
     ];
-    let mut plan = plan(Size::Small);
+    // Whoever has had no word of a reset is told in the end.
+    let mut plan = plan(Size::Small).stream("proxy_timeout = \"8s\"");
     let mut fronts = Vec::new();
     for lane in 0..LANES {
         let (listen, upstream) = (PROXY_IPS[lane % 2], UPSTREAM_IPS[lane / 2 % 2]);

@@ -27,6 +27,17 @@ pub enum Start {
     AfterEnd,
 }
 
+/// When an end ends its stream, all of which it has written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ends {
+    /// At once.
+    AtOnce,
+    /// When it has every byte of the other end's.
+    Last,
+    /// Never: it resets.
+    Never,
+}
+
 /// A wait: `pause` each time that `every` bytes have gone by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gap {
@@ -60,8 +71,8 @@ pub struct Script {
     pub start: Start,
     /// Its end of stream travels in the last segment.
     pub glued: bool,
-    /// It ends its stream only when it has every byte of the other end's.
-    pub ends_last: bool,
+    /// When it ends its stream.
+    pub ends: Ends,
     /// It resets once so many bytes have been written and read in all.
     pub reset_after: Option<u64>,
     /// A receive buffer of its own size.
@@ -229,10 +240,12 @@ impl End<'_> {
 
     /// It has written everything, and waits with the end of its stream.
     fn holds_its_end(&self) -> bool {
-        self.script.ends_last
-            && self.outcome.written == self.script.out.bytes
-            && self.outcome.received.bytes < self.script.into.bytes
-            && !self.read_over
+        let may_end = match self.script.ends {
+            Ends::AtOnce => true,
+            Ends::Last => self.read_over || self.outcome.received.bytes == self.script.into.bytes,
+            Ends::Never => false,
+        };
+        self.outcome.written == self.script.out.bytes && !may_end
     }
 
     fn write(&mut self) -> bool {
