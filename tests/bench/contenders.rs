@@ -185,7 +185,7 @@ impl Contender {
             return Ok(proxy);
         }
         for &upstream in upstreams {
-            let listen = setup.site.port();
+            let listen = Port::claim();
             proxy.routes.push(Route { listen, upstream });
         }
         let workers = setup.workers;
@@ -197,10 +197,10 @@ impl Contender {
         let (program, args, text) = match self.kind {
             Kind::Direct => return Ok(proxy),
             Kind::Culvert { stream, equipped } => {
-                let status = proxy.status.insert(setup.site.port()).number;
+                let status = proxy.status.insert(Port::claim()).number;
                 let mut text = culvert(&proxy, workers, stream, status, &stem);
                 if equipped {
-                    let metrics = proxy.metrics.insert(setup.site.port()).number;
+                    let metrics = proxy.metrics.insert(Port::claim()).number;
                     text = equip(&text, ip, metrics, &stem);
                 }
                 (PathBuf::from(CULVERT), vec!["-c"], text)
@@ -222,7 +222,7 @@ impl Contender {
         command.args(args).arg(&file);
         let last = proxy.routes.last().map_or(0, |route| route.listen.number);
         let log = stem.with_extension("log");
-        let server = Background::serving(command, &log, SocketAddr::new(ip, last), setup)
+        let server = Background::serving(command, &log, SocketAddr::new(ip, last))
             .with_context(|| format!("{} does not serve", self.title))?;
         proxy.server = Some(server);
         Ok(proxy)
@@ -343,12 +343,10 @@ pub struct Background {
 
 impl Background {
     /// Starts a server with its output in a file, and waits until it listens.
-    pub fn serving(command: Command, log: &Path, address: SocketAddr, setup: &Setup) -> Result<Background> {
-        setup.site.among_servers(|| {
-            let mut server = Background::start(command, log)?;
-            server.wait_for(address)?;
-            Ok(server)
-        })
+    pub fn serving(command: Command, log: &Path, address: SocketAddr) -> Result<Background> {
+        let mut server = Background::start(command, log)?;
+        server.wait_for(address)?;
+        Ok(server)
     }
 
     fn start(mut command: Command, log: &Path) -> Result<Background> {

@@ -76,7 +76,7 @@ fn main() -> Result<()> {
     machine::raise_descriptor_limit()?;
     let begun = Instant::now();
     let setup = Setup {
-        site: Site::new(options.way),
+        site: Site::new(options.way)?,
         dir: options.out.join("work"),
         workers: options.workers,
     };
@@ -195,6 +195,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Options>> {
     }
     if options.rounds == 0 || options.workers == 0 || options.sessions == 0 || options.seconds < 0.1 {
         bail!("--rounds, --workers and --sessions must be at least 1, --seconds at least 0.1");
+    }
+    if options.way.is_some() {
+        options.measures.retain(|measure| !measure.is_about_memory());
     }
     Ok(Some(options))
 }

@@ -59,7 +59,7 @@ pub struct Peers {
 impl Peers {
     /// Starts them.
     pub fn start(setup: &Setup) -> Result<Peers> {
-        let ports = std::array::from_fn(|_| setup.site.port());
+        let ports = std::array::from_fn(|_| Port::claim());
         let iperf = iperf(&ports[IPERF], setup)?;
         let listener = |port: &Port| listener(&setup.site, port);
         let echo = listener(&ports[ECHO])?;
@@ -108,13 +108,12 @@ fn iperf(port: &Port, setup: &Setup) -> Result<Background> {
     command.args(["--pdeathsig", "TERM", "iperf3", "-s", "-B"]);
     command.args([&address.ip().to_string(), "-p", &address.port().to_string()]);
     let log = setup.dir.join(format!("iperf3-{}.log", port.number));
-    Background::serving(command, &log, address, setup).context("iperf3's server does not start")
+    Background::serving(command, &log, address).context("iperf3's server does not start")
 }
 
 fn listener(site: &Site, port: &Port) -> Result<TcpListener> {
     let address = SocketAddr::new(site.ip(), port.number);
-    site.among_servers(|| TcpListener::bind(address))
-        .with_context(|| format!("failed to listen on {address}"))
+    TcpListener::bind(address).with_context(|| format!("failed to listen on {address}"))
 }
 
 fn answer(mut stream: TcpStream) {

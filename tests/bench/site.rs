@@ -4,11 +4,10 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::harness::long_way::{LongWay, Way};
 use crate::harness::networks::Networks;
-use crate::harness::ports::Port;
 
 const CLIENTS: usize = 0;
 const SERVERS: usize = 1;
@@ -20,16 +19,17 @@ pub struct Site {
 }
 
 impl Site {
-    /// Makes it.
-    pub fn new(way: Option<Way>) -> Site {
-        let far = way.map(|way| {
-            let networks = Networks::new(["c", "s"], |_| Vec::new());
-            (
-                LongWay::between(&networks, [CLIENTS, SERVERS], "way", 83, way),
-                networks,
-            )
-        });
-        Site { far }
+    /// Makes it. The caller's thread is then where the servers and the contenders are, and so is whatever it starts.
+    pub fn new(way: Option<Way>) -> Result<Site> {
+        let Some(way) = way else {
+            return Ok(Site { far: None });
+        };
+        let networks = Networks::new(["c", "s"], |_| Vec::new());
+        let long_way = LongWay::between(&networks, [CLIENTS, SERVERS], "way", 83, way);
+        networks.enter(SERVERS).context("entering a network")?;
+        Ok(Site {
+            far: Some((long_way, networks)),
+        })
     }
 
     /// The address of everything that listens.
@@ -40,24 +40,10 @@ impl Site {
         }
     }
 
-    /// A port there.
-    pub fn port(&self) -> Port {
-        self.among_servers(Port::claim)
-    }
-
-    /// Does something where the servers and the contenders are.
-    pub fn among_servers<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.within(SERVERS, work)
-    }
-
     /// Does something where the clients are.
     pub fn among_clients<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.within(CLIENTS, work)
-    }
-
-    fn within<T: Send>(&self, network: usize, work: impl FnOnce() -> T + Send) -> T {
         match &self.far {
-            Some((_, networks)) => networks.within(network, work),
+            Some((_, networks)) => networks.within(CLIENTS, work),
             None => work(),
         }
     }

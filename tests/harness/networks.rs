@@ -10,6 +10,7 @@ use super::PATIENCE;
 use super::program::{need, shell};
 
 /// Some networks, by number; each has its loopback.
+#[derive(Debug)]
 pub struct Networks<const N: usize> {
     /// How `ip netns` names them.
     pub names: [String; N],
@@ -37,17 +38,21 @@ impl<const N: usize> Networks<N> {
 
     /// Does something in one of them; sockets and processes that are made there stay there.
     pub fn within<T: Send>(&self, network: usize, work: impl FnOnce() -> T + Send) -> T {
-        let path = format!("/run/netns/{}", self.names[network]);
         std::thread::scope(|scope| {
             let inside = scope.spawn(|| {
-                let file = File::open(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-                setns(&file, CloneFlags::CLONE_NEWNET).expect("entering a network (as root?)");
+                self.enter(network).expect("entering a network (as root?)");
                 work()
             });
             inside
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+
+    /// Has the calling thread be in one of them from now on, and whatever it starts.
+    pub fn enter(&self, network: usize) -> std::io::Result<()> {
+        let file = File::open(format!("/run/netns/{}", self.names[network]))?;
+        Ok(setns(&file, CloneFlags::CLONE_NEWNET)?)
     }
 }
 
