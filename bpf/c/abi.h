@@ -101,6 +101,7 @@ struct slot_total {
  */
 enum segment_cost {
 	SEGMENT_COST = 1024,
+	SMALL_SEGMENT = 2 * SEGMENT_COST,	/* below this that is no less than half as much as the bytes are */
 };
 
 /*

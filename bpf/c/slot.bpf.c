@@ -34,9 +34,6 @@
 /* A flow's part of the slot's sum follows it in steps of this: most segments need no atomic for it. */
 #define HELD_STEP (16 * 1024)
 
-/* Below this a segment is small: what it costs beside its bytes is no less than half as much as they are. */
-#define SMALL_SEGMENT (2 * SEGMENT_COST)
-
 /* However much small segments cost, so much is announced. */
 #define WINDOW_FLOOR (64 * 1024)
 

@@ -151,6 +151,9 @@ pub const FLOW_FLOOR_BYTES: u32 = types::flow_floor::FLOW_FLOOR.0;
 /// What an untaken segment costs beside its bytes (`enum segment_cost`, where it is explained).
 pub const SEGMENT_COST_BYTES: u32 = types::segment_cost::SEGMENT_COST.0;
 
+/// Segments with fewer bytes are small (likewise).
+pub const SMALL_SEGMENT: u32 = types::segment_cost::SMALL_SEGMENT.0;
+
 const _: () = {
     assert!(size_of::<Flow>() == size_of::<types::flow>());
     assert!(offset_of!(Flow, cookie) == offset_of!(types::flow, cookie));

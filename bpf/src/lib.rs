@@ -17,7 +17,7 @@ pub mod selftest;
 mod skel;
 mod take_over;
 
-pub use abi::flow_flag;
+pub use abi::{SMALL_SEGMENT, flow_flag};
 pub use accept::{Group, Put, SlotLoad, Steering};
 pub use cgroup::Cgroup;
 pub use events::{Event, EventKind, Events};

@@ -133,7 +133,7 @@ impl Worker {
             session
                 .streams
                 .iter_mut()
-                .for_each(|stream| stream.back_ms = Some(now_ms));
+                .for_each(|stream| stream.gathering.give_back_at(now_ms));
         }
         self.take_in(session, died);
         record.end_adoption();

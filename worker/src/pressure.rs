@@ -6,15 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::Result;
 use culvert_bpf::{Event, EventKind, Events, FlowState, Hold, LaneNumber, SlotMaps, flow_flag};
-use culvert_shared::counters::Board;
 use culvert_shared::ids::{Direction, Owner};
 use culvert_shared::message::{Buffer, ToMaster};
-use culvert_shared::sys::{fdpass, socket};
+use culvert_shared::sys::fdpass;
 
 use crate::clock;
 use crate::drive::{Next, Trouble};
 use crate::event_loop::{PRESSURE_TIMER, RECOUNT_TIMER, Worker};
-use crate::offload::sent_by_us;
 use crate::session::{Buffers, Session, source, target};
 use crate::sockets;
 use crate::store::Ward;
@@ -32,9 +30,6 @@ const RECOUNT_MS: u64 = 3_000;
 const RESTS_MS: u64 = 200;
 /// Counting may take one part in so many of the worker's time.
 const RECOUNT_SHARE: u64 = 50;
-
-/// How long small pieces are copied before the kernel is given their direction again: it takes some 30 ms until they gather anew.
-const GATHER_MS: u64 = 500;
 
 /// The smallest receive buffer for a source that is held back from time to time. With a smaller one the last
 /// ACK that is sent while it is let go (from its socket backlog, which tcp_space subtracts) closes the
@@ -197,48 +192,6 @@ impl Worker {
             Hold::Off => session.stream(direction).drain = None,
         }
         self.wait(session)
-    }
-
-    /// The pieces of a direction are so small, and come so fast, that each would wake the kernel thread that takes it. For a
-    /// while they gather in the receive queue of their source, and are copied many at once.
-    fn gather(&mut self, token: Token, session: &mut Session, direction: Direction) -> Next {
-        if let Some((maps, place)) = self.pair(session) {
-            maps.withdraw(place, direction);
-        }
-        Board::add(&self.board[0].gathers, 1);
-        session.stream(direction).copy_until(clock::now_ms() + GATHER_MS);
-        self.stream(token, session)
-    }
-
-    /// Gives directions that were copied for a while back to the kernel, when it is time.
-    pub(crate) fn give_back_gathered(&mut self, session: &mut Session) {
-        for direction in Direction::BOTH {
-            let due_ms = session.stream(direction).due_back_ms();
-            if due_ms.is_none_or(|due_ms| clock::now_ms() < due_ms) {
-                continue;
-            }
-            // A reader that is slow has a full send buffer before it, and would have a backlog besides.
-            let waiting = session
-                .socket(target(direction))
-                .and_then(|socket| socket::unacknowledged_bytes(socket.as_fd()).ok());
-            if waiting.is_some_and(|bytes| bytes > u64::from(session.settings.ebpf_backlog_size) / 2) {
-                session.stream(direction).back_ms = Some(clock::now_ms() + LOOK_MS);
-                continue;
-            }
-            session.stream(direction).back_ms = None;
-            // From here on who dies cannot say who has forwarded what comes next.
-            self.begin_copying(session);
-            let sent_bytes = sent_by_us(session, direction);
-            let rejoined = match (self.pair(session), session.socket(source(direction))) {
-                (Some((maps, place)), Some(socket)) => {
-                    maps.rejoin(place, direction, socket.as_fd(), sent_bytes)
-                }
-                _ => false,
-            };
-            if rejoined {
-                session.stream(direction).offload();
-            }
-        }
     }
 
     /// A flow is held back, from now on or since before this worker had it.

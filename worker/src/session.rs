@@ -14,6 +14,7 @@ use culvert_shared::queue::Claim;
 use nix::errno::Errno;
 
 use crate::busy::Seen;
+use crate::gather::Gathering;
 use crate::hosts::Host;
 use crate::http::Connection;
 use crate::pace::Pace;
@@ -96,8 +97,8 @@ pub struct Stream {
     pub drain: Option<Drain>,
     /// Its limit in bytes per second; `None`: without. A limited direction is copied.
     pub pace: Option<Pace>,
-    /// When a direction that is copied for a while goes back to the kernel; `None`: it does not.
-    pub back_ms: Option<u64>,
+    /// Whether it is copied for a while.
+    pub gathering: Gathering,
 }
 
 impl Stream {
@@ -115,7 +116,7 @@ impl Stream {
             look_ms: 0,
             drain: None,
             pace: None,
-            back_ms: None,
+            gathering: Gathering::default(),
         }
     }
 
@@ -128,18 +129,17 @@ impl Stream {
         self.check_invariants();
     }
 
-    /// User space copies it until then.
-    pub fn copy_until(&mut self, back_ms: u64) {
-        if self.way == Way::Kernel {
-            self.back_ms = Some(back_ms);
-            self.settle();
-        }
+    /// Whether the kernel has it.
+    pub fn is_kernels(&self) -> bool {
+        self.way == Way::Kernel
     }
 
-    /// When the kernel is to be given it again, if it is copied for a while.
+    /// When it is looked at whether the kernel is given it again, if it is copied for a while.
     pub fn due_back_ms(&self) -> Option<u64> {
         let free = self.pace.is_none() && self.pending.is_empty() && !self.source_ended;
-        self.back_ms.filter(|_| self.way == Way::Relay && free)
+        self.gathering
+            .look_ms()
+            .filter(|_| self.way == Way::Relay && free)
     }
 
     /// The source has nothing more for the kernel: it has ended, or what is left is user space's.

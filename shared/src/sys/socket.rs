@@ -16,6 +16,8 @@ pub struct TcpInfo {
     pub bytes_acked: u64,
     /// Bytes received in order (`tcpi_bytes_received`), an end of stream counting as one (tcp_fin).
     pub bytes_received: u64,
+    /// Segments received, those that the network card put together counted one by one (`tcpi_segs_in`).
+    pub segments_received: u32,
     /// Neither end has ended its stream.
     pub established: bool,
     /// Both have, and all of ours has been sent once: from here Linux sends no reset (tcp_disconnect, 6.12).
@@ -56,6 +58,7 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
     Ok(TcpInfo {
         bytes_acked: info.tcpi_bytes_acked,
         bytes_received: info.tcpi_bytes_received,
+        segments_received: info.tcpi_segs_in,
         established: info.tcpi_state == ESTABLISHED,
         past_reset: matches!(info.tcpi_state, LAST_ACK | CLOSING) && info.tcpi_notsent_bytes == 0,
         receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
