@@ -51,9 +51,10 @@ struct flow {
 	__u32 window_bytes;	/* user: the largest receive window of the source */
 	__u32 settable_bytes;	/* user: the largest receive buffer that the kernel lets anyone ask for */
 	__u32 narrowed;		/* less than that is announced now */
-	__u32 crowded_since;	/* when it was found crowded last, 2^20 ns; 0: it was not */
-	__u32 crowded_time;	/* how long it was crowded in the present period, likewise */
-	__u32 period_start;	/* likewise */
+	__u32 tick;		/* when a small segment came last, CLOCK_MONOTONIC in units of 2^20 ns */
+	__u32 tick_segments;	/* how many have come in that tick; TICK_CROWDED */
+	__u32 crowded_ticks;	/* in the present period */
+	__u32 period_start;	/* its first tick */
 };
 
 /*
@@ -80,7 +81,9 @@ enum join_answer {
 struct cpu_total {
 	__u64 forwarded_bytes[2];
 	__u64 pauses;		/* times that a source was held back */
-	__u64 pad[5];
+	__u32 tick;		/* as in struct flow, of all flows */
+	__u32 tick_segments;
+	__u64 pad[4];
 };
 
 /* What all flows of one worker slot have in common. One cache line. */
@@ -105,14 +108,18 @@ enum segment_cost {
 };
 
 /*
- * A flow's small segments are gathered and copied where they come faster than the kernel thread takes them, which it does one
- * by one: where for a good part of the time many wait for the target's TCP although it has space. What has waited behind a
- * hole comes in a burst, too, but the kernel thread is through with that in a millisecond or two.
+ * A flow's small segments are gathered and copied where they come faster than is good for the kernel thread, which takes them one by
+ * one: where for a good part of the time many wait for the target's TCP although it has space, or come so fast that
+ * it does little else. What has waited behind a hole comes in a burst, too, but that is over in a tick or two; and a
+ * question that has its answer before the next one waits for nobody.
  */
 enum crowd {
-	CROWD_SEGMENTS = 32,	/* so many are many */
-	CROWD_TIME = 12,	/* so long, in units of 2^20 ns, */
-	CROWD_PERIOD = 128,	/* out of so long */
+	CROWD_WAITING = 32,	/* so many wait, */
+	CROWD_SEGMENTS = 64,	/* or so many have come on the CPU in a tick, */
+	CROWD_OWN = 8,		/* so many of them in the flow, */
+	CROWD_TICKS = 12,	/* in so many ticks, */
+	CROWD_PERIOD = 128,	/* out of so many */
+	TICK_CROWDED = 1 << 30,	/* the present tick is counted */
 };
 
 /*

@@ -240,40 +240,49 @@ static __always_inline int has_room(struct slot_total *total)
 }
 
 /*
- * Whether small segments come faster than the kernel thread takes them, which costs a wake-up and a tcp_sendmsg each. User space
+ * Whether small segments come faster than is good for the kernel thread, which a wake-up and a tcp_sendmsg each cost. User space
  * reads many at once. A reader that is slow is no reason: what its socket has no space for waits, whoever copies it.
  */
-static __always_inline int is_to_gather(struct flow *flow, struct tcp_sock *target, __u32 len)
+static __always_inline int is_to_gather(struct flow *flow, struct cpu_total *total, struct tcp_sock *target, __u32 len,
+					__s32 outstanding)
 {
 	struct sock *sk = &target->inet_conn.icsk_inet.sk;
-	__u32 crowded, now;
+	int is_fast;
+	__u32 tick;
 
 	/* Bulk ends each of its writes in a small one. */
 	if (len >= SMALL_SEGMENT) {
 		if (flow->small)
 			flow->small = 0;
-		if (flow->crowded_since)
-			flow->crowded_since = 0;
-		if (flow->crowded_time)
-			flow->crowded_time--;
+		if (flow->crowded_ticks)
+			flow->crowded_ticks--;
 		return 0;
 	}
 	if (!flow->small)
 		flow->small = 1;
-	crowded = flow->queued >= CROWD_SEGMENTS && sk->sk_wmem_queued < sk->sk_sndbuf >> 1;
-	if (!crowded && !flow->crowded_since)
-		return 0;
-	now = bpf_ktime_get_ns() >> 20;
-	now += !now;
-	if (now - flow->period_start > CROWD_PERIOD) {
-		flow->period_start = now;
-		flow->crowded_time = 0;
-	} else if (flow->crowded_since && now != flow->crowded_since) {
-		/* Of a time in which none came nothing is known. */
-		flow->crowded_time++;
+	tick = bpf_ktime_get_ns() >> 20;
+	if (total->tick != tick) {
+		total->tick = tick;
+		total->tick_segments = 0;
 	}
-	flow->crowded_since = crowded ? now : 0;
-	return crowded && flow->crowded_time >= CROWD_TIME;
+	total->tick_segments++;
+	if (flow->tick != tick) {
+		flow->tick = tick;
+		flow->tick_segments = 0;
+	}
+	flow->tick_segments++;
+	if (flow->tick_segments & TICK_CROWDED)
+		return 0;
+	is_fast = total->tick_segments >= CROWD_SEGMENTS && flow->tick_segments >= CROWD_OWN && outstanding > (__s32)len;
+	if ((!is_fast && flow->queued < CROWD_WAITING) || sk->sk_wmem_queued >= sk->sk_sndbuf >> 1)
+		return 0;
+	flow->tick_segments |= TICK_CROWDED;
+	if (tick - flow->period_start > CROWD_PERIOD) {
+		flow->period_start = tick;
+		flow->crowded_ticks = 0;
+	}
+	flow->crowded_ticks++;
+	return flow->crowded_ticks >= CROWD_TICKS;
 }
 
 static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u32 index, struct tcp_sock *target)
@@ -281,7 +290,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 	struct slot_total *shared = slot();
 	struct cpu_total *total;
 	__u32 cpu, len;
-	__s32 behind;
+	__s32 outstanding, behind;
 
 	if (!(flow->flags & FLOW_STARTED) && start(skb, flow))
 		return SK_PASS;
@@ -317,7 +326,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 	if (total)
 		__sync_fetch_and_add(&total->forwarded_bytes[index & 1], len);
 
-	behind = outstanding_bytes(flow, target);
+	outstanding = behind = outstanding_bytes(flow, target);
 	if (behind > (__s32)flow->largest_outstanding_bytes)
 		flow->largest_outstanding_bytes = behind;
 	if (!shared)
@@ -338,7 +347,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 	if (behind > (__s32)flow->high_bytes || (behind > FLOW_FLOOR && is_full(shared))) {
 		flow->wake = 1;
 		flow->pause = PAUSE_WANTED;
-	} else if (is_to_gather(flow, target, len)) {
+	} else if (total && is_to_gather(flow, total, target, len, outstanding)) {
 		flow->gather = 1;
 		flow->pause = PAUSE_WANTED;
 	}

@@ -35,8 +35,9 @@ pub struct Flow {
     pub window_bytes: AtomicU32,
     pub settable_bytes: AtomicU32,
     pub narrowed: AtomicU32,
-    pub crowded_since: AtomicU32,
-    pub crowded_time: AtomicU32,
+    pub tick: AtomicU32,
+    pub tick_segments: AtomicU32,
+    pub crowded_ticks: AtomicU32,
     pub period_start: AtomicU32,
 }
 
@@ -171,8 +172,9 @@ const _: () = {
     assert!(offset_of!(Flow, window_bytes) == offset_of!(types::flow, window_bytes));
     assert!(offset_of!(Flow, settable_bytes) == offset_of!(types::flow, settable_bytes));
     assert!(offset_of!(Flow, narrowed) == offset_of!(types::flow, narrowed));
-    assert!(offset_of!(Flow, crowded_since) == offset_of!(types::flow, crowded_since));
-    assert!(offset_of!(Flow, crowded_time) == offset_of!(types::flow, crowded_time));
+    assert!(offset_of!(Flow, tick) == offset_of!(types::flow, tick));
+    assert!(offset_of!(Flow, tick_segments) == offset_of!(types::flow, tick_segments));
+    assert!(offset_of!(Flow, crowded_ticks) == offset_of!(types::flow, crowded_ticks));
     assert!(offset_of!(Flow, period_start) == offset_of!(types::flow, period_start));
     assert!(offset_of!(Flow, runaway_bytes) == offset_of!(types::flow, runaway_bytes));
     assert!(offset_of!(Flow, pause) == offset_of!(types::flow, pause));

@@ -269,8 +269,9 @@ impl SlotMaps {
                 &flow.small,
                 &flow.gather,
                 &flow.narrowed,
-                &flow.crowded_since,
-                &flow.crowded_time,
+                &flow.tick,
+                &flow.tick_segments,
+                &flow.crowded_ticks,
                 &flow.period_start,
             ] {
                 counter.store(0, Relaxed);
@@ -323,7 +324,7 @@ impl SlotMaps {
         let flow = &self.flows[index];
         flow.wake.store(0, Relaxed);
         flow.gather.store(0, Relaxed);
-        flow.crowded_since.store(0, Relaxed);
+        flow.crowded_ticks.store(0, Relaxed);
         if flow
             .pause
             .compare_exchange(flow_pause::WANTED, flow_pause::OFF, AcqRel, Acquire)
@@ -368,7 +369,7 @@ impl SlotMaps {
             &flow.queued,
             &flow.small,
             &flow.gather,
-            &flow.crowded_since,
+            &flow.crowded_ticks,
         ] {
             counter.store(0, Relaxed);
         }

@@ -159,11 +159,9 @@ impl Stream {
         self.patience_ms = (2 * self.patience_ms).min(longest_ms);
     }
 
-    /// Its source is held back, and was looked at. `drained_in`: about when the target has drained, if nobody may say so.
-    pub fn held(&mut self, now_ms: u64, acked_bytes: u32, drained_in: Option<Duration>) {
-        let former = self.drain.take();
-        let Some(drained_in) = drained_in else { return };
-        let patience_ms = match former {
+    /// Its source is held back, and was looked at. `drained_in`: about when the target has drained.
+    pub fn held(&mut self, now_ms: u64, acked_bytes: u32, drained_in: Duration) {
+        let patience_ms = match self.drain {
             Some(former) if former.acked_bytes == acked_bytes => 2 * former.patience_ms,
             _ => 1,
         };
@@ -602,7 +600,7 @@ mod tests {
         let mut looks = |from_ms: u64, to_ms: u64, acked_bytes: fn(u64) -> u32| {
             let (mut now_ms, mut count) = (from_ms, 0);
             while now_ms < to_ms {
-                stream.held(now_ms, acked_bytes(now_ms), Some(Duration::ZERO));
+                stream.held(now_ms, acked_bytes(now_ms), Duration::ZERO);
                 now_ms = stream.drain.expect("its clock runs").look_ms;
                 count += 1;
             }
@@ -612,11 +610,8 @@ mod tests {
         // After 1, 2, 4, … 64 ms, then every 100.
         assert_eq!(looks(1_000, 10_000, |_| 7), 7 + 89);
         assert_eq!(looks(10_000, 11_000, |now_ms| now_ms as u32), 1_000);
-        stream.held(11_000, 7, Some(Duration::from_secs(9)));
+        stream.held(11_000, 7, Duration::from_secs(9));
         assert_eq!(stream.drain.expect("its clock runs").look_ms, 11_100);
-        stream.held(11_000, 7, None);
-        assert!(stream.drain.is_none(), "the programs will say it");
-        stream.held(11_000, 7, Some(Duration::ZERO));
         stream.settle();
         assert!(stream.drain.is_none(), "it is not held back any more");
     }

@@ -25,9 +25,8 @@ pub enum Hold {
     On {
         /// What the target's peer has acknowledged, low 32 bits.
         acked_bytes: u32,
-        /// In about what time it may be let go, at the pace of the last round trip, where the programs may not be there
-        /// to see it.
-        drained_in: Option<Duration>,
+        /// In about what time it may be let go, at the pace of the last round trip: the programs may not be there to see it.
+        drained_in: Duration,
     },
 }
 
@@ -86,13 +85,13 @@ impl SlotMaps {
                 false => Hold::Full,
             };
         }
-        let is_silent = info.in_flight_bytes > u64::from(high / 4);
         Hold::On {
             acked_bytes: info.bytes_acked as u32,
-            drained_in: is_silent.then(|| {
-                info.round_trip
-                    .mul_f64(above as f64 / info.in_flight_bytes as f64)
-            }),
+            drained_in: match info.in_flight_bytes {
+                // The kernel thread has not been there yet, or the reader has stopped.
+                0 => Duration::ZERO,
+                bytes => info.round_trip.mul_f64(above as f64 / bytes as f64),
+            },
         }
     }
 
