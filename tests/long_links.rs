@@ -164,14 +164,14 @@ fn an_answer_that_is_lost_on_the_way_is_not_forgotten_when_its_upstream_resets()
         }
         client.shutdown(Shutdown::Write).expect("ending the question");
         pause(ARRIVES_MS);
-        way.cut(true);
+        way.cut(1, true);
         send(&mut upstream, DOWN, 0, ANSWER).expect("sending the answer");
         upstream.shutdown(Shutdown::Write).expect("ending the answer");
         pause(ARRIVES_MS);
         reset(upstream);
         let status = proxy.settle();
         assert_eq!(status.number("/closes/upstream_reset"), 1, "{:#}", status.json());
-        way.cut(false);
+        way.cut(1, false);
         receive(&mut client, DOWN).must_be_a_prefix_and_a_reset(ANSWER);
     });
 }

@@ -234,7 +234,7 @@ fn session(seed: u64, size: Size, client: TcpStream, front: &Front, tally: &Tall
         tally.lost_resets.fetch_add(u64::from(is_lost), Ordering::Relaxed);
         if let Err(what) = judge(writer, &scripts[end], reader) {
             let way = ["to_upstream", "to_downstream"][end];
-            let mut text = format!("{way}: {what}; to see it again: TEST_RANDOM_SEED={seed}");
+            let mut text = format!("{way}: {what}; to see it again in this test: TEST_RANDOM_SEED={seed}");
             if size == Size::Large {
                 text.push_str(" TEST_RANDOM_GIB=1");
             }

@@ -22,8 +22,8 @@ use crate::skel::slot::SlotMaps as SkeletonMaps;
 
 mod hold;
 
-pub use hold::Hold;
 use hold::low_mark;
+pub use hold::{Hold, Outstanding};
 
 /// Descriptors of a slot: three maps, the program that joins, the ring buffers, and the memory that says who reads those.
 pub const OWN_DESCRIPTORS: usize = 4 + LANES + 1;

@@ -20,7 +20,7 @@ use crate::skel::slot::SlotSkelBuilder;
 
 /// The version of `c/abi.h` and of what the maps mean. Change it whenever user space of one version could
 /// not work with programs and maps of the other.
-const LAYOUT: &str = "culvert maps, layout 2";
+const LAYOUT: &str = "culvert maps, layout 3";
 
 /// How the maps are laid out, for two binaries to compare.
 pub fn layout() -> String {

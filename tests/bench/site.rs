@@ -52,12 +52,12 @@ impl Site {
 /// The way that the command line describes. Its queue is what it carries in 20 ms or, where it is longer than that, while a packet
 /// goes there and back.
 pub fn way(text: &str) -> Result<Way> {
-    let numbers: Vec<u64> = text.split(',').flat_map(str::parse).collect();
-    let &[ms, mbit_s, lost] = &numbers[..] else {
+    let numbers: Vec<Option<u64>> = text.split(',').map(|number| number.parse().ok()).collect();
+    let &[Some(ms), Some(mbit_s), Some(lost)] = &numbers[..] else {
         bail!("--way takes three whole numbers, as in 20,500,100, and not {text}");
     };
     ensure!(
-        ms <= 1000 && (1..=100_000).contains(&mbit_s) && lost <= 1_000_000,
+        ms <= 1000 && (1..=10_000).contains(&mbit_s) && lost <= 1_000_000,
         "--way {text} is out of range"
     );
     Ok(Way {

@@ -64,7 +64,8 @@ pub struct LongWay {
 #[derive(Debug, Default)]
 struct Switches {
     is_over: AtomicBool,
-    is_cut: AtomicBool,
+    /// What is sent from these ends is lost.
+    cut: [AtomicBool; 2],
 }
 
 impl LongWay {
@@ -97,9 +98,9 @@ impl LongWay {
         }
     }
 
-    /// Loses everything but resets from now on, or no longer.
-    pub fn cut(&self, is_cut: bool) {
-        self.switches.is_cut.store(is_cut, Ordering::Relaxed);
+    /// Loses everything but resets that is sent from the first or the second of its ends, from now on or no longer.
+    pub fn cut(&self, end: usize, is_cut: bool) {
+        self.switches.cut[end].store(is_cut, Ordering::Relaxed);
     }
 
     /// Ends it.
@@ -222,8 +223,8 @@ fn carry(mut devices: [File; 2], way: Way, switches: &Switches) -> Packets {
     let mut buffer = vec![0; 64 * 1024];
     while !switches.is_over.load(Ordering::Relaxed) {
         let now = Instant::now();
-        let is_cut = switches.is_cut.load(Ordering::Relaxed);
         for (from, direction) in directions.iter_mut().enumerate() {
+            let is_cut = switches.cut[from].load(Ordering::Relaxed);
             for _ in 0..AT_ONCE {
                 match devices[from].read(&mut buffer) {
                     Ok(length) if is_cut && !is_reset(&buffer[..length]) => direction.packets.lost += 1,

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 use culvert_shared::client::Shown;
 use culvert_shared::counters::{Board, CloseReason, WorkerRow};
 use culvert_shared::ids::Direction;
-use culvert_shared::sys::socket::{reset, reset_on_close};
+use culvert_shared::sys::socket::{is_past_reset, reset, reset_on_close};
 
 use crate::access_line::Carried;
 use crate::clock;
@@ -29,7 +29,7 @@ impl Worker {
             if self.ends_in_order(&session, side, reason) {
                 // A failure leaves the reset in place, which errs on the safe side.
                 let _ = reset_on_close(socket.as_fd(), false);
-            } else {
+            } else if !is_past_reset(socket.as_fd()) && session.seat.is_some_and(|seat| seat.kept) {
                 // The master has the socket too, so closing ours alone would not reset it. Unix sockets know no
                 // reset; they end when the master closes them.
                 let _ = reset(socket.as_fd());

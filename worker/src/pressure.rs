@@ -173,14 +173,9 @@ impl Worker {
         }
         match self.hold(session, direction) {
             Hold::Drained => return self.resume(token, session, direction),
-            Hold::On {
-                acked_bytes,
-                drained_in,
-            } => {
+            Hold::On(outstanding) => {
                 self.note_paused(token, direction);
-                session
-                    .stream(direction)
-                    .held(clock::now_ms(), acked_bytes, drained_in);
+                session.stream(direction).held(clock::now_ms(), &outstanding);
             }
             Hold::Full => {
                 self.note_paused(token, direction);
@@ -326,6 +321,12 @@ impl Worker {
         }
         for (token, direction) in flows {
             self.with_session(token, |worker, session| {
+                let drain = session.stream(direction).drain;
+                if drain.is_some_and(|drain| drain.look_ms > clock::now_ms()) {
+                    // Its own clock runs.
+                    worker.note_paused(token, direction);
+                    return worker.wait(session);
+                }
                 worker.look_at_flow(token, session, direction)
             });
         }

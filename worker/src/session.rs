@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::time::Duration;
 
+use culvert_bpf::Outstanding;
 use culvert_shared::client::{Shown, is_unix};
 use culvert_shared::config::{ProxyProtocol, Stream as Settings};
 use culvert_shared::counters::FallbackReason;
@@ -67,10 +67,10 @@ const LONGEST_DRAIN_MS: u64 = 100;
 pub struct Drain {
     /// When it is looked at.
     pub look_ms: u64,
-    /// What its peer had acknowledged when it was last looked at, low 32 bits.
-    pub acked_bytes: u32,
-    /// Milliseconds until it is looked at again at least; doubles while nothing is acknowledged.
-    pub patience_ms: u64,
+    /// When it was last looked at,
+    seen_ms: u64,
+    /// and what its peer had acknowledged then, low 32 bits.
+    acked_bytes: u32,
 }
 
 /// One direction of a session.
@@ -93,7 +93,7 @@ pub struct Stream {
     pub patience_ms: u64,
     /// When it is looked at then; 0: as soon as may be.
     pub look_ms: u64,
-    /// When it is looked at while its source is held back, where the programs may not say that its target has drained.
+    /// While its source is held back: when it is looked at, for the programs may not say that its target has drained.
     pub drain: Option<Drain>,
     /// Its limit in bytes per second; `None`: without. A limited direction is copied.
     pub pace: Option<Pace>,
@@ -159,18 +159,28 @@ impl Stream {
         self.patience_ms = (2 * self.patience_ms).min(longest_ms);
     }
 
-    /// Its source is held back, and was looked at. `drained_in`: about when the target has drained.
-    pub fn held(&mut self, now_ms: u64, acked_bytes: u32, drained_in: Duration) {
-        let patience_ms = match self.drain {
-            Some(former) if former.acked_bytes == acked_bytes => 2 * former.patience_ms,
-            _ => 1,
+    /// Its source is held back, and was looked at. It is looked at again when its target will have drained: at the pace of its last
+    /// round trip first, and soon where little is on its way yet; at that since the last look from then on. Where nothing is
+    /// acknowledged, after twice the time each time.
+    pub fn held(&mut self, now_ms: u64, now: &Outstanding) {
+        let above_bytes = f64::from(now.above_bytes);
+        let wait_ms = match self.drain {
+            None => {
+                let part = above_bytes / now.in_flight_bytes as f64;
+                (1e3 * now.round_trip.as_secs_f64() * part.min(0.25)) as u64
+            }
+            Some(former) => {
+                let elapsed_ms = now_ms.saturating_sub(former.seen_ms).max(1);
+                match now.acked_bytes.wrapping_sub(former.acked_bytes) {
+                    0 => 2 * elapsed_ms,
+                    acked => (elapsed_ms as f64 * above_bytes / f64::from(acked)) as u64,
+                }
+            }
         };
-        let patience_ms = patience_ms.min(LONGEST_DRAIN_MS);
-        let drained_ms = drained_in.as_millis().min(LONGEST_DRAIN_MS.into()) as u64;
         self.drain = Some(Drain {
-            look_ms: now_ms + drained_ms.max(patience_ms),
-            acked_bytes,
-            patience_ms,
+            look_ms: now_ms + wait_ms.clamp(1, LONGEST_DRAIN_MS),
+            seen_ms: now_ms,
+            acked_bytes: now.acked_bytes,
         });
     }
 
@@ -560,6 +570,8 @@ pub struct Failed {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -593,27 +605,69 @@ mod tests {
         assert_eq!(stream.way, Way::Relay);
     }
 
+    /// Its looks from `from_ms` on, for so long, at a target that has `acked` acknowledged and `above` to go at each time.
+    fn looks(
+        stream: &mut Stream,
+        from_ms: u64,
+        for_ms: u64,
+        acked: impl Fn(u64) -> u32,
+        above: impl Fn(u64) -> u32,
+    ) -> Vec<u64> {
+        let (mut now_ms, mut looks) = (from_ms, Vec::new());
+        while now_ms < from_ms + for_ms {
+            let now = Outstanding {
+                acked_bytes: acked(now_ms),
+                above_bytes: above(now_ms),
+                in_flight_bytes: 0,
+                round_trip: Duration::from_micros(100),
+            };
+            stream.held(now_ms, &now);
+            looks.push(now_ms);
+            now_ms = stream.drain.expect("its clock runs").look_ms;
+        }
+        looks
+    }
+
     #[test]
-    fn who_acknowledges_nothing_is_looked_at_ever_more_rarely() {
+    fn a_target_is_looked_at_when_it_has_drained_and_a_slow_one_rarely() {
         let mut stream = Stream::new();
         stream.offload();
-        let mut looks = |from_ms: u64, to_ms: u64, acked_bytes: fn(u64) -> u32| {
-            let (mut now_ms, mut count) = (from_ms, 0);
-            while now_ms < to_ms {
-                stream.held(now_ms, acked_bytes(now_ms), Duration::ZERO);
-                now_ms = stream.drain.expect("its clock runs").look_ms;
-                count += 1;
-            }
-            count
-        };
-        assert_eq!(looks(0, 1_000, |now_ms| now_ms as u32), 1_000);
-        // After 1, 2, 4, … 64 ms, then every 100.
-        assert_eq!(looks(1_000, 10_000, |_| 7), 7 + 89);
-        assert_eq!(looks(10_000, 11_000, |now_ms| now_ms as u32), 1_000);
-        stream.held(11_000, 7, Duration::from_secs(9));
-        assert_eq!(stream.drain.expect("its clock runs").look_ms, 11_100);
+        let stopped = looks(&mut stream, 0, 10_000, |_| 7, |_| 2_000_000);
+        assert_eq!(stopped[..8], [0, 1, 3, 7, 15, 31, 63, 127]);
+        assert_eq!(stopped.len(), 8 + 98, "every 100 ms");
+        // 10 bytes each millisecond.
+        stream.drain = None;
+        let slow = looks(&mut stream, 0, 10_000, |now_ms| 10 * now_ms as u32, |_| 2_000_000);
+        assert!(slow.len() < 105, "{slow:?}");
+        // 50 ms, as it turns out at the second look.
+        stream.drain = None;
+        let above = |now_ms| 1_000_000u32.saturating_sub(20_000 * now_ms as u32);
+        let fast = looks(&mut stream, 0, 50, |now_ms| 20_000 * now_ms as u32, above);
+        assert_eq!(fast, [0, 1]);
+        assert_eq!(stream.drain.expect("its clock runs").look_ms, 50);
         stream.settle();
         assert!(stream.drain.is_none(), "it is not held back any more");
+    }
+
+    #[test]
+    fn what_is_all_on_its_way_is_looked_at_by_the_round_trip() {
+        let mut stream = Stream::new();
+        stream.offload();
+        let mut first = |in_flight_bytes| {
+            let now = Outstanding {
+                acked_bytes: 0,
+                above_bytes: 500_000,
+                in_flight_bytes,
+                round_trip: Duration::from_millis(80),
+            };
+            stream.drain = None;
+            stream.held(1_000, &now);
+            stream.drain.expect("its clock runs").look_ms - 1_000
+        };
+        assert_eq!(first(4_000_000), 10);
+        // Little of it is yet.
+        assert_eq!(first(1_448), 20);
+        assert_eq!(first(0), 20);
     }
 
     proptest! {

@@ -22,12 +22,20 @@ pub enum Hold {
     /// It is, and its target has drained, but the slot has too much outstanding.
     Full,
     /// It is, and has to be.
-    On {
-        /// What the target's peer has acknowledged, low 32 bits.
-        acked_bytes: u32,
-        /// In about what time it may be let go, at the pace of the last round trip: the programs may not be there to see it.
-        drained_in: Duration,
-    },
+    On(Outstanding),
+}
+
+/// What the target of a held-back source has outstanding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outstanding {
+    /// What its peer has acknowledged, low 32 bits.
+    pub acked_bytes: u32,
+    /// What has to be acknowledged until the source may be let go.
+    pub above_bytes: u32,
+    /// Of what there is, what is on its way. The rest the kernel thread has not sent yet, or the reader has no space for it.
+    pub in_flight_bytes: u64,
+    /// The last round trip's time.
+    pub round_trip: Duration,
 }
 
 impl SlotMaps {
@@ -85,14 +93,12 @@ impl SlotMaps {
                 false => Hold::Full,
             };
         }
-        Hold::On {
+        Hold::On(Outstanding {
             acked_bytes: info.bytes_acked as u32,
-            drained_in: match info.in_flight_bytes {
-                // The kernel thread has not been there yet, or the reader has stopped.
-                0 => Duration::ZERO,
-                bytes => info.round_trip.mul_f64(above as f64 / bytes as f64),
-            },
-        }
+            above_bytes: u32::try_from(above).unwrap_or(u32::MAX),
+            in_flight_bytes: info.in_flight_bytes,
+            round_trip: info.round_trip,
+        })
     }
 
     /// Counts anew what a flow has outstanding in which nothing was forwarded since `since_ns`. The programs do not see its

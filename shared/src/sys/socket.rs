@@ -16,7 +16,7 @@ pub struct TcpInfo {
     pub bytes_acked: u64,
     /// Bytes received in order (`tcpi_bytes_received`), an end of stream counting as one (tcp_fin).
     pub bytes_received: u64,
-    /// Segments received, those that the network card put together counted one by one (`tcpi_segs_in`).
+    /// Segments with data received, those that the network card put together counted one by one (`tcpi_data_segs_in`).
     pub segments_received: u32,
     /// Neither end has ended its stream.
     pub established: bool,
@@ -58,7 +58,7 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
     Ok(TcpInfo {
         bytes_acked: info.tcpi_bytes_acked,
         bytes_received: info.tcpi_bytes_received,
-        segments_received: info.tcpi_segs_in,
+        segments_received: info.tcpi_data_segs_in,
         established: info.tcpi_state == ESTABLISHED,
         past_reset: matches!(info.tcpi_state, LAST_ACK | CLOSING) && info.tcpi_notsent_bytes == 0,
         receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
@@ -226,14 +226,19 @@ pub fn reset_on_close(fd: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
     setsockopt(&fd, sockopt::Linger, &linger)
 }
 
+/// Where both streams of a connection that is given up have an end, a reset would say nothing to the peer and drop what has been lost
+/// on its way. There the close that follows is made an ordinary one, by which the kernel resets if something was never read,
+/// and goes on sending otherwise. That is right for a stream that is whole, and no other may have been ended
+/// (shutdown(2)). True: it was so. (An end that arrives at this very moment is not seen.)
+pub fn is_past_reset(fd: BorrowedFd<'_>) -> bool {
+    tcp_info(fd).is_ok_and(|info| info.past_reset) && reset_on_close(fd, false).is_ok()
+}
+
 /// Resets a connection although other processes have its socket too, for whom closing would do nothing:
-/// connecting to nowhere disconnects (tcp_disconnect, 6.12).
-///
-/// Where both streams have an end that would say nothing to the peer, and drop what has been lost on its way: there the close
-/// that follows is an ordinary one, by which the kernel resets if something was never read, or goes on sending a stream that is whole.
+/// connecting to nowhere disconnects (tcp_disconnect, 6.12). See also [`is_past_reset`].
 pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
-    if tcp_info(fd).is_ok_and(|info| info.past_reset) {
-        return Ok(reset_on_close(fd, false)?);
+    if is_past_reset(fd) {
+        return Ok(());
     }
     // SAFETY: `sockaddr` is plain numbers, for which all zeros is a valid value.
     let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
