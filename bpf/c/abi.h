@@ -51,8 +51,8 @@ struct flow {
 	__u32 window_bytes;	/* user: the largest receive window of the source */
 	__u32 settable_bytes;	/* user: the largest receive buffer that the kernel lets anyone ask for */
 	__u32 narrowed;		/* less than that is announced now */
-	__u32 tick;		/* when a small segment came last, CLOCK_MONOTONIC in units of 2^20 ns */
-	__u32 tick_segments;	/* how many have come in that tick; TICK_CROWDED */
+	__u32 tick;		/* when a small segment came last behind another, CLOCK_MONOTONIC in units of 2^20 ns */
+	__u32 tick_segments;	/* how many such have come in that tick; TICK_CROWDED */
 	__u32 crowded_ticks;	/* in the present period */
 	__u32 period_start;	/* its first tick */
 };

@@ -260,6 +260,9 @@ static __always_inline int is_to_gather(struct flow *flow, struct cpu_total *tot
 	}
 	if (!flow->small)
 		flow->small = 1;
+	/* A question, or an answer: there is nothing to be put together with it. */
+	if (outstanding <= (__s32)len && flow->queued < CROWD_WAITING)
+		return 0;
 	tick = bpf_ktime_get_ns() >> 20;
 	if (total->tick != tick) {
 		total->tick = tick;
@@ -273,7 +276,7 @@ static __always_inline int is_to_gather(struct flow *flow, struct cpu_total *tot
 	flow->tick_segments++;
 	if (flow->tick_segments & TICK_CROWDED)
 		return 0;
-	is_fast = total->tick_segments >= CROWD_SEGMENTS && flow->tick_segments >= CROWD_OWN && outstanding > (__s32)len;
+	is_fast = total->tick_segments >= CROWD_SEGMENTS && flow->tick_segments >= CROWD_OWN;
 	if ((!is_fast && flow->queued < CROWD_WAITING) || sk->sk_wmem_queued >= sk->sk_sndbuf >> 1)
 		return 0;
 	flow->tick_segments |= TICK_CROWDED;
