@@ -193,6 +193,13 @@ pub fn tell(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).expect("signalling a worker");
 }
 
+/// What stood still goes on: half a reload that did not come about is over.
+fn go_on(old: &[i32], last: i32) {
+    old.iter()
+        .chain([&last])
+        .for_each(|&pid| tell(pid, Signal::SIGCONT));
+}
+
 /// How often half a reload is tried: on a busy machine the second worker is mostly ready before anybody can stop it.
 pub const HALVES: usize = 50;
 
@@ -218,10 +225,7 @@ pub fn half_a_reload(proxy: &Proxy) -> Option<(Vec<i32>, i32)> {
         pause(300);
     }
     if process::is_past_its_start(last) || proxy.log().contains("generation 2 serves") {
-        [&old[..], &[last]]
-            .concat()
-            .iter()
-            .for_each(|&pid| tell(pid, Signal::SIGCONT));
+        go_on(&old, last);
         return None;
     }
     Some((old, last))
@@ -260,6 +264,17 @@ fn the_limit_of_all_sessions_of_a_worker_is_changed_by_a_reload_and_not_by_one_t
 #[test]
 fn sessions_that_workers_of_a_refused_generation_have_taken_go_on() {
     let echo = Upstream::echo("127.0.0.1");
+    let answers = |client: &mut std::net::TcpStream| {
+        let patience = Duration::from_millis(100);
+        client
+            .set_read_timeout(Some(patience))
+            .expect("setting a timeout");
+        let answers = ping(client, 1, 1).is_ok();
+        client
+            .set_read_timeout(Some(PATIENCE))
+            .expect("setting a timeout");
+        answers
+    };
     // With a store that both generations have, and with one of its own.
     for worker_connections in [1024, 999] {
         let begin = || {
@@ -268,37 +283,26 @@ fn sessions_that_workers_of_a_refused_generation_have_taken_go_on() {
             let proxy = plan.start();
             let text = format!("worker_connections = {worker_connections}");
             proxy.edit("worker_connections = 1024", &text);
-            let half = half_a_reload(&proxy)?;
-            Some((front, proxy, half))
-        };
-        let (front, proxy, (old, last)) = (0..HALVES)
-            .find_map(|_| begin())
-            .expect("a worker that is not ready");
-        let answers = |client: &mut std::net::TcpStream| {
-            let patience = Duration::from_millis(100);
-            client
-                .set_read_timeout(Some(patience))
-                .expect("setting a timeout");
-            let answers = ping(client, 1, 1).is_ok();
-            client
-                .set_read_timeout(Some(PATIENCE))
-                .expect("setting a timeout");
-            answers
-        };
-        // So many at once that each slot has some, on whatever CPU they come. Those of the other slot wait there.
-        let clients: Vec<_> = (0..48).map(|_| connect(front)).collect();
-        let (mut taken, mut waiting) = (Vec::new(), Vec::new());
-        for mut client in clients {
-            match taken.len() < 3 && answers(&mut client) {
-                true => taken.push(client),
-                false => waiting.push(client),
+            let (old, last) = half_a_reload(&proxy)?;
+            // So many at once that each slot has some, on whatever CPU they come. Those of the other slot wait there.
+            let clients: Vec<_> = (0..48).map(|_| connect(front)).collect();
+            let (mut taken, mut waiting) = (Vec::new(), Vec::new());
+            for mut client in clients {
+                match taken.len() < 3 && answers(&mut client) {
+                    true => taken.push(client),
+                    false => waiting.push(client),
+                }
             }
-        }
-        assert!(
-            !taken.is_empty(),
-            "the first new worker serves nobody: {}",
-            proxy.log()
-        );
+            if taken.is_empty() {
+                // The first one was not ready in time, or was stopped with what it waits for.
+                go_on(&old, last);
+                return None;
+            }
+            Some((proxy, old, last, taken, waiting))
+        };
+        let (proxy, old, last, mut taken, waiting) = (0..HALVES)
+            .find_map(|_| begin())
+            .expect("a worker that is ready beside one that is not");
         tell(last, Signal::SIGKILL);
         let refused = || proxy.log().contains("reload refused");
         assert!(within(PATIENCE, refused), "{}", proxy.log());
@@ -342,10 +346,7 @@ fn sessions_of_a_listener_that_was_refused_are_never_another_listeners() {
         // Well before the reload is refused because of the other one.
         let taken = || process::connections(new[0]).len() >= 2;
         if !within(Duration::from_secs(3), taken) {
-            [&old[..], &[last]]
-                .concat()
-                .iter()
-                .for_each(|&pid| tell(pid, Signal::SIGCONT));
+            go_on(&old, last);
             return None;
         }
         Some((front, proxy, old, last, clients))
