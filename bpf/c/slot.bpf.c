@@ -240,7 +240,7 @@ static __always_inline int has_room(struct slot_total *total)
 }
 
 /*
- * Whether small segments come faster than is good for the kernel thread, which a wake-up and a tcp_sendmsg each cost. User space
+ * Whether small segments come faster than is good for the kernel thread: each costs a wake-up and a tcp_sendmsg. User space
  * reads many at once. A reader that is slow is no reason: what its socket has no space for waits, whoever copies it.
  */
 static __always_inline int is_to_gather(struct flow *flow, struct cpu_total *total, struct tcp_sock *target, __u32 len,

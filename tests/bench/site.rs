@@ -60,12 +60,9 @@ pub fn way(text: &str) -> Result<Way> {
         ms <= 1000 && (1..=10_000).contains(&mbit_s) && lost <= 1_000_000,
         "--way {text} is out of range"
     );
+    let queue_bytes = mbit_s * 125 * (2 * ms).max(20);
     Ok(Way {
-        delay: Duration::from_millis(ms),
-        mbit_s,
-        queue_bytes: mbit_s * 125 * (2 * ms).max(20),
         lost,
-        doubled: 0,
-        late: 0,
+        ..Way::faultless(Duration::from_millis(ms), mbit_s, queue_bytes)
     })
 }

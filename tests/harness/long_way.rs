@@ -39,6 +39,20 @@ pub struct Way {
     pub late: u64,
 }
 
+impl Way {
+    /// One that does nothing to packets but make them wait.
+    pub fn faultless(delay: Duration, mbit_s: u64, queue_bytes: u64) -> Way {
+        Way {
+            delay,
+            mbit_s,
+            queue_bytes,
+            lost: 0,
+            doubled: 0,
+            late: 0,
+        }
+    }
+}
+
 /// What became of the packets.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Packets {

@@ -91,7 +91,7 @@ impl Worker {
                 }
                 for direction in Direction::BOTH {
                     let drain = session.stream(direction).drain;
-                    if drain.is_some_and(|drain| drain.look_ms <= now_ms)
+                    if drain.is_some_and(|drain| drain.look_ms() <= now_ms)
                         && let Next::Close(reason) = self.look_at_flow(token, session, direction)
                     {
                         return Next::Close(reason);
@@ -221,7 +221,7 @@ impl Worker {
                 wake_ms = wake_ms.min(pace.due_ns().div_ceil(1_000_000));
             }
             wake_ms = wake_ms.min(stream.due_back_ms().unwrap_or(u64::MAX));
-            wake_ms = wake_ms.min(stream.drain.map_or(u64::MAX, |drain| drain.look_ms));
+            wake_ms = wake_ms.min(stream.drain.map_or(u64::MAX, |drain| drain.look_ms()));
             // What looks at the session for another reason, maybe every few milliseconds, must not put this off.
             if stream.way == Way::Settling || (stream.way == Way::Kernel && end_is_near) {
                 wake_ms = wake_ms.min(stream.look_ms);

@@ -322,7 +322,7 @@ impl Worker {
         for (token, direction) in flows {
             self.with_session(token, |worker, session| {
                 let drain = session.stream(direction).drain;
-                if drain.is_some_and(|drain| drain.look_ms > clock::now_ms()) {
+                if drain.is_some_and(|drain| drain.look_ms() > clock::now_ms()) {
                     // Its own clock runs.
                     worker.note_paused(token, direction);
                     return worker.wait(session);

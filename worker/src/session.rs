@@ -14,6 +14,7 @@ use culvert_shared::queue::Claim;
 use nix::errno::Errno;
 
 use crate::busy::Seen;
+use crate::drain::Drain;
 use crate::gather::Gathering;
 use crate::hosts::Host;
 use crate::http::Connection;
@@ -57,20 +58,6 @@ pub enum Buffers {
     Wide,
     /// The source's no larger than its share of the worker's total.
     Narrow,
-}
-
-/// The longest time after which a target that drains is looked at again: all that are held back are, so often.
-const LONGEST_DRAIN_MS: u64 = 100;
-
-/// The clock of a target that drains.
-#[derive(Clone, Copy)]
-pub struct Drain {
-    /// When it is looked at.
-    pub look_ms: u64,
-    /// When it was last looked at,
-    seen_ms: u64,
-    /// and what its peer had acknowledged then, low 32 bits.
-    acked_bytes: u32,
 }
 
 /// One direction of a session.
@@ -159,29 +146,9 @@ impl Stream {
         self.patience_ms = (2 * self.patience_ms).min(longest_ms);
     }
 
-    /// Its source is held back, and was looked at. It is looked at again when its target will have drained: at the pace of its last
-    /// round trip first, and soon where little is on its way yet; at that since the last look from then on. Where nothing is
-    /// acknowledged, after twice the time each time.
+    /// Its source is held back, and was looked at: its clock runs from now on.
     pub fn held(&mut self, now_ms: u64, now: &Outstanding) {
-        let above_bytes = f64::from(now.above_bytes);
-        let wait_ms = match self.drain {
-            None => {
-                let part = above_bytes / now.in_flight_bytes as f64;
-                (1e3 * now.round_trip.as_secs_f64() * part.min(0.25)) as u64
-            }
-            Some(former) => {
-                let elapsed_ms = now_ms.saturating_sub(former.seen_ms).max(1);
-                match now.acked_bytes.wrapping_sub(former.acked_bytes) {
-                    0 => 2 * elapsed_ms,
-                    acked => (elapsed_ms as f64 * above_bytes / f64::from(acked)) as u64,
-                }
-            }
-        };
-        self.drain = Some(Drain {
-            look_ms: now_ms + wait_ms.clamp(1, LONGEST_DRAIN_MS),
-            seen_ms: now_ms,
-            acked_bytes: now.acked_bytes,
-        });
+        self.drain = Some(Drain::after(self.drain, now_ms, now));
     }
 
     /// The target's TCP has everything that it was sent. Says whether the end of the stream is due now.
@@ -570,8 +537,6 @@ pub struct Failed {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use proptest::prelude::*;
 
@@ -605,69 +570,20 @@ mod tests {
         assert_eq!(stream.way, Way::Relay);
     }
 
-    /// Its looks from `from_ms` on, for so long, at a target that has `acked` acknowledged and `above` to go at each time.
-    fn looks(
-        stream: &mut Stream,
-        from_ms: u64,
-        for_ms: u64,
-        acked: impl Fn(u64) -> u32,
-        above: impl Fn(u64) -> u32,
-    ) -> Vec<u64> {
-        let (mut now_ms, mut looks) = (from_ms, Vec::new());
-        while now_ms < from_ms + for_ms {
-            let now = Outstanding {
-                acked_bytes: acked(now_ms),
-                above_bytes: above(now_ms),
-                in_flight_bytes: 0,
-                round_trip: Duration::from_micros(100),
-            };
-            stream.held(now_ms, &now);
-            looks.push(now_ms);
-            now_ms = stream.drain.expect("its clock runs").look_ms;
-        }
-        looks
-    }
-
     #[test]
-    fn a_target_is_looked_at_when_it_has_drained_and_a_slow_one_rarely() {
+    fn the_clock_of_a_held_back_source_ends_with_that() {
         let mut stream = Stream::new();
         stream.offload();
-        let stopped = looks(&mut stream, 0, 10_000, |_| 7, |_| 2_000_000);
-        assert_eq!(stopped[..8], [0, 1, 3, 7, 15, 31, 63, 127]);
-        assert_eq!(stopped.len(), 8 + 98, "every 100 ms");
-        // 10 bytes each millisecond.
-        stream.drain = None;
-        let slow = looks(&mut stream, 0, 10_000, |now_ms| 10 * now_ms as u32, |_| 2_000_000);
-        assert!(slow.len() < 105, "{slow:?}");
-        // 50 ms, as it turns out at the second look.
-        stream.drain = None;
-        let above = |now_ms| 1_000_000u32.saturating_sub(20_000 * now_ms as u32);
-        let fast = looks(&mut stream, 0, 50, |now_ms| 20_000 * now_ms as u32, above);
-        assert_eq!(fast, [0, 1]);
-        assert_eq!(stream.drain.expect("its clock runs").look_ms, 50);
+        let now = Outstanding {
+            acked_bytes: 0,
+            above_bytes: 1,
+            in_flight_bytes: 1,
+            round_trip: std::time::Duration::ZERO,
+        };
+        stream.held(5, &now);
+        assert_eq!(stream.drain.expect("its clock runs").look_ms(), 6);
         stream.settle();
         assert!(stream.drain.is_none(), "it is not held back any more");
-    }
-
-    #[test]
-    fn what_is_all_on_its_way_is_looked_at_by_the_round_trip() {
-        let mut stream = Stream::new();
-        stream.offload();
-        let mut first = |in_flight_bytes| {
-            let now = Outstanding {
-                acked_bytes: 0,
-                above_bytes: 500_000,
-                in_flight_bytes,
-                round_trip: Duration::from_millis(80),
-            };
-            stream.drain = None;
-            stream.held(1_000, &now);
-            stream.drain.expect("its clock runs").look_ms - 1_000
-        };
-        assert_eq!(first(4_000_000), 10);
-        // Little of it is yet.
-        assert_eq!(first(1_448), 20);
-        assert_eq!(first(0), 20);
     }
 
     proptest! {
