@@ -101,27 +101,25 @@ fn a_stream_whose_packets_are_lost_on_the_way_stays_in_the_kernel_and_is_as_fast
         let direct = time(&client, &mut server, TOTAL);
         drop((client, server));
 
-        let mut plan = Plan::new();
-        let front = Front::between(&mut plan, "10.84.0.2", "127.0.0.1", "");
-        let proxy = plan.start();
-        let client = networks.within(0, || connect(front.address));
-        let mut upstream = front.accept();
-        let proxied = time(&client, &mut upstream, TOTAL);
-        drop((client, upstream));
-        let status = proxy.settle();
-        let gathers = status.number("/gathers");
-        eprintln!("direct {direct:.2?}, by the proxy {proxied:.2?}, {gathers} gathers");
-        // A burst or two may look like small pieces on a busy machine, and half a second is copied after each.
-        let (sockmap, all) = (status.sockmap().sum(), status.carried().sum());
-        assert!(
-            sockmap * 5 > all * 2,
-            "{sockmap} of {all} bytes through the kernel"
-        );
-        must_be_sound(&status);
-        assert!(
-            proxied < direct * 3 / 2,
-            "{proxied:.2?} for what a direct connection does in {direct:.2?}"
-        );
+        // Where others keep the processors from the kernel thread bursts wait, and look like small pieces after all.
+        const TRIES: u32 = 3;
+        let is_so = (0..TRIES).any(|_| {
+            let mut plan = Plan::new();
+            let front = Front::between(&mut plan, "10.84.0.2", "127.0.0.1", "");
+            let proxy = plan.start();
+            let client = networks.within(0, || connect(front.address));
+            let mut upstream = front.accept();
+            let proxied = time(&client, &mut upstream, TOTAL);
+            drop((client, upstream));
+            let status = proxy.settle();
+            must_be_sound(&status);
+            let (sockmap, gathers) = (status.sockmap().sum(), status.number("/gathers"));
+            eprintln!(
+                "direct {direct:.2?}, by the proxy {proxied:.2?}; {sockmap} of {TOTAL} bytes by the kernel, {gathers} gathers"
+            );
+            sockmap * 10 > TOTAL * 7 && proxied < direct * 3 / 2
+        });
+        assert!(is_so, "it is slower, or copied, each time");
     });
 }
 

@@ -5,6 +5,7 @@ mod harness;
 
 mod adoption;
 mod chaos;
+mod deaf;
 mod gather;
 mod held_back;
 mod long_links;

@@ -64,6 +64,7 @@ mod tests {
                 above_bytes: above(now_ms),
                 in_flight_bytes: 0,
                 round_trip: Duration::from_micros(100),
+                is_deaf: false,
             };
             looks.push(now_ms);
             now_ms = drain.insert(Drain::after(drain, now_ms, &now)).look_ms();
@@ -92,6 +93,7 @@ mod tests {
                 above_bytes: 500_000,
                 in_flight_bytes,
                 round_trip: Duration::from_millis(80),
+                is_deaf: false,
             };
             Drain::after(None, 1_000, &now).look_ms() - 1_000
         };

@@ -25,6 +25,7 @@ mod close;
 mod confine;
 mod connect;
 mod control;
+mod deaf;
 mod dial;
 mod drain;
 mod drive;

@@ -176,6 +176,9 @@ impl Worker {
             Hold::On(outstanding) => {
                 self.note_paused(token, direction);
                 session.stream(direction).held(clock::now_ms(), &outstanding);
+                if outstanding.is_deaf {
+                    return self.read_deaf(token, session, direction.opposite());
+                }
             }
             Hold::Full => {
                 self.note_paused(token, direction);
@@ -267,7 +270,7 @@ impl Worker {
 
     /// Sizes a buffer; the kernel doubles it. More than the host lets everybody have (208 KiB, unless somebody has raised it)
     /// only the master can give. False: it has no room to hear that now.
-    fn size(&self, socket: BorrowedFd<'_>, buffer: Buffer, bytes: usize) -> bool {
+    pub(crate) fn size(&self, socket: BorrowedFd<'_>, buffer: Buffer, bytes: usize) -> bool {
         let sized = match buffer {
             Buffer::Send if bytes <= self.limits.send_bytes => sockets::set_send_buffer(socket, bytes),
             Buffer::Receive if bytes <= self.limits.receive_bytes => {
@@ -282,7 +285,7 @@ impl Worker {
     }
 
     /// The sizes that the buffers of a socket were given by its listener, in bytes: receive, send.
-    fn given_sizes(&self, session: &Session, side: Side) -> (Option<usize>, Option<usize>) {
+    pub(crate) fn given_sizes(&self, session: &Session, side: Side) -> (Option<usize>, Option<usize>) {
         let listener = self.rows.iter().zip(&self.addresses);
         let mut listener = listener.filter(|((row, _), _)| *row == session.listener);
         let Some(((_, server), address)) = listener.next().filter(|_| side == Side::Downstream) else {

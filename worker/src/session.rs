@@ -579,6 +579,7 @@ mod tests {
             above_bytes: 1,
             in_flight_bytes: 1,
             round_trip: std::time::Duration::ZERO,
+            is_deaf: false,
         };
         stream.held(5, &now);
         assert_eq!(stream.drain.expect("its clock runs").look_ms(), 6);

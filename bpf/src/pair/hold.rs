@@ -36,6 +36,8 @@ pub struct Outstanding {
     pub in_flight_bytes: u64,
     /// The last round trip's time.
     pub round_trip: Duration,
+    /// It may be that the target does not hear what is acknowledged ([`TcpInfo::is_deaf`]).
+    pub is_deaf: bool,
 }
 
 impl SlotMaps {
@@ -98,6 +100,7 @@ impl SlotMaps {
             above_bytes: u32::try_from(above).unwrap_or(u32::MAX),
             in_flight_bytes: info.in_flight_bytes,
             round_trip: info.round_trip,
+            is_deaf: info.is_deaf(),
         })
     }
 

@@ -26,6 +26,9 @@ pub struct TcpInfo {
     pub receive_window: Option<u32>,
     /// Bytes on their way, whole segments: sent and not acknowledged (`tcpi_unacked`).
     pub in_flight_bytes: u64,
+    /// Nothing has been heard since what is on its way was sent again, or a closed window probed, after a timeout (`tcpi_retransmits`,
+    /// `tcpi_probes`).
+    pub timed_out: bool,
     /// The smoothed round-trip time (`tcpi_rtt`).
     pub round_trip: Duration,
     /// By how many bits windows are shifted: those that the peer tells in the lower four, our own in the others.
@@ -64,9 +67,20 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
         receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
             .then_some(info.tcpi_rcv_wnd),
         in_flight_bytes: u64::from(info.tcpi_unacked) * u64::from(info.tcpi_snd_mss),
+        timed_out: info.tcpi_retransmits > 0 || info.tcpi_probes > 0,
         round_trip: Duration::from_micros(info.tcpi_rtt.into()),
         window_scales: info.tcpi_snd_rcv_wscale,
     })
+}
+
+impl TcpInfo {
+    /// Whether the connection may be deaf: its receive buffer is full, its window is closed, and Linux takes no acknowledgement from
+    /// a segment beyond that window (tcp_sequence; since 6.17 not from one that begins within it either). A peer that had sent
+    /// more before it closed has nothing else to say it with, so what it has long received is sent to it again and again
+    /// until something is read here.
+    pub fn is_deaf(&self) -> bool {
+        self.timed_out && self.receive_window == Some(0)
+    }
 }
 
 /// Whether neither end has ended its stream: only then does a sockmap take the socket
