@@ -23,7 +23,8 @@ pub use cgroup::Cgroup;
 pub use events::{Event, EventKind, Events};
 pub use load::{Bpf, ENTRY_DESCRIPTORS, Entry, SlotState, Totals, trial};
 pub use pair::{
-    FlowState, Hold, Joined, LaneNumber, OWN_DESCRIPTORS, Outstanding, SlotMaps, Terms, largest_window,
+    FlowState, Hold, Joined, LaneNumber, OWN_DESCRIPTORS, Outstanding, SlotMaps, Terms, largest_send_buffer,
+    largest_window,
 };
 pub use probe::{libbpf_version, probe};
 pub use take_over::layout;

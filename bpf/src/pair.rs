@@ -75,6 +75,13 @@ pub fn largest_window(backlog_bytes: u32) -> u32 {
     backlog_bytes.max(WINDOW_BYTES_MIN).min(i32::MAX as u32)
 }
 
+/// The largest send buffer that a socket is given (`SO_SNDBUF`; the kernel doubles it): one window's bytes have room behind another's.
+pub fn largest_send_buffer(backlog_bytes: u32) -> u32 {
+    largest_window(backlog_bytes)
+        .saturating_mul(2)
+        .min(i32::MAX as u32)
+}
+
 /// On what terms a pair is joined.
 pub struct Terms {
     /// Now, CLOCK_MONOTONIC.

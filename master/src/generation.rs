@@ -63,7 +63,7 @@ impl Generation {
             .servers
             .iter()
             .map(|server| server.stream.ebpf_backlog_size);
-        backlogs.map(culvert_bpf::largest_window).max().unwrap_or(0)
+        backlogs.map(culvert_bpf::largest_send_buffer).max().unwrap_or(0)
     }
 
     /// Builds the first one.

@@ -36,7 +36,7 @@ impl Worker {
             && given.is_none()
             && let Some(socket) = session.socket(target(direction))
         {
-            let bytes = 2 * culvert_bpf::largest_window(session.settings.ebpf_backlog_size) as usize;
+            let bytes = culvert_bpf::largest_send_buffer(session.settings.ebpf_backlog_size) as usize;
             // What the master has no room to hear is said again: this is called by the clock until the circle is broken.
             let _ = self.size(socket.as_fd(), Buffer::Send, bytes);
         }
