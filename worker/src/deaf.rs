@@ -3,7 +3,8 @@
 //! acknowledged. What breaks the circle is to read one of them, whatever the other one has outstanding.
 //!
 //! Two streams of small pieces bring it about that cross: as many as a window allows take more room than there is, and with
-//! each of them another is allowed (tcp_select_window rounds up what it must not shrink, 6.12).
+//! each of them another is allowed (tcp_select_window rounds up what it must not shrink, 6.12). Linux 6.17 and later have it, up to where
+//! "tcp: implement RFC 7323 window retraction receiver requirements" (0e24d17bd966) is in.
 //!
 //! [`TcpInfo::is_deaf`]: culvert_shared::sys::socket::TcpInfo::is_deaf
 

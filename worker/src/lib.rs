@@ -1,7 +1,7 @@
 //! A worker process: accepts, connects, hands sessions to the kernel, watches them end.
 //!
 //! A session's way, file by file: `accept` → `table` (its slot) → `preread` (what its client must send first) → `route` → `balance` → `connect` →
-//! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back, `drain`: until when, `gather`: small pieces are copied for a while) or `relay` (user space copies, no faster than `pace` lets it) → `close` (totals, reason, log line).
+//! `offload` (the kernel takes the pair; `pressure`: it holds a fast side back, `drain`: until when, `deaf`: and what may not be, `gather`: small pieces are copied for a while) or `relay` (user space copies, no faster than `pace` lets it) → `close` (totals, reason, log line).
 //! `naming` lets sessions wait for the addresses of a host that they lead to by name, `hosts` knows those that were asked for.
 //! `queue` lets sessions wait for a place at a peer, `check` asks the peers whether they live, beside all sessions.
 //! `keep` lets a session outlive this process, `adopt` takes over what another one left.

@@ -292,7 +292,8 @@ impl Worker {
             help,
             self.totals.as_ref().map_or(0, |totals| totals.pauses()),
         );
-        let help = "Times that small pieces came so fast that they were copied for a while.";
+        let help =
+            "Times that a direction was copied for a while, most often because small pieces came too fast.";
         page.one(
             "culvert_datapath_gathers_total",
             COUNTER,

@@ -171,25 +171,30 @@ impl Worker {
         if paused && gathers {
             return self.gather(token, session, direction);
         }
-        match self.hold(session, direction) {
+        let is_deaf = match self.hold(session, direction) {
             Hold::Drained => return self.resume(token, session, direction),
             Hold::On(outstanding) => {
                 self.note_paused(token, direction);
                 session.stream(direction).held(clock::now_ms(), &outstanding);
-                if outstanding.is_deaf {
-                    return self.read_deaf(token, session, direction.opposite());
-                }
+                outstanding.is_deaf
             }
-            Hold::Full => {
+            Hold::Full { is_deaf } => {
                 self.note_paused(token, direction);
                 session.stream(direction).drain = None;
                 let now_ms = clock::now_ms();
                 self.wheel
                     .set_earlier(RECOUNT_TIMER, self.pressure.recount_ms.max(now_ms));
+                is_deaf
             }
-            Hold::Off => session.stream(direction).drain = None,
+            Hold::Off => {
+                session.stream(direction).drain = None;
+                false
+            }
+        };
+        match is_deaf {
+            true => self.read_deaf(token, session, direction.opposite()),
+            false => self.wait(session),
         }
-        self.wait(session)
     }
 
     /// A flow is held back, from now on or since before this worker had it.

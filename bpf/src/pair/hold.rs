@@ -20,7 +20,10 @@ pub enum Hold {
     /// It is, although its target has drained: it may be let go.
     Drained,
     /// It is, and its target has drained, but the slot has too much outstanding.
-    Full,
+    Full {
+        /// As [`Outstanding::is_deaf`].
+        is_deaf: bool,
+    },
     /// It is, and has to be.
     On(Outstanding),
 }
@@ -92,7 +95,9 @@ impl SlotMaps {
         if above < 0 {
             return match self.has_room(place, direction) {
                 true => Hold::Drained,
-                false => Hold::Full,
+                false => Hold::Full {
+                    is_deaf: info.is_deaf(),
+                },
             };
         }
         Hold::On(Outstanding {
