@@ -26,8 +26,8 @@ pub struct TcpInfo {
     pub receive_window: Option<u32>,
     /// Bytes on their way, whole segments: sent and not acknowledged (`tcpi_unacked`).
     pub in_flight_bytes: u64,
-    /// Nothing has been heard since what is on its way was sent again, or a closed window probed, after a timeout (`tcpi_retransmits`,
-    /// `tcpi_probes`).
+    /// Nothing has been heard since what is on its way was sent again after a timeout (`tcpi_retransmits`), or since a closed window was
+    /// probed the third time (`tcpi_probes`): within 500 ms a peer answers once (tcp_oow_rate_limited, 6.12).
     pub timed_out: bool,
     /// The smoothed round-trip time (`tcpi_rtt`).
     pub round_trip: Duration,
@@ -67,7 +67,7 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
         receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
             .then_some(info.tcpi_rcv_wnd),
         in_flight_bytes: u64::from(info.tcpi_unacked) * u64::from(info.tcpi_snd_mss),
-        timed_out: info.tcpi_retransmits > 0 || info.tcpi_probes > 0,
+        timed_out: info.tcpi_retransmits > 0 || info.tcpi_probes > 2,
         round_trip: Duration::from_micros(info.tcpi_rtt.into()),
         window_scales: info.tcpi_snd_rcv_wscale,
     })
