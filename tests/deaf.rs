@@ -49,7 +49,7 @@ fn cross(front: &Front) -> Duration {
 #[test]
 fn streams_of_small_pieces_that_fill_both_sides_both_arrive() {
     let _alone = alone();
-    // About one in four of them hangs without it.
+    // Without `read_deaf` about one in four of them hangs.
     const SESSIONS: u64 = 6;
     let (proxy, front) = proxy_with("::1", "ebpf_backlog_size = \"64k\"");
     for _ in 0..SESSIONS {
