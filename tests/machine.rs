@@ -6,6 +6,7 @@ mod harness;
 mod adoption;
 mod chaos;
 mod deaf;
+mod flooded;
 mod gather;
 mod held_back;
 mod long_links;

@@ -22,6 +22,7 @@ struct sock {
 		struct {
 			int counter;
 		} rmem_alloc;
+		int len;
 	} sk_backlog;
 	int sk_rcvbuf;
 	int sk_sndbuf;

@@ -288,6 +288,27 @@ static __always_inline int is_to_gather(struct flow *flow, struct cpu_total *tot
 	return flow->crowded_ticks >= CROWD_TICKS;
 }
 
+/*
+ * Whether the source's socket backlog may close its window for good. While somebody holds the lock of the source (who kicks
+ * it; the kernel thread that sends to it), what arrives waits in that backlog, and is forwarded when the lock is released. Over
+ * loopback the answer to each of our ACKs is there at once, so it goes on and on. All that has passed through the
+ * backlog counts until the release is over (__release_sock) and is taken off the window that is announced (tcp_space); and
+ * then there is no reader who would open it: the sender goes on when it probes, 200 ms later. So there is a pause early: the rest
+ * waits in the receive queue, and its window is opened when that is taken.
+ */
+static __always_inline int is_flooded(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct tcp_sock *source;
+
+	if (!sk)
+		return 0;
+	source = bpf_skc_to_tcp_sock(sk);
+	if (!source)
+		return 0;
+	return source->inet_conn.icsk_inet.sk.sk_backlog.len > source->inet_conn.icsk_inet.sk.sk_rcvbuf >> 2;
+}
+
 static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u32 index, struct tcp_sock *target)
 {
 	struct slot_total *shared = slot();
@@ -347,7 +368,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 			trouble(flow, index, FLOW_RUNAWAY);
 		return SK_PASS;
 	}
-	if (behind > (__s32)flow->high_bytes || (behind > FLOW_FLOOR && is_full(shared))) {
+	if (behind > (__s32)flow->high_bytes || (behind > FLOW_FLOOR && is_full(shared)) || is_flooded(skb)) {
 		flow->wake = 1;
 		flow->pause = PAUSE_WANTED;
 	} else if (total && is_to_gather(flow, total, target, len, outstanding)) {

@@ -1,0 +1,117 @@
+//! Ends that have more to send than the first window, at once: over loopback their answer to an ACK is there before whoever holds
+//! the proxy's socket has let it go, and must not be left with a closed window. See `is_flooded` in `bpf/c/slot.bpf.c`.
+
+use std::io::Write;
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::harness::pattern::fill;
+use crate::harness::slow::{DOWN, MIB, UP, must_be_sound};
+use crate::harness::turns::alone;
+use crate::harness::{Plan, Proxy, Upstream, connect, receive};
+
+/// A sender with a closed window probes after 200 ms (TCP_RTO_MIN).
+const PROBE: Duration = Duration::from_millis(150);
+const SESSIONS: usize = 40;
+
+/// What a stream has in its first bytes, ready to be sent at once.
+fn ready(seed: u64, bytes: u64) -> Vec<u8> {
+    let mut buffer = vec![0; bytes as usize];
+    fill(seed, 0, &mut buffer);
+    buffer
+}
+
+/// Pours all of it out, and ends when the other end has.
+fn pour(mut stream: &TcpStream, bytes: &[u8]) {
+    stream.write_all(bytes).expect("sending");
+    stream.shutdown(Shutdown::Write).expect("ending the stream");
+    receive(&mut stream, DOWN).must_be_whole(0);
+}
+
+/// The other end.
+fn take(mut stream: &TcpStream, bytes: u64) {
+    receive(&mut stream, UP).must_be_whole(bytes);
+    stream.shutdown(Shutdown::Write).expect("ending the stream");
+}
+
+/// A proxy that offloads at once. Says how long each of the sessions takes in which one end, the client or the upstream, pours
+/// so many bytes out.
+fn sessions(bytes: u64, is_client: bool) -> Vec<Duration> {
+    let poured = Arc::new(ready(UP, bytes));
+    let theirs = poured.clone();
+    let upstream = Upstream::serve("127.0.0.1", move |stream| match is_client {
+        true => take(&stream, bytes),
+        false => pour(&stream, &theirs),
+    });
+    let mut plan = Plan::new();
+    let front = plan.server_with("127.0.0.1", &upstream, "ebpf_offload_after = \"0\"");
+    let proxy = plan.start();
+    let times = (0..SESSIONS).map(|_| {
+        let since = Instant::now();
+        let client = connect(front);
+        match is_client {
+            true => pour(&client, &poured),
+            false => take(&client, bytes),
+        }
+        upstream.result();
+        since.elapsed()
+    });
+    let times = times.collect();
+    must_have_been_the_kernel(&proxy, bytes * SESSIONS as u64);
+    times
+}
+
+/// What ends while it is held back is copied, so not all of it is the kernel's.
+fn must_have_been_the_kernel(proxy: &Proxy, bytes: u64) {
+    let status = proxy.settle();
+    must_be_sound(&status);
+    let carried = status.sockmap().sum();
+    assert!(carried >= bytes / 2, "{carried} of {bytes} bytes through the kernel");
+}
+
+fn must_not_wait_for_probes(times: &[Duration]) {
+    let late = times.iter().filter(|time| **time >= PROBE).count();
+    eprintln!("{late} of {SESSIONS} late");
+    assert!(late <= SESSIONS / 10, "{late} of {SESSIONS} sessions were late: {times:?}");
+}
+
+#[test]
+fn a_client_that_has_much_to_say_at_once_does_not_have_to_probe() {
+    let _alone = alone();
+    for bytes in [300_000, MIB] {
+        must_not_wait_for_probes(&sessions(bytes, true));
+    }
+}
+
+#[test]
+fn a_server_that_has_much_to_say_at_once_does_not_have_to_probe() {
+    let _alone = alone();
+    for bytes in [300_000, MIB] {
+        must_not_wait_for_probes(&sessions(bytes, false));
+    }
+}
+
+#[test]
+fn a_receive_buffer_of_a_fixed_size_does_not_make_bulk_wait_for_probes() {
+    let _alone = alone();
+    const BYTES: u64 = 256 * MIB;
+    let upstream = Upstream::serve("127.0.0.1", |mut stream| {
+        std::io::copy(&mut stream, &mut std::io::sink()).expect("receiving")
+    });
+    let mut plan = Plan::new();
+    let own = plan.server(&upstream);
+    let fixed = plan.server_listening("rcvbuf = \"256k\"", &upstream, "");
+    let proxy = plan.start();
+    let bytes = ready(UP, BYTES);
+    let times = [own, fixed].map(|front| {
+        let since = Instant::now();
+        pour(&connect(front), &bytes);
+        assert_eq!(upstream.result(), BYTES);
+        since.elapsed()
+    });
+    must_have_been_the_kernel(&proxy, 2 * BYTES);
+    eprintln!("{times:?}");
+    // Each pause would cost 200 ms, and there is one for each few megabytes.
+    assert!(times[1] < 8 * times[0] + PROBE, "{times:?}");
+}
