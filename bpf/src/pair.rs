@@ -65,11 +65,6 @@ pub struct FlowState {
     pub gathers: bool,
 }
 
-/// So much waits in the receive queue of a socket whose sender has more, and a quarter of the first window (64 KiB).
-const MUCH_UNREAD_BYTES: u64 = 16 << 10;
-/// The receive window for which the buffer of such a socket has to be large enough.
-const WIDE_BYTES: i32 = 512 << 10;
-
 /// No source is allowed less on its way, however little may wait for its target.
 const WINDOW_BYTES_MIN: u32 = 4 << 20;
 
@@ -290,9 +285,6 @@ impl SlotMaps {
             }
             flow.flags.store(0, Release);
         }
-        for (socket, _) in sockets.iter().zip(wanted).filter(|(_, wanted)| *wanted) {
-            widen(*socket);
-        }
         let joined = self.insert(place, sockets, wanted);
         match &joined {
             // Refused only for what is not a socket (sk_setsockopt), and these two are.
@@ -388,7 +380,6 @@ impl SlotMaps {
         ] {
             counter.store(0, Relaxed);
         }
-        widen(source);
         let rejoined = self.insert_socket(&self.sources, index, source).is_ok();
         if rejoined {
             let _ = socket::set_receive_low_water(source, 1);
@@ -506,17 +497,6 @@ impl SlotMaps {
 }
 
 /// Runs a program of the type BPF_PROG_TYPE_SYSCALL on `context`, and returns its answer.
-/// Gives a socket that is about to become a source, and in which much waits, a receive buffer that holds some large segments:
-/// what is let go all at once brings more of it at once (`is_flooded` in the program), and what the source announces then has to be
-/// more than one segment, or its sender waits until it probes. `SO_RCVLOWAT` makes a buffer larger and leaves its size to the
-/// kernel (tcp_set_rcvlowat, 6.12), as `SO_RCVBUF` does not; one of a fixed size stays as it is. Whoever calls this makes the kernel
-/// look at the receive queue when the socket is a source, and that sets the option back.
-fn widen(socket: BorrowedFd<'_>) {
-    if socket::unread_bytes(socket).is_ok_and(|bytes| bytes >= MUCH_UNREAD_BYTES) {
-        let _ = socket::set_receive_low_water(socket, WIDE_BYTES);
-    }
-}
-
 fn run(program: BorrowedFd<'_>, context: &mut JoinRequest) -> io::Result<i32> {
     let mut options = libbpf_sys::bpf_test_run_opts {
         sz: size_of::<libbpf_sys::bpf_test_run_opts>() as _,

@@ -31,9 +31,8 @@ const RESTS_MS: u64 = 200;
 /// Counting may take one part in so many of the worker's time.
 const RECOUNT_SHARE: u64 = 50;
 
-/// The smallest receive buffer for a source that is held back from time to time. With a smaller one the last
-/// ACK that is sent while it is let go (from its socket backlog, which tcp_space subtracts) closes the
-/// window, and nobody opens it for 200 ms.
+/// The smallest receive buffer for a source that is held back from time to time. A smaller one is flooded each time that the
+/// source is let go (`is_flooded` in the program), so there is a pause for each few segments.
 const RECEIVE_BYTES_MIN: usize = 2 << 20;
 
 /// Segments that the smallest receive buffer of a source has to hold.

@@ -91,18 +91,9 @@ pub fn is_established(fd: BorrowedFd<'_>) -> bool {
 
 /// Bytes written to the socket and not yet acknowledged (`SIOCOUTQ`, tcp(7)).
 pub fn unacknowledged_bytes(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    queue_bytes(fd, libc::TIOCOUTQ)
-}
-
-/// Bytes received and not yet read (`SIOCINQ`, tcp(7)).
-pub fn unread_bytes(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    queue_bytes(fd, libc::FIONREAD)
-}
-
-fn queue_bytes(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: both requests write one int to the address given, which lives across the call.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, &mut bytes) };
+    // SAFETY: TIOCOUTQ writes one int to the address given, which lives across the call.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
