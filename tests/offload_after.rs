@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
-use crate::harness::pattern::{fill, pause, ping, receive_from, wait_for_a_byte};
+use crate::harness::pattern::{exchange_and_end, fill, pause, ping, receive_from, wait_for_a_byte};
 use crate::harness::sockets::{reset, send_and_hold};
 use crate::harness::{
     Bytes, Flag, Front, Plan, Proxy, Towards, Upstream, connect, exchange, receive, receive_exactly, send,
@@ -305,7 +305,7 @@ fn where_sessions_are_many_and_short_the_next_ones_are_copied_first_until_there_
         let began = within(Duration::from_secs(30), || copied_first() > 200);
         // A long one among them.
         let before = proxy.status().sockmap().to_upstream;
-        exchange(connect(front), DOWN, BYTES, DOWN).must_be_whole(BYTES);
+        exchange_and_end(connect(front), DOWN, BYTES, DOWN, BYTES);
         stop.raise();
         let carried = proxy.settle().sockmap().to_upstream - before;
         assert!(carried > BYTES - MIB, "{carried} bytes of {BYTES} in the kernel");

@@ -289,24 +289,28 @@ static __always_inline int is_to_gather(struct flow *flow, struct cpu_total *tot
 }
 
 /*
- * Whether the source's socket backlog may close its window for good. While somebody holds the lock of the source (who kicks
- * it; the kernel thread that sends to it), what arrives waits in that backlog, and is forwarded when the lock is released. Over
- * loopback the answer to each of our ACKs is there at once, so it goes on and on. All that has passed through the
- * backlog counts until the release is over (__release_sock) and is taken off the window that is announced (tcp_space); and
- * then there is no reader who would open it: the sender goes on when it probes, 200 ms later. So there is a pause early: the rest
- * waits in the receive queue, and its window is opened when that is taken.
+ * Whether the source's socket backlog is about to close its window for good. While somebody holds the lock of the source (who
+ * kicks it; the kernel thread that sends to it), what arrives waits in that backlog, and is forwarded when the lock is released.
+ * Over loopback the answer to each of our ACKs is there at once, so it goes on and on. All that has passed through the
+ * backlog counts until the release is over (__release_sock) and is taken off the window that is announced (tcp_space,
+ * __tcp_select_window); and then there is no reader who would open it: the sender goes on when it probes, 200 ms later.
+ * So there is a pause before that: the rest waits in the receive queue, and the window is opened when it is taken.
  */
 static __always_inline int is_flooded(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
 	struct tcp_sock *source;
+	__s32 size, waited;
 
 	if (!sk)
 		return 0;
 	source = bpf_skc_to_tcp_sock(sk);
 	if (!source)
 		return 0;
-	return source->inet_conn.icsk_inet.sk.sk_backlog.len > source->inet_conn.icsk_inet.sk.sk_rcvbuf >> 2;
+	size = source->inet_conn.icsk_inet.sk.sk_rcvbuf;
+	waited = source->inet_conn.icsk_inet.sk.sk_backlog.len;
+	/* A window below a sixteenth, or below a segment, counts as closed; half of the buffer may be for what segments cost. */
+	return waited && size - waited < (size >> 3) + 3 * source->inet_conn.icsk_ack.rcv_mss;
 }
 
 static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u32 index, struct tcp_sock *target)

@@ -172,6 +172,19 @@ pub fn exchange(stream: TcpStream, out: u64, bytes: u64, into: u64) -> Received 
     received
 }
 
+/// As [`exchange`], of a stream of `expected` bytes, but ends its direction only when it has received those: what a source has left that
+/// ends while it is held back is copied.
+#[track_caller]
+pub fn exchange_and_end(stream: TcpStream, out: u64, bytes: u64, into: u64, expected: u64) {
+    let mut sending = stream.try_clone().expect("a second handle on a socket");
+    let mut receiving = stream;
+    let sender = std::thread::spawn(move || send(&mut sending, out, 0, bytes));
+    receive_exactly(&mut receiving, into, expected);
+    sender.join().expect("the sending thread").expect("sending");
+    receiving.shutdown(Shutdown::Write).expect("ending the stream");
+    receive_from(&mut receiving, into, expected, u64::MAX).must_be_whole(0);
+}
+
 /// Sends a short question and receives its echo, `rounds` times, each with other bytes.
 pub fn ping(stream: &mut TcpStream, seed: u64, rounds: u64) -> std::io::Result<()> {
     for round in 0..rounds {
