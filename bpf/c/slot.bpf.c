@@ -289,28 +289,25 @@ static __always_inline int is_to_gather(struct flow *flow, struct cpu_total *tot
 }
 
 /*
- * Whether the source's socket backlog is about to close its window for good. While somebody holds the lock of the source (who
- * kicks it; the kernel thread that sends to it), what arrives waits in that backlog, and is forwarded when the lock is released.
- * Over loopback the answer to each of our ACKs is there at once, so it goes on and on. All that has passed through the
- * backlog counts until the release is over (__release_sock) and is taken off the window that is announced (tcp_space,
- * __tcp_select_window); and then there is no reader who would open it: the sender goes on when it probes, 200 ms later.
- * So there is a pause before that: the rest waits in the receive queue, and the window is opened when it is taken.
+ * Whether the source's socket backlog is about to close its window for good. While the worker that kicks it holds its lock, what
+ * arrives waits in that backlog, and is forwarded when the lock is released. Over loopback the answer to each of our ACKs
+ * is there at once, so it goes on and on. All that has passed through the backlog counts until the release is over
+ * (__release_sock) and is taken off the window that is announced (tcp_space, __tcp_select_window); and then there is no reader
+ * who would open it: the sender goes on when it probes, 200 ms later. So there is a pause before that: the rest waits
+ * in the receive queue, and the window is opened when it is taken. The kernel thread that sends to the source holds its lock
+ * too, but not for so long.
  */
 static __always_inline int is_flooded(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
 	struct tcp_sock *source;
-	__s32 size, waited;
 
 	if (!sk)
 		return 0;
 	source = bpf_skc_to_tcp_sock(sk);
 	if (!source)
 		return 0;
-	size = source->inet_conn.icsk_inet.sk.sk_rcvbuf;
-	waited = source->inet_conn.icsk_inet.sk.sk_backlog.len;
-	/* A window below a sixteenth, or below a segment, counts as closed; half of the buffer may be for what segments cost. */
-	return waited && size - waited < (size >> 3) + 3 * source->inet_conn.icsk_ack.rcv_mss;
+	return source->inet_conn.icsk_inet.sk.sk_backlog.len > source->inet_conn.icsk_inet.sk.sk_rcvbuf >> 2;
 }
 
 static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u32 index, struct tcp_sock *target)
@@ -372,7 +369,8 @@ static __always_inline int forward(struct __sk_buff *skb, struct flow *flow, __u
 			trouble(flow, index, FLOW_RUNAWAY);
 		return SK_PASS;
 	}
-	if (behind > (__s32)flow->high_bytes || (behind > FLOW_FLOOR && is_full(shared)) || is_flooded(skb)) {
+	if (behind > (__s32)flow->high_bytes || (behind > FLOW_FLOOR && is_full(shared)) ||
+	    (flow->flags & FLOW_KICKED && is_flooded(skb))) {
 		flow->wake = 1;
 		flow->pause = PAUSE_WANTED;
 	} else if (total && is_to_gather(flow, total, target, len, outstanding)) {

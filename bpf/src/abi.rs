@@ -213,6 +213,8 @@ pub mod flow_flag {
     pub const TRIM_FAILED: u32 = flow_flag::FLOW_TRIM_FAILED.0;
     /// The source should have been held back long ago, and still sends.
     pub const RUNAWAY: u32 = flow_flag::FLOW_RUNAWAY.0;
+    /// The source's lock is held, for what waits in its receive queue to be forwarded.
+    pub const KICKED: u32 = flow_flag::FLOW_KICKED.0;
 
     /// What no flow must have met that is to end cleanly.
     pub const FATAL: u32 = GAP | NO_TARGET | TRIM_FAILED | RUNAWAY;

@@ -283,14 +283,11 @@ impl SlotMaps {
             ] {
                 counter.store(0, Relaxed);
             }
-            flow.flags.store(0, Release);
+            flow.flags.store(flow_flag::KICKED, Release);
         }
         let joined = self.insert(place, sockets, wanted);
         match &joined {
-            // Refused only for what is not a socket (sk_setsockopt), and these two are.
-            Ok(_) => sockets
-                .into_iter()
-                .for_each(|fd| drop(socket::set_receive_low_water(fd, 1))),
+            Ok(_) => (0..2).for_each(|side| kick(&self.flows[self.index(place, side)], sockets[side])),
             Err(_) => self.release(place),
         }
         joined
@@ -341,12 +338,13 @@ impl SlotMaps {
         }
         // In this order: whoever takes the session over when this worker dies in between finds the source in
         // the map, or still held back. While `pause` is on, the program forwards and does not hold back.
+        flow.flags.fetch_or(flow_flag::KICKED, AcqRel);
         if self.insert_socket(&self.sources, index, source).is_err() {
             flow.pause.store(flow_pause::OFF, Release);
             return false;
         }
         flow.pause.store(flow_pause::OFF, Release);
-        let _ = socket::set_receive_low_water(source, 1);
+        kick(flow, source);
         true
     }
 
@@ -370,6 +368,7 @@ impl SlotMaps {
         let flow = &self.flows[index];
         // The next segment says anew where the stream stands.
         flow.flags.fetch_and(!flow_flag::STARTED, AcqRel);
+        flow.flags.fetch_or(flow_flag::KICKED, AcqRel);
         flow.acked_base.store(sent_bytes as u32, Relaxed);
         for counter in [
             &flow.wake,
@@ -382,7 +381,7 @@ impl SlotMaps {
         }
         let rejoined = self.insert_socket(&self.sources, index, source).is_ok();
         if rejoined {
-            let _ = socket::set_receive_low_water(source, 1);
+            kick(flow, source);
         }
         rejoined
     }
@@ -494,6 +493,15 @@ impl SlotMaps {
     fn index(&self, place: Place, side: usize) -> usize {
         2 * place.0 as usize + side
     }
+}
+
+/// Makes the kernel look at what waits in the receive queue of a socket that has just become a source. Since before it became one the
+/// program knows that its lock is held, because what comes meanwhile may close its window for good (`is_flooded`). The program
+/// sets its flags without an atomic: what it sets is never lost, and a stale `KICKED` makes it look for nothing.
+fn kick(flow: &Flow, source: BorrowedFd<'_>) {
+    // Refused only for what is not a socket (sk_setsockopt).
+    let _ = socket::set_receive_low_water(source, 1);
+    flow.flags.fetch_and(!flow_flag::KICKED, AcqRel);
 }
 
 /// Runs a program of the type BPF_PROG_TYPE_SYSCALL on `context`, and returns its answer.
