@@ -408,6 +408,7 @@ impl SlotMaps {
             }
             let key = (index as u32).to_ne_bytes();
             let was_held_back = flow.pause.load(SeqCst) == flow_pause::ON;
+            flow.flags.fetch_or(flow_flag::KICKED, AcqRel);
             // It takes the socket's lock: a pause that has just begun is over with it, and the map says so.
             let _ = socket::set_receive_low_water(fd, 1);
             let is_source = self
@@ -421,7 +422,7 @@ impl SlotMaps {
             } else if !is_source {
                 flow.pause.store(flow_pause::ON, SeqCst);
             }
-            let _ = socket::set_receive_low_water(fd, 1);
+            kick(flow, fd);
         }
     }
 
