@@ -114,18 +114,22 @@ static __always_inline __u32 segment_seq(struct __sk_buff *skb)
 	return seq;
 }
 
+/* The socket that the segment came on. */
+static __always_inline struct tcp_sock *source_of(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	return sk ? bpf_skc_to_tcp_sock(sk) : 0;
+}
+
 /*
  * Where the stream stands when the first segment is seen: everything before copied_seq was read by user
  * space. A segment that it read in part is trimmed like any overlap.
  */
 static __always_inline int start(struct __sk_buff *skb, struct flow *flow)
 {
-	struct bpf_sock *sk = skb->sk;
-	struct tcp_sock *source;
+	struct tcp_sock *source = source_of(skb);
 
-	if (!sk)
-		return -1;
-	source = bpf_skc_to_tcp_sock(sk);
 	if (!source)
 		return -1;
 	flow->next_seq = source->copied_seq;
@@ -299,12 +303,8 @@ static __always_inline int is_to_gather(struct flow *flow, struct cpu_total *tot
  */
 static __always_inline int is_flooded(struct __sk_buff *skb)
 {
-	struct bpf_sock *sk = skb->sk;
-	struct tcp_sock *source;
+	struct tcp_sock *source = source_of(skb);
 
-	if (!sk)
-		return 0;
-	source = bpf_skc_to_tcp_sock(sk);
 	if (!source)
 		return 0;
 	return source->inet_conn.icsk_inet.sk.sk_backlog.len > source->inet_conn.icsk_inet.sk.sk_rcvbuf >> 2;
