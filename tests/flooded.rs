@@ -1,5 +1,5 @@
 //! Clients that have more to send at once than the first window: over loopback their answer to an ACK is there before whoever holds
-//! the proxy's socket has let it go, and must not be left with a closed window. See `is_flooded` in `bpf/c/slot.bpf.c`.
+//! the proxy's socket has let it go, and must not be left with a closed window. See `is_flooded` in `bpf/c/slot/forward.h`.
 
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};

@@ -16,7 +16,7 @@ use libbpf_rs::{MapHandle, RingBuffer, RingBufferBuilder};
 
 use crate::skel::slot::types;
 
-/// Ring buffers of a slot; as many as `c/maps.h` has, and `say` in `c/slot.bpf.c` knows.
+/// Ring buffers of a slot; as many as `c/maps.h` has, and `say` in `c/slot/tell.h` knows.
 pub const LANES: usize = 4;
 
 /// Who reads a ring buffer: its [`Owner`], 0 for nobody.

@@ -1,5 +1,5 @@
 //! What flows have outstanding, each and all of a slot together, as user space sees it: whether a source that is held back may
-//! be let go, and the slot's sum where the programs do not see it change. Their side of it is in `c/slot.bpf.c`.
+//! be let go, and the slot's sum where the programs do not see it change. Their side of it is in `c/slot/`.
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};

@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The window that a source announces, and the size of its receive buffer while it is held back.
+ */
+#ifndef CULVERT_SLOT_BUFFERS_H
+#define CULVERT_SLOT_BUFFERS_H
+
+#include "../abi.h"
+#include "../kernel.h"
+
+/* However much small segments cost, so much is announced. */
+#define WINDOW_FLOOR (64 * 1024)
+
+/* include/uapi/linux/tcp.h and asm-generic/socket.h, include/net/sock.h */
+#define TCP_WINDOW_CLAMP 10
+#define SOL_SOCKET 1
+#define SO_RCVBUF 8
+#define SOCK_RCVBUF_LOCK 2
+
+/* Whether a source's receive buffer has grown to more than twice a window, beyond Linux's own limit (net.ipv4.tcp_rmem). */
+static __always_inline int has_grown(struct tcp_sock *self, struct flow *flow)
+{
+	return (__u32)self->inet_conn.icsk_inet.sk.sk_rcvbuf / 2 > flow->window_bytes;
+}
+
+/*
+ * Announces no more than the flow's largest window. The kernel raises the limit as often as it lets the receive buffer
+ * grow (tcp_rcv_space_adjust); this is called before each announcement (tcp_select_window), so none is too large. A
+ * buffer of a fixed size would do as well, but small segments do not fit: where those gather or are held back in a buffer that has
+ * grown, only so much is announced as costs a window, going by what waits, and an eighth of that once more waits than
+ * comes in one burst, so that the buffer can be limited.
+ */
+static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
+{
+	__u32 unread = self->rcv_nxt - self->copied_seq;
+	__u32 waiting = self->inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter;
+	__u64 bytes = flow->window_bytes;
+	/* What was narrowed below this is widened. */
+	__u64 least = bytes;
+	int window;
+
+	if ((flow->gather || (flow->small && flow->pause == PAUSE_ON)) && has_grown(self, flow)) {
+		if (!unread || !waiting || self->rx_opt.num_sacks) {
+			/* Nothing waits, or behind a hole: what it costs is not known. */
+			least = 0;
+		} else {
+			if (!flow->gather || waiting > bytes / 8 * 5)
+				bytes /= 8;
+			if (waiting > unread)
+				bytes = bytes * unread / waiting;
+			if (bytes < WINDOW_FLOOR)
+				bytes = WINDOW_FLOOR;
+			least = bytes / 2;
+		}
+	}
+	if (self->window_clamp > bytes || (flow->narrowed && self->window_clamp < least)) {
+		window = bytes;
+		bpf_setsockopt(ops, IPPROTO_TCP, TCP_WINDOW_CLAMP, &window, sizeof(window));
+		flow->narrowed = bytes < flow->window_bytes;
+	}
+}
+
+/*
+ * The receive queue of a source that is held back fills until its buffer is full, however large that has grown. User space
+ * gives the buffer its size, but may come late: here it is limited to twice a window. What was announced has to find room,
+ * or the sender waits for a timeout that doubles each time; so it is reckoned at twice what the segments that wait cost for
+ * their bytes. A stream of small segments would be slower for good, so its buffer is left alone until more waits there than
+ * a window.
+ */
+static __always_inline void limit_buffer(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
+{
+	struct sock *sk = &self->inet_conn.icsk_inet.sk;
+	__u32 bytes = flow->window_bytes;
+	/* Below zero if the sender has gone beyond it. */
+	__s32 left = (__s32)(self->rcv_wup + self->rcv_wnd - self->rcv_nxt);
+	__u32 unread = self->rcv_nxt - self->copied_seq;
+	__u32 waiting = sk->sk_backlog.rmem_alloc.counter;
+	__u64 promised = left > 0 ? left : 0;
+
+	if (bytes > flow->settable_bytes || !has_grown(self, flow) ||
+	    BPF_CORE_READ_BITFIELD(sk, sk_userlocks) & SOCK_RCVBUF_LOCK)
+		return;
+	if ((flow->gather || flow->small) && waiting <= bytes)
+		return;
+	if (unread && waiting > unread)
+		promised = promised * waiting / unread;
+	if (waiting + 2 * promised <= 2 * (__u64)bytes)
+		bpf_setsockopt(ops, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
+}
+
+#endif
