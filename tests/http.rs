@@ -137,6 +137,30 @@ fn metrics_follow_the_format_and_count_what_happened() {
 }
 
 #[test]
+fn a_full_worker_can_be_looked_at_and_says_that_it_is_full() {
+    let upstream = Upstream::echo("127.0.0.1");
+    let (plan, http, _port) = plan(1);
+    let mut plan = plan.global("worker_connections = 2");
+    let front = plan.server(&upstream);
+    let proxy = plan.start();
+    let mut held = [connect(front), connect(front)];
+    for (seed, client) in held.iter_mut().enumerate() {
+        ping(client, seed as u64, 2).expect("an echo");
+    }
+    // It waits for its turn, without an answer.
+    let mut third = connect(front);
+    third.write_all(b"x").expect("the queue takes it");
+    proxy.must_say("worker_connections = 2 sessions are held");
+    for path in ["/healthz", "/readyz", "/metrics"] {
+        get(http, path);
+    }
+    assert_eq!(proxy.status().active(), 2);
+    drop(held);
+    let mut byte = [0];
+    third.read_exact(&mut byte).expect("an echo, once there is room");
+}
+
+#[test]
 fn a_proxy_header_counts_on_the_side_that_has_it() {
     const V1: &[u8] = b"PROXY TCP4 192.0.2.7 198.51.100.9 40000 443\r\n";
     // Of version 2 for IPv4: 12 bytes of signature, 4 more, and 12 of addresses.

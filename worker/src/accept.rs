@@ -24,6 +24,11 @@ use crate::start::Listener;
 const TURN_BUDGET: usize = 64;
 /// How long a listener rests after the process ran out of descriptors or memory (nginx: 500 ms).
 const REST_MS: u64 = 500;
+/// Connections for `http` and the status document that a worker holds besides its `worker_connections` sessions, so that it can
+/// be looked at when it is full.
+pub const OWN_CONNECTIONS: u32 = 128;
+/// How often a full worker says so at most.
+const FULL_MS: u64 = 60_000;
 
 /// What the programs that choose among workers are told of this one.
 pub struct Intake {
@@ -33,6 +38,8 @@ pub struct Intake {
     accepted: u32,
     /// The turn of the event loop.
     turn: u64,
+    /// When it is to be said again that the worker is full.
+    tell_full_ms: u64,
 }
 
 impl Intake {
@@ -42,6 +49,7 @@ impl Intake {
             reason,
             accepted: 0,
             turn: 0,
+            tell_full_ms: 0,
         }
     }
 
@@ -118,7 +126,7 @@ pub struct Listening {
     unheeded: bool,
     /// It rests: the process ran out of descriptors or memory.
     resting: bool,
-    /// It rests: the worker holds `worker_connections` sessions.
+    /// It rests: the worker holds as many connections of its kind as it may.
     full: bool,
 }
 
@@ -180,10 +188,11 @@ impl Worker {
 
     /// Accepts the next connection of a listener; false: there is none, or it has to wait.
     fn accept_one(&mut self, listener: usize) -> bool {
-        let full = self.table.len() >= self.config.worker_connections as usize;
-        let Some(listening) = self.listeners.get_mut(listener) else {
+        let Some(server) = self.listeners.get(listener).map(|listening| listening.server) else {
             return false;
         };
+        let full = self.is_full(server);
+        let listening = &mut self.listeners[listener];
         listening.full = full;
         if full || listening.resting {
             self.heed(listener);
@@ -227,6 +236,32 @@ impl Worker {
         }
     }
 
+    /// Whether the worker holds as many connections as it may of the kind that a server's are.
+    fn is_full(&mut self, server: usize) -> bool {
+        let sessions = self.sessions();
+        if !matches!(self.config.servers[server].action, Action::Proxy(_)) {
+            return self.table.len().saturating_sub(sessions as usize) >= OWN_CONNECTIONS as usize;
+        }
+        let most = self.config.worker_connections;
+        if sessions < most {
+            return false;
+        }
+        let now_ms = clock::now_ms();
+        if now_ms >= self.intake.tell_full_ms {
+            self.intake.tell_full_ms = now_ms + FULL_MS;
+            log::warn!(
+                "worker_connections = {most} sessions are held: further clients that come to this worker wait until one \
+                 ends; raise it, or worker_processes"
+            );
+        }
+        true
+    }
+
+    /// The sessions that it holds.
+    fn sessions(&self) -> u32 {
+        self.gauges().sessions.load(Relaxed)
+    }
+
     /// Watches a listener that may bring connections, and no other: it would be reported again and again.
     fn heed(&mut self, listener: usize) {
         let listening = &mut self.listeners[listener];
@@ -248,7 +283,7 @@ impl Worker {
         if !self.draining {
             let rests = self.listeners.iter().any(|listener| listener.resting);
             let limit = if rests { 0 } else { self.config.worker_connections };
-            let sessions = u32::try_from(self.table.len()).unwrap_or(u32::MAX);
+            let sessions = self.sessions();
             load.publish(sessions, limit.saturating_sub(sessions));
         }
         load.count_taken(std::mem::take(&mut self.intake.accepted));
