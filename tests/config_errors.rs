@@ -230,6 +230,51 @@ fn a_file_that_is_not_there_is_named() {
 }
 
 #[test]
+fn what_the_host_lacks_and_the_start_needs_fails_the_check() {
+    let minimal = repository().join("conf/minimal.toml");
+    let minimal = minimal.to_str().expect("a path in UTF-8");
+    let lacking = [
+        ("stream.tcp_congestion=vegas2", "tcp_congestion = \"vegas2\""),
+        ("error_log.path=/nonexistent/error.log", "/nonexistent/error.log"),
+        (
+            "stream.access_log=/nonexistent/access.log",
+            "/nonexistent/access.log",
+        ),
+    ];
+    for (setting, named) in lacking {
+        let outcome = master(&invalid(), &["-t", "-c", minimal, "--set", setting], &[]);
+        let err = without_warnings(&outcome.err);
+        assert_eq!(outcome.code, Some(1), "{setting}: {err}");
+        assert!(
+            err.contains("would not start here") && err.contains(named),
+            "{setting}: {err}"
+        );
+        assert!(!err.contains("successful"), "{setting}: {err}");
+    }
+}
+
+#[test]
+fn a_file_that_the_master_may_not_read_fails_the_check_although_root_might_read_it() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let scratch = crate::harness::Scratch::new();
+    let file = scratch.file("proxy.toml");
+    std::fs::copy(repository().join("conf/minimal.toml"), &file).expect("a copy");
+    let nobody = Some(nix::unistd::Uid::from_raw(65534));
+    nix::unistd::chown(&file, nobody, None).expect("another owner");
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("a mode");
+    let outcome = master(scratch.path(), &["-t", "-c", "proxy.toml"], &[]);
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    assert!(
+        outcome
+            .err
+            .contains("Permission denied (os error 13); the program does without root's right"),
+        "{outcome:?}"
+    );
+}
+
+#[test]
 fn the_exit_code_is_the_same_where_nothing_can_be_printed() {
     let minimal = repository().join("conf/minimal.toml");
     let minimal = minimal.to_str().expect("a path in UTF-8");

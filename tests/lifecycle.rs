@@ -112,6 +112,9 @@ fn the_commands_find_the_master_by_its_pid_file() {
     ping(&mut client, 2, 10).expect("the old session after the reload");
     ping(&mut connect(front), 3, 10).expect("a new session after the reload");
 
+    // Who stops a program must not have to mend its file first.
+    proxy.edit("[stream]", "[stream]\nproxy_timeout = \"never\"");
+    assert_eq!(proxy.command("reload").code, Some(1));
     proxy.command("reopen").must_succeed("-s reopen");
     proxy.command("quit").must_succeed("-s quit");
     pause(200);
@@ -138,6 +141,29 @@ fn a_start_that_cannot_write_its_pid_file_leaves_no_half_of_one_behind() {
     let names = folder.map(|entry| entry.expect("an entry").file_name().display().to_string());
     let names: Vec<String> = names.filter(|name| name.ends_with(".new")).collect();
     assert!(names.is_empty(), "{names:?}");
+}
+
+#[test]
+fn what_keeps_the_program_from_starting_is_in_its_error_log_too() {
+    let plan = Plan::new();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("its address");
+    let log = plan.file("error.log");
+    let plan = plan
+        .global(&format!("error_log = {{ path = \"{}\" }}", log.display()))
+        .tables(&format!(
+            "[[server]]\nlisten = \"{address}\"\nproxy_pass = \"127.0.0.1:1\"\n"
+        ));
+    let file = plan.file("proxy.toml");
+    std::fs::write(&file, plan.text()).expect("writing the configuration");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_master"));
+    command.arg("-c").arg(&file);
+    let finished = run(command, Duration::from_secs(20));
+    assert_eq!(finished.code, Some(1), "{finished:?}");
+    let words = format!("failed to bind {address}");
+    assert!(finished.err.contains(&words), "{finished:?}");
+    let log = std::fs::read_to_string(log).expect("the log");
+    assert!(log.contains(&words), "{log}");
 }
 
 #[test]

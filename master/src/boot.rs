@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use culvert_bpf::Cgroup;
+use culvert_shared::config::{Config, LogTarget};
 use culvert_shared::counters::Board;
 use culvert_shared::logging;
 use culvert_shared::sys::shm::Shared;
@@ -62,7 +63,23 @@ pub fn run(args: Args) -> Result<ExitCode> {
     logging::init(config.error_log.level);
     let log = ErrorLog::open(&config.error_log)?;
     log.install()?;
+    // Whoever looks for the reason looks there; standard error has it in any case.
+    let is_elsewhere = config.error_log.target != LogTarget::Stderr;
+    serve(args, config, cgroup, &signals, log).inspect_err(|error| {
+        if is_elsewhere {
+            log::error!("{error:#}");
+        }
+    })
+}
 
+/// All of it that comes when there is a log.
+fn serve(
+    args: Args,
+    config: Config,
+    cgroup: Result<Cgroup>,
+    signals: &SignalFd,
+    log: ErrorLog,
+) -> Result<ExitCode> {
     retain::report(&config);
     tune::report(&config);
 
@@ -102,7 +119,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     };
     let mut master = Master::new(args, generation, kernel, board, outside);
     master.names = names;
-    master.run(&signals)?;
+    master.run(signals)?;
     Ok(ExitCode::SUCCESS)
 }
 

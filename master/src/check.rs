@@ -1,19 +1,42 @@
 //! What the program says about a configuration and about itself without serving: `-t`, `-T` and `-V`.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use culvert_shared::config::{self, Config};
+use anyhow::{Result, anyhow};
+use culvert_shared::config::{self, Address, Config, Diagnostic};
 
+use crate::access_log::AccessLogs;
 use crate::args::Args;
+use crate::error_log::ErrorLog;
 use crate::kernel;
 use crate::limits;
 use crate::retain;
+use crate::tune;
 
 /// Loads the configuration; prints each error on a line of its own and returns `None` if there are any.
 pub fn load(args: &Args) -> Option<Config> {
-    match config::load(&args.config, &args.set) {
-        Ok(config) => Some(config),
+    told(config::load(&args.config, &args.set))
+}
+
+/// The same with no more rights than the master will have: what root may read is not always its to read.
+///
+/// # Errors
+/// Something could not be given up.
+pub fn load_as_master(args: &Args) -> Result<Option<Config>> {
+    retain::drop_the_rest()?;
+    Ok(load(args))
+}
+
+/// Only where the master's process id is: whoever stops the program needs no more of its configuration.
+pub fn load_pid(args: &Args) -> Option<PathBuf> {
+    told(config::load_pid(&args.config, &args.set))
+}
+
+fn told<T>(loaded: Result<T, Vec<Diagnostic>>) -> Option<T> {
+    match loaded {
+        Ok(loaded) => Some(loaded),
         Err(diagnostics) => {
             for diagnostic in diagnostics {
                 complain(&diagnostic.to_string());
@@ -23,25 +46,33 @@ pub fn load(args: &Args) -> Option<Config> {
     }
 }
 
-/// `-t`: checks the configuration and loads the BPF objects on trial. What only this host lacks is a
-/// warning: the file may be right all the same, and the program serves without BPF.
-pub fn test(args: &Args, quiet: bool) -> ExitCode {
-    match examine(args, quiet) {
+/// `-t`: checks the configuration, opens its logs and loads the BPF objects on trial. That this host has no BPF is a warning: the
+/// program serves without.
+///
+/// # Errors
+/// Rights that the master does not have could not be given up.
+pub fn test(args: &Args, quiet: bool) -> Result<ExitCode> {
+    Ok(match examine(args, quiet)? {
         Some(_) => ExitCode::SUCCESS,
         None => ExitCode::FAILURE,
-    }
+    })
 }
 
 /// `-T`: as `-t`, then prints the effective configuration.
-pub fn dump(args: &Args, quiet: bool) -> ExitCode {
-    let Some(config) = examine(args, quiet) else {
-        return ExitCode::FAILURE;
+///
+/// # Errors
+/// As with [`test`].
+pub fn dump(args: &Args, quiet: bool) -> Result<ExitCode> {
+    let Some(config) = examine(args, quiet)? else {
+        return Ok(ExitCode::FAILURE);
     };
-    print(config::dump(&config).trim_end())
+    Ok(print(config::dump(&config).trim_end()))
 }
 
-fn examine(args: &Args, quiet: bool) -> Option<Config> {
-    let config = load(args)?;
+fn examine(args: &Args, quiet: bool) -> Result<Option<Config>> {
+    let Some(config) = load_as_master(args)? else {
+        return Ok(None);
+    };
     if kernel::wanted(&config)
         && let Err(error) = culvert_bpf::trial()
     {
@@ -50,8 +81,19 @@ fn examine(args: &Args, quiet: bool) -> Option<Config> {
             retain::explain(&error, "").0
         ));
     }
+    // The limits of whoever tries it need not be those of the service.
     if let Err(error) = limits::raise_descriptors(&config) {
         complain(&format!("warning: the program would not start here: {error:#}"));
+    }
+    let missing = missing(&config);
+    if !missing.is_empty() {
+        for error in missing {
+            complain(&format!(
+                "{}: the program would not start here: {error:#}",
+                args.config.display()
+            ));
+        }
+        return Ok(None);
     }
     if !quiet {
         complain(&format!(
@@ -59,7 +101,30 @@ fn examine(args: &Args, quiet: bool) -> Option<Config> {
             args.config.display()
         ));
     }
-    Some(config)
+    Ok(Some(config))
+}
+
+/// What the configuration names and this host does not have. Logs are opened as at a start (as nginx does).
+fn missing(config: &Config) -> Vec<anyhow::Error> {
+    let mut missing: Vec<_> = ErrorLog::open(&config.error_log).err().into_iter().collect();
+    missing.extend(AccessLogs::open(config).err());
+    for server in &config.servers {
+        for listen in &server.listen {
+            match &listen.address {
+                Address::Tcp(_) => missing.extend(tune::try_congestion(server, listen).err()),
+                Address::Unix(path) => {
+                    if let Some(folder) = path.parent().filter(|folder| !folder.is_dir()) {
+                        missing.push(anyhow!(
+                            "listener {}: there is no folder {}",
+                            listen.address,
+                            folder.display()
+                        ));
+                    }
+                }
+            }
+        }
+    }
+    missing
 }
 
 /// `-V`: version, build, and what this kernel offers.

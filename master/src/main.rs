@@ -46,7 +46,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use args::{Action, Args};
+use args::{Action, Args, Signal};
 
 /// Wrong usage, as distinct from a configuration or a start that fails.
 const EXIT_USAGE: u8 = 2;
@@ -71,12 +71,18 @@ fn main() -> ExitCode {
 fn act(args: Args) -> Result<ExitCode> {
     match args.action {
         Action::Run => boot::run(args),
-        Action::Test { quiet } => Ok(check::test(&args, quiet)),
-        Action::Dump { quiet } => Ok(check::dump(&args, quiet)),
-        Action::Signal(signal) => match check::load(&args) {
-            Some(config) => signal::send(signal, &config).map(|()| ExitCode::SUCCESS),
-            None => Ok(ExitCode::FAILURE),
-        },
+        Action::Test { quiet } => check::test(&args, quiet),
+        Action::Dump { quiet } => check::dump(&args, quiet),
+        Action::Signal(signal) => {
+            let pid_file = match signal {
+                Signal::Reload => check::load_as_master(&args)?.map(|config| config.pid),
+                Signal::Quit | Signal::Stop | Signal::Reopen => check::load_pid(&args),
+            };
+            match pid_file {
+                Some(pid_file) => signal::send(signal, &pid_file).map(|()| ExitCode::SUCCESS),
+                None => Ok(ExitCode::FAILURE),
+            }
+        }
         Action::TakeOverCheck(document) => Ok(upgrade::check::run(&args, document)),
         Action::TakeOver(document) => upgrade::take_over::run(args, document),
         Action::FromNginx => from_nginx::run(&args.config),

@@ -1,19 +1,20 @@
 //! `-s`: signals the running master, after making sure that there is one.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, bail};
-use culvert_shared::config::Config;
 use nix::sys::signal::{self, kill};
 
 use crate::args::Signal;
 use crate::pidfile::{self, Found};
 
-/// Sends the signal to the master that the configuration's pid file names.
+/// Sends the signal to the master that a pid file names.
 ///
 /// # Errors
 /// No master is running with that pid file, or it may not be signalled.
-pub fn send(signal: Signal, config: &Config) -> Result<()> {
-    let path = config.pid.display();
-    let pid = match pidfile::look(&config.pid)? {
+pub fn send(signal: Signal, pid_file: &Path) -> Result<()> {
+    let path = pid_file.display();
+    let pid = match pidfile::look(pid_file)? {
         Found::Master(pid) => pid,
         Found::Missing => bail!("no master is running: there is no pid file {path}"),
         Found::Stale(pid) => {

@@ -9,7 +9,7 @@ use culvert_shared::congestion;
 use culvert_shared::sys::socket::{self, IntOption, RECEIVE_LOCKED, SEND_LOCKED};
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, setsockopt, sockopt};
 
 /// How long a connection may be silent before it is accepted all the same, in seconds (nginx: the same).
 const DEFER_S: i32 = 1;
@@ -48,6 +48,23 @@ pub fn tune(socket: &OwnedFd, server: &Server, listen_on: &Listen) -> Result<()>
     }
     socket::listen(socket.as_fd(), listen_on.backlog)
         .map_err(|error| what(Errno::from_raw(error.raw_os_error().unwrap_or(0))))
+}
+
+/// Whether the congestion control of a listener is to be had, without listening.
+///
+/// # Errors
+/// The kernel does not have it, or workers may not choose it.
+pub fn try_congestion(server: &Server, listen_on: &Listen) -> Result<()> {
+    let family = match listen_on.address.tcp() {
+        Some(address) if address.is_ipv6() => AddressFamily::Inet6,
+        _ => AddressFamily::Inet,
+    };
+    let flags = SockFlag::SOCK_CLOEXEC;
+    match nix::sys::socket::socket(family, SockType::Stream, flags, None) {
+        Ok(socket) => control_congestion(&socket, server, listen_on),
+        // A host without IPv6 says so when it is to listen.
+        Err(_) => Ok(()),
+    }
 }
 
 /// The congestion control of what is accepted, and whether workers may choose it for the other side as well.

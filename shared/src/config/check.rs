@@ -3,6 +3,7 @@
 //! After an error a stand-in value takes the wrong one's place, so that the rest is checked as well; whoever calls
 //! this throws the result away when anything was found.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use config::{Map, Value, ValueKind};
@@ -55,11 +56,7 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
             _ => Err(Fault::new("unknown way of steering", "allowed: \"off\", \"rfs\"")),
         }
     });
-    let pid = check
-        .at(root, "", "pid", |given| {
-            valid::path(given, "\"/run/culvert/master.pid\"")
-        })
-        .unwrap_or_default();
+    let pid = check.pid(root).unwrap_or_default();
     let error_log = check.error_log(root);
     let maps = check.maps(root);
     let resolver = check.stream_resolver(root);
@@ -85,6 +82,11 @@ pub(super) fn check(world: &dyn World, findings: &mut Findings, root: &Map<Strin
         limit_zones,
         servers,
     }
+}
+
+/// Only the file that has the master's process id.
+pub(super) fn pid(world: &dyn World, findings: &mut Findings, root: &Map<String, Value>) -> Option<PathBuf> {
+    Check { world, findings }.pid(root)
 }
 
 /// Reads values and collects what is wrong with them.
@@ -163,6 +165,12 @@ impl Check<'_> {
             _ => None,
         });
         tables.collect()
+    }
+
+    fn pid(&mut self, root: &Map<String, Value>) -> Option<PathBuf> {
+        self.at(root, "", "pid", |given| {
+            valid::path(given, "\"/run/culvert/master.pid\"")
+        })
     }
 
     /// Where a value was written, for another error to point to.

@@ -1,6 +1,8 @@
 //! From a file to a [`Config`]: reads, lays the layers over one another, checks, and tells what is wrong.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use config::{Map, Value};
 
 use super::diagnostic::Findings;
 use super::source::Reader;
@@ -15,6 +17,20 @@ use super::{Config, Diagnostic, Place, check, layer};
 /// All errors that were found, in file order, then those of the environment and of `overrides`.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Config, Vec<Diagnostic>> {
     load_in(&Machine, path, overrides)
+}
+
+/// Only where the master of a configuration writes its process id, whatever else is wrong in it: who wants to stop a program must not
+/// have to mend its file first, nor wait for name servers.
+///
+/// # Errors
+///
+/// `pid` itself is wrong, or a file cannot be read as TOML.
+pub fn load_pid(path: &Path, overrides: &[String]) -> Result<PathBuf, Vec<Diagnostic>> {
+    let (mut findings, root) = merge(&Machine, |reader| reader.file(path), path, overrides)?;
+    match check::pid(&Machine, &mut findings, &root) {
+        Some(pid) => Ok(pid),
+        None => Err(findings.into_diagnostics()),
+    }
 }
 
 /// Checks a text as [`load`] checks the file at `path`, which need not exist.
@@ -56,6 +72,22 @@ pub(super) fn read_in(
     path: &Path,
     overrides: &[String],
 ) -> Result<Config, Vec<Diagnostic>> {
+    let (mut findings, root) = merge(world, read, path, overrides)?;
+    let config = check::check(world, &mut findings, &root);
+    if findings.is_empty() {
+        Ok(config)
+    } else {
+        Err(findings.into_diagnostics())
+    }
+}
+
+/// All layers in one, with what is wrong about them.
+fn merge(
+    world: &dyn World,
+    read: impl FnOnce(&mut Reader),
+    path: &Path,
+    overrides: &[String],
+) -> Result<(Findings, Map<String, Value>), Vec<Diagnostic>> {
     let mut findings = Findings::default();
     // What is missing altogether is reported here.
     findings.origin(
@@ -75,10 +107,5 @@ pub(super) fn read_in(
         return Err(findings.into_diagnostics());
     }
     let root = layer::merge(world, &mut findings, files, &named, overrides);
-    let config = check::check(world, &mut findings, &root);
-    if findings.is_empty() {
-        Ok(config)
-    } else {
-        Err(findings.into_diagnostics())
-    }
+    Ok((findings, root))
 }

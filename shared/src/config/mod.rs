@@ -63,7 +63,7 @@ pub use health::{CHECK_MAX_BYTES, Check, Expect, write_bytes};
 pub use known::{has_ready_made_format, knows_key, knows_log_variable, knows_variable};
 pub use limit::{LimitConn, LimitRate, LimitZone};
 pub use listen::{Keepalive, Listen, ListenOptions};
-pub use load::{load, load_dumped, load_text};
+pub use load::{load, load_dumped, load_pid, load_text};
 pub use log_format::{Escape, LogFormat, LogPart, LogVariable};
 pub use map::{MapEntry, Pattern, VariableMap};
 pub use names::{Named, Resolver, is_host_name};

@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
 use config::{Map, Value, ValueKind};
@@ -94,6 +94,16 @@ fn bytes_of(path: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
+/// Root is at a loss otherwise: the master gives CAP_DAC_OVERRIDE up before it reads.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::PermissionDenied if nix::unistd::geteuid().is_root() => {
+            "; the program does without root's right to pass over permissions: give the file to root, or let all read it"
+        }
+        _ => "",
+    }
+}
+
 impl<'a> Reader<'a> {
     pub(super) fn new(world: &'a dyn World, findings: &'a mut Findings) -> Reader<'a> {
         Reader {
@@ -114,7 +124,7 @@ impl<'a> Reader<'a> {
             Err(error) => {
                 return self.unreadable(
                     Place::WholeFile(path.to_owned()),
-                    &format!("cannot be read: {error}"),
+                    &format!("cannot be read: {error}{}", remedy(&error)),
                 );
             }
         };
