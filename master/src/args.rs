@@ -21,9 +21,9 @@ usage: master [-c FILE] [--set KEY=VALUE]...   run in the foreground
        master -V                               version and what this kernel can do
 
   -c FILE           configuration file (default: /etc/culvert/proxy.toml)
-  -t                check the configuration and exit; binds nothing, safe beside a running master
+  -t                check the configuration, open its logs and exit; binds nothing, safe beside a running master
   -T                as -t, then print the effective configuration
-  -q                with -t or -T: print errors only
+  -q                with -t or -T: print errors and warnings only
   -s SIGNAL         reload: take the configuration anew
                     quit: stop gracefully; stop: stop at once
                     reopen: open the log files anew

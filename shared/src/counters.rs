@@ -581,6 +581,19 @@ mod tests {
     }
 
     #[test]
+    fn the_readme_says_what_each_reason_means() {
+        let readme = include_str!("../../README.md");
+        let rows: Vec<&str> = readme.lines().filter(|line| line.starts_with("| `")).collect();
+        let closes = CloseReason::ALL.iter().map(|reason| reason.name());
+        let fallbacks = FallbackReason::ALL.iter().map(|reason| reason.name());
+        for name in closes.chain(fallbacks) {
+            let named = format!("`{name}`");
+            let is_explained = |row: &&str| row.split('|').nth(1).is_some_and(|cell| cell.contains(&named));
+            assert!(rows.iter().any(is_explained), "{name}");
+        }
+    }
+
+    #[test]
     fn what_a_worker_had_reserved_is_free_when_it_is_gone() {
         let board = board(2, 2);
         assert!(board[0].reserve_keeping(1) && board[0].reserve_keeping(1));

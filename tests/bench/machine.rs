@@ -183,7 +183,7 @@ pub fn describe() -> Value {
         })
     };
     json!({
-        "kernel": read("/proc/sys/kernel/osrelease").ok().map(|text| text.trim().to_owned()),
+        "kernel": kernel(),
         "cpus": std::thread::available_parallelism().map(usize::from).unwrap_or(0),
         "cpu_model": first_line("/proc/cpuinfo", "model name"),
         "memory": first_line("/proc/meminfo", "MemTotal"),
@@ -197,15 +197,23 @@ pub fn describe() -> Value {
     })
 }
 
+/// The kernel's version as it was released: what a host's owner writes behind it says nothing to others.
+fn kernel() -> Option<String> {
+    let release = read("/proc/sys/kernel/osrelease").ok()?;
+    release.trim().split('-').next().map(str::to_owned)
+}
+
 fn version(program: &str, argument: &str) -> Option<String> {
     let output = Command::new(find(program)?).arg(argument).output().ok()?;
     // nginx writes its version to stderr.
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).trim().to_owned();
     let first_only = program != CULVERT;
+    // -V names the kernel as well.
+    let full = read("/proc/sys/kernel/osrelease").unwrap_or_default();
     Some(if first_only {
         text.lines().next().unwrap_or_default().to_owned()
     } else {
-        text
+        text.replace(full.trim(), &kernel()?)
     })
 }

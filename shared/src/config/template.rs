@@ -243,7 +243,7 @@ fn undefined(name: &str, set: &BTreeMap<&str, &str>, maps: &[VariableMap]) -> Fa
         None => {
             let known: Vec<String> = builtin.map(|name| format!("${name}")).collect();
             format!(
-                "define it in set = {{ {name} = \"…\" }} of this server, or use {}",
+                "define it by a [[map]] or, for a server, in its set = {{ {name} = \"…\" }}, or use {}",
                 known.join(", ")
             )
         }
