@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::harness::metrics::{CONTENT_TYPE, samples};
 use crate::harness::pattern::ping;
+use crate::harness::sockets::try_connect;
 use crate::harness::{PATIENCE, Plan, Port, Proxy, Upstream, connect, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -104,8 +105,15 @@ fn metrics_follow_the_format_and_count_what_happened() {
     let samples = samples(&page.body);
     let is =
         |series: &str, value: f64| assert_eq!(samples.get(series), Some(&value), "{series}: {samples:#?}");
-    is("culvert_sessions_total", 9.0);
-    is("culvert_sessions_closed_total{reason=\"finished\"}", 9.0);
+    is("culvert_sessions_begun_total", 9.0);
+    is(
+        &format!("culvert_sessions_total{{listener=\"{front}\",close_reason=\"finished\"}}"),
+        9.0,
+    );
+    is(
+        "culvert_sessions_total{listener=\"\",close_reason=\"worker_died\"}",
+        0.0,
+    );
     is("culvert_session_duration_seconds_count", 9.0);
     is("culvert_upstream_connect_duration_seconds_count", 9.0);
     is("culvert_workers{state=\"ready\"}", 2.0);
@@ -128,12 +136,72 @@ fn metrics_follow_the_format_and_count_what_happened() {
         |path| samples[&format!("culvert_datapath_bytes_total{{path=\"{path}\",direction=\"to_upstream\"}}")];
     assert_eq!(carried("sockmap"), status.sockmap().to_upstream as f64);
     assert_eq!(carried("sockmap") + carried("relay"), 9.0 * 48.0);
+    is(
+        &format!("culvert_listener_connections_rejected_total{{listener=\"{front}\",reason=\"denied\"}}"),
+        0.0,
+    );
+    for reason in ["timeout", "error"] {
+        is(
+            &format!(
+                "culvert_upstream_connect_failures_total{{upstream=\"group\",peer=\"{}\",reason=\"{reason}\"}}",
+                upstream.address
+            ),
+            0.0,
+        );
+    }
     assert!(
         samples
             .keys()
             .any(|series| series.contains("peer=\"unix:/a \\\\ \\\"b\"")),
         "{samples:#?}"
     );
+}
+
+#[test]
+fn who_is_not_let_in_and_who_refuses_is_counted_where_it_happened() {
+    let upstream = Upstream::echo("127.0.0.1");
+    let nobody = Port::claim();
+    let (mut plan, http, _port) = plan(2);
+    let shut = plan.server_with("127.0.0.1", &upstream, "access = [\"deny all\"]");
+    let peer = nobody.on("127.0.0.1");
+    let dead = plan.server(peer);
+    let proxy = plan.start();
+    for front in [shut, shut, dead] {
+        let mut nothing = Vec::new();
+        // The reset may be there before it is connected.
+        let _ = try_connect(front).and_then(|mut client| client.read_to_end(&mut nothing));
+        assert!(nothing.is_empty());
+    }
+    proxy.settle();
+    let samples = samples(&get(http, "/metrics"));
+    let is = |series: String, value: f64| {
+        assert_eq!(
+            samples.get(series.as_str()),
+            Some(&value),
+            "{series}: {samples:#?}"
+        );
+    };
+    let rejected = "culvert_listener_connections_rejected_total";
+    is(
+        format!("{rejected}{{listener=\"{shut}\",reason=\"denied\"}}"),
+        2.0,
+    );
+    is(
+        format!("{rejected}{{listener=\"{dead}\",reason=\"denied\"}}"),
+        0.0,
+    );
+    let ended = "culvert_sessions_total";
+    is(
+        format!("{ended}{{listener=\"{shut}\",close_reason=\"denied\"}}"),
+        2.0,
+    );
+    is(
+        format!("{ended}{{listener=\"{dead}\",close_reason=\"connect_failed\"}}"),
+        1.0,
+    );
+    let failures = format!("culvert_upstream_connect_failures_total{{upstream=\"{peer}\",peer=\"{peer}\"");
+    is(format!("{failures},reason=\"error\"}}"), 1.0);
+    is(format!("{failures},reason=\"timeout\"}}"), 0.0);
 }
 
 #[test]

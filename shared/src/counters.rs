@@ -25,7 +25,7 @@ pub const MAX_GROUPS: usize = 1024;
 
 /// The version of this layout: another binary may go on with a board if it has the same ([`layout`]). Change
 /// it whenever a field or a reason changes its place or meaning.
-const LAYOUT: &str = "culvert counters, layout 8";
+const LAYOUT: &str = "culvert counters, layout 9";
 
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
@@ -252,6 +252,8 @@ pub struct ListenerRow {
     pub accepted: AtomicU64,
     /// Bytes of ended sessions: from clients, to clients.
     pub bytes: [AtomicU64; 2],
+    /// Ended sessions, by [`CloseReason`].
+    pub closes: [AtomicU64; CloseReason::COUNT],
     /// Its sessions that are between two workers.
     pub transit: Transit,
     /// The current generation does not have it any more.
@@ -325,9 +327,12 @@ impl Board {
         Self::add(&self.fallbacks[reason as usize], 1);
     }
 
-    /// Counts the end of a session.
-    pub fn count_close(&self, reason: CloseReason) {
+    /// Counts the end of a session, of which the listener's row may not be known.
+    pub fn count_close(&self, listener: Option<usize>, reason: CloseReason) {
         Self::add(&self.closes[reason as usize], 1);
+        if let Some(row) = listener.and_then(|row| self.listeners.get(row)) {
+            Self::add(&row.closes[reason as usize], 1);
+        }
     }
 
     /// Reserves room in the master's keeping for a session of the worker in that row; without it, its sockets are not to be

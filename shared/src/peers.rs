@@ -19,6 +19,23 @@ const LOCK_PATIENCE: Duration = Duration::from_millis(50);
 /// one that nobody adopts does not count for ever.
 const TRANSIT_MS: u64 = 2_000;
 
+/// Attempts to connect that failed.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Failures {
+    /// `proxy_connect_timeout` ran out, or TCP's own patience.
+    pub timeouts: AtomicU64,
+    /// The peer, or the network, refused.
+    pub errors: AtomicU64,
+}
+
+impl Failures {
+    /// All of them.
+    pub fn sum(&self) -> u64 {
+        self.timeouts.load(Relaxed) + self.errors.load(Relaxed)
+    }
+}
+
 /// One peer.
 #[derive(Debug, Default)]
 #[repr(C)]
@@ -26,7 +43,7 @@ pub struct PeerRow {
     /// Connections established.
     pub connected: AtomicU64,
     /// Attempts that failed.
-    pub connect_failures: AtomicU64,
+    pub connect_failures: Failures,
     /// Bytes of ended sessions: to the peer, from the peer.
     pub bytes: [AtomicU64; 2],
     /// Attempts that failed since it was last seen alive: nginx's count for `max_fails`.
@@ -125,7 +142,7 @@ pub struct Former {
     /// See [`PeerRow::connected`].
     pub connected: AtomicU64,
     /// See [`PeerRow::connect_failures`].
-    pub connect_failures: AtomicU64,
+    pub connect_failures: Failures,
     /// See [`PeerRow::bytes`].
     pub bytes: [AtomicU64; 2],
     /// See [`CheckRow::passed`].
@@ -139,7 +156,8 @@ impl Former {
     pub fn take_in(&self, peer: &PeerRow) {
         let counters = [
             (&self.connected, &peer.connected),
-            (&self.connect_failures, &peer.connect_failures),
+            (&self.connect_failures.timeouts, &peer.connect_failures.timeouts),
+            (&self.connect_failures.errors, &peer.connect_failures.errors),
             (&self.bytes[0], &peer.bytes[0]),
             (&self.bytes[1], &peer.bytes[1]),
             (&self.checks_passed, &peer.check.passed),

@@ -73,7 +73,7 @@ pub fn samples(page: &str) -> BTreeMap<String, f64> {
                 let labels = labels.strip_prefix('{').and_then(|rest| rest.strip_suffix('}'));
                 for label in labels.expect("labels in braces").split("\",") {
                     let (name, value) = label.split_once("=\"").expect("a label");
-                    assert!(name.chars().all(|c| c.is_ascii_lowercase()), "{line}");
+                    assert!(name.chars().all(|c| c.is_ascii_lowercase() || c == '_'), "{line}");
                     let bare = value.replace("\\\\", "").replace("\\\"", "");
                     assert!(!bare.trim_end_matches('"').contains('"'), "{line}");
                 }

@@ -65,7 +65,7 @@ impl Worker {
 
     /// A session is not taken over: the master closes its sockets, which resets it, and frees its place.
     fn give_up(&mut self, id: SessionId) {
-        self.board[0].count_close(CloseReason::WorkerDied);
+        self.board[0].count_close(None, CloseReason::WorkerDied);
         self.give_back_of(id);
         self.keeping.forget(id);
     }

@@ -41,7 +41,7 @@ impl Worker {
             reason,
             CloseReason::Denied | CloseReason::LimitConn | CloseReason::LimitRate
         ) {
-            self.board[0].count_close(reason);
+            self.board[0].count_close(Some(session.listener), reason);
         }
         self.tally.give_back(&mut session);
         self.part(&session);
@@ -83,7 +83,7 @@ impl Worker {
             count(&board.peers[row].bytes, of_peer);
             self.free_place(row);
         }
-        board.count_close(reason);
+        board.count_close(Some(session.listener), reason);
         let now_ms = clock::now_ms();
         let lasted_ms = now_ms.saturating_sub(session.started_ms);
         if session.datapath != Datapath::Pending {

@@ -329,7 +329,12 @@ impl Worker {
             ms: clock::now_ns().saturating_sub(session.connect_began_ns) / 1_000_000,
         });
         if let Some(row) = row {
-            Board::add(&self.board[0].peers[row].connect_failures, 1);
+            let failures = &self.board[0].peers[row].connect_failures;
+            let counter = match errno {
+                Errno::ETIMEDOUT => &failures.timeouts,
+                _ => &failures.errors,
+            };
+            Board::add(counter, 1);
         }
         let attempt = match (&session.tried, &session.host) {
             (Some((_, tried)), _) => tried.len(),

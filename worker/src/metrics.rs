@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use culvert_shared::counters::{CloseReason, FallbackReason, HISTOGRAM_US, Histogram};
 use culvert_shared::ids::Direction;
 use culvert_shared::members::NameState;
-use culvert_shared::peers::Former;
+use culvert_shared::peers::{Failures, Former};
 
 use crate::balance::{Group, Health};
 use crate::clock;
@@ -63,6 +63,14 @@ impl Page {
 fn load(counter: &AtomicU64) -> u64 {
     counter.load(Relaxed)
 }
+
+/// Why a connection is not let in.
+const REJECTIONS: [CloseReason; 4] = [
+    CloseReason::Denied,
+    CloseReason::LimitConn,
+    CloseReason::LimitRate,
+    CloseReason::BadRequest,
+];
 
 const COUNTER: &str = "counter";
 const GAUGE: &str = "gauge";
@@ -185,7 +193,7 @@ impl Worker {
         let now_ms = clock::now_ms();
         let (active, offloaded) = (board.active(now_ms), board.offloaded(now_ms));
         page.one(
-            "culvert_sessions_total",
+            "culvert_sessions_begun_total",
             COUNTER,
             "Sessions accepted.",
             load(&board.sessions),
@@ -228,11 +236,7 @@ impl Worker {
             help,
             load(&board.adopted),
         );
-        let name = "culvert_sessions_closed_total";
-        page.family(name, COUNTER, "Ended sessions, by why they ended.");
-        for (reason, count) in CloseReason::ALL.iter().zip(&board.closes) {
-            page.sample(name, &[("reason", reason.name())], load(count));
-        }
+        self.closes(page);
         let help = "How long sessions lasted that have ended.";
         page.histogram("culvert_session_duration_seconds", help, &board.session_duration);
         let help = "How long connecting to a peer took, where it succeeded.";
@@ -241,6 +245,48 @@ impl Worker {
             help,
             &board.connect_duration,
         );
+    }
+
+    /// Most listeners know few of the reasons: what has never happened there has no sample.
+    fn closes(&self, page: &mut Page) {
+        let board = &self.board[0];
+        let listeners = self.listener_rows();
+        let name = "culvert_sessions_total";
+        let help = "Ended sessions, by why they ended; of those whose worker died the listener is not known.";
+        page.family(name, COUNTER, help);
+        for reason in CloseReason::ALL {
+            let reason_label = ("close_reason", reason.name());
+            if *reason == CloseReason::WorkerDied {
+                let count = load(&board.closes[*reason as usize]);
+                page.sample(name, &[("listener", ""), reason_label], count);
+                continue;
+            }
+            for (listener, row) in &listeners {
+                let count = load(&board.listeners[*row].closes[*reason as usize]);
+                if count > 0 {
+                    page.sample(name, &[("listener", listener), reason_label], count);
+                }
+            }
+        }
+        let name = "culvert_listener_connections_rejected_total";
+        page.family(
+            name,
+            COUNTER,
+            "Connections that were not let in, among the ended sessions.",
+        );
+        for (listener, row) in &listeners {
+            for reason in REJECTIONS {
+                let count = load(&board.listeners[*row].closes[reason as usize]);
+                page.sample(name, &[("listener", listener), ("reason", reason.name())], count);
+            }
+        }
+    }
+
+    /// The listeners of the present generation, with their rows.
+    fn listener_rows(&self) -> Vec<(String, usize)> {
+        let rows = self.rows.iter().zip(&self.addresses);
+        rows.map(|((row, _), address)| (address.to_string(), *row))
+            .collect()
     }
 
     fn datapath_metrics(&self, page: &mut Page) {
@@ -304,12 +350,7 @@ impl Worker {
 
     fn listener_metrics(&self, page: &mut Page) {
         let board = &self.board[0];
-        let listeners: Vec<(String, usize)> = self
-            .rows
-            .iter()
-            .zip(&self.addresses)
-            .map(|((row, _), address)| (address.to_string(), *row))
-            .collect();
+        let listeners = self.listener_rows();
         let mut all = |name: &str, kind, help, value: &dyn Fn(usize) -> u64| {
             page.family(name, kind, help);
             for (listener, row) in &listeners {
@@ -321,7 +362,7 @@ impl Worker {
         all(name, COUNTER, "Connections accepted.", &|row| {
             load(&rows[row].accepted)
         });
-        let name = "culvert_listener_sessions_active";
+        let name = "culvert_listener_connections_active";
         all(name, GAUGE, "Open sessions.", &|row| {
             board.listener_active(row, clock::now_ms())
         });
@@ -375,16 +416,6 @@ impl Worker {
             &|row| load(&rows[row].connected),
             Some(&gone),
         );
-        let name = "culvert_upstream_connect_failures_total";
-        let help = "Attempts to connect that failed.";
-        let value = |row: usize| load(&rows[row].connect_failures);
-        all(
-            name,
-            COUNTER,
-            help,
-            &value,
-            Some(&|gone| load(&gone.connect_failures)),
-        );
         let name = "culvert_upstream_checks_passed_total";
         let value = |row: usize| load(&rows[row].check.passed);
         let help = "Health checks that passed.";
@@ -416,6 +447,30 @@ impl Worker {
         let help = "Bytes from peers, over ended sessions.";
         let value = |row: usize| load(&rows[row].bytes[1]);
         all(name, COUNTER, help, &value, Some(&|gone| load(&gone.bytes[1])));
+        let name = "culvert_upstream_connect_failures_total";
+        page.family(name, COUNTER, "Attempts to connect that failed.");
+        let mut failed = |upstream: &str, peer: &str, of: &[&Failures]| {
+            let sum = |value: fn(&Failures) -> &AtomicU64| {
+                of.iter().map(|failures| load(value(failures))).sum::<u64>()
+            };
+            for (reason, count) in [
+                ("timeout", sum(|of| &of.timeouts)),
+                ("error", sum(|of| &of.errors)),
+            ] {
+                page.sample(
+                    name,
+                    &[("upstream", upstream), ("peer", peer), ("reason", reason)],
+                    count,
+                );
+            }
+        };
+        for ((upstream, peer), of_peer) in &peers {
+            let failures: Vec<&Failures> = of_peer.iter().map(|row| &rows[*row].connect_failures).collect();
+            failed(upstream, peer, &failures);
+        }
+        for (upstream, former) in &named {
+            failed(upstream, "gone", &[&former.connect_failures]);
+        }
         let name = "culvert_upstream_peer_up";
         page.family(name, GAUGE, "Whether the peer takes sessions.");
         for ((upstream, peer), rows) in &peers {

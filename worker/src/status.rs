@@ -262,7 +262,7 @@ fn peer_status(scene: &Scene<'_>, (group, is_checked): (&Group, bool), index: us
         "max_conns": peer.max_conns(),
         "fails": counters.fails.load(Relaxed),
         "connected": load(&counters.connected),
-        "connect_failures": load(&counters.connect_failures),
+        "connect_failures": counters.connect_failures.sum(),
         "connect_time_us": load(&counters.connect_us),
         "check": check_status(counters, peer, is_checked),
         "bytes": by_direction(|way| load(&counters.bytes[way.index()])),
@@ -283,7 +283,7 @@ fn former_status(scene: &Scene<'_>, address: &Address, row: usize) -> Option<Val
             "max_conns": 0,
             "fails": 0,
             "connected": load(&counters.connected),
-            "connect_failures": load(&counters.connect_failures),
+            "connect_failures": counters.connect_failures.sum(),
             "connect_time_us": load(&counters.connect_us),
             "bytes": by_direction(|way| load(&counters.bytes[way.index()])),
         })
@@ -296,7 +296,7 @@ fn former_sum(scene: &Scene<'_>, group: &GroupRow, former: &[(Address, usize)]) 
     let sum = |folded: &AtomicU64, of: &dyn Fn(&PeerRow) -> u64| load(folded) + rows().map(of).sum::<u64>();
     json!({
         "connected": sum(&group.former.connected, &|row| load(&row.connected)),
-        "connect_failures": sum(&group.former.connect_failures, &|row| load(&row.connect_failures)),
+        "connect_failures": group.former.connect_failures.sum() + rows().map(|row| row.connect_failures.sum()).sum::<u64>(),
         "bytes": by_direction(|way| {
             let way = way.index();
             sum(&group.former.bytes[way], &|row| load(&row.bytes[way]))
