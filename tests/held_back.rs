@@ -266,6 +266,24 @@ fn sessions_that_are_held_back_go_on_after_more_reloads_than_a_slot_has_ring_buf
     reloads_with_sessions_held_back(6);
 }
 
+/// What was let through under the old limits is not measured by the new ones.
+#[test]
+fn a_session_with_much_under_way_goes_on_after_a_reload_that_allows_little() {
+    let _beside = beside_others();
+    const TOTAL: u64 = 300 * MIB;
+    let (proxy, front) = proxy_with("127.0.0.1", "ebpf_backlog_size = \"128m\"");
+    let (writing, reading) = front.offloaded(&proxy, Towards::Upstream);
+    let writer = Writer::start(&writing, UP, TOTAL, PIECE);
+    proxy.wait("the source is held back", |s| s.number("/pauses") > 0);
+    pause(300);
+    proxy.edit("\"128m\"", "\"64k\"");
+    let before = proxy.status().generation();
+    proxy.signal(Signal::SIGHUP);
+    proxy.wait("the generation has changed", |s| s.generation() > before);
+    finish(writer, writing, reading, UP, 0, TOTAL);
+    must_have_stayed_in_the_kernel(&proxy.settle());
+}
+
 #[test]
 fn sessions_of_a_worker_that_found_no_ring_buffer_end_as_they_should() {
     // As many as a slot has.

@@ -98,15 +98,22 @@ pub struct Terms {
 }
 
 impl Terms {
-    fn set_limits(&self, flow: &Flow) {
+    /// `runaway_bytes`: what the flow had of it, if it goes on: so much may be outstanding, or gathered, from before.
+    fn set_limits(&self, flow: &Flow, runaway_bytes: u32) {
         flow.high_bytes.store(self.backlog_bytes, Relaxed);
         flow.low_bytes.store(low_mark(self.backlog_bytes, 0), Relaxed);
         flow.window_bytes
             .store(largest_window(self.backlog_bytes), Relaxed);
         flow.settable_bytes.store(self.settable_bytes, Relaxed);
-        // A source that is let go may have gathered one window, and gets no further than another.
-        let runaway = self.window_bytes.map_or(0, |window| {
-            self.backlog_bytes.saturating_add(window.saturating_mul(2))
+        // A source that is let go has gathered as much as its buffer takes, and gets no further than another window. A buffer
+        // may be as large as the host lets it grow, or as the worker and `limit_buffer` make it: twice the largest window.
+        let window = self.window_bytes.map(|of_host| {
+            let given = largest_window(self.backlog_bytes).saturating_mul(2);
+            of_host.max(given)
+        });
+        let runaway = window.map_or(0, |window| {
+            let bytes = self.backlog_bytes.saturating_add(window.saturating_mul(2));
+            bytes.max(runaway_bytes)
         });
         // What is outstanding is a difference of 32-bit counters.
         flow.runaway_bytes.store(runaway.min(i32::MAX as u32), Relaxed);
@@ -265,7 +272,7 @@ impl SlotMaps {
             flow.last_active_ns.store(terms.now_ns, Relaxed);
             // Its low bits, as in the program.
             flow.acked_base.store(sent_bytes[side] as u32, Relaxed);
-            terms.set_limits(flow);
+            terms.set_limits(flow, 0);
             flow.lane.store(terms.lane.0, Relaxed);
             flow.pause.store(flow_pause::OFF, Relaxed);
             for counter in [
@@ -400,7 +407,7 @@ impl SlotMaps {
         for (side, fd) in sockets.into_iter().enumerate() {
             let index = self.index(place, side);
             let flow = &self.flows[index];
-            terms.set_limits(flow);
+            terms.set_limits(flow, flow.runaway_bytes.load(Relaxed));
             // Before `pause` is read by the caller: either it sees a pause, or the program sees the lane.
             flow.lane.store(terms.lane.0, SeqCst);
             if !died || !carried[side] {

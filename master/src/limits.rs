@@ -4,7 +4,6 @@
 use anyhow::{Context, Result, bail};
 use caps::Capability;
 use culvert_shared::config::Config;
-use culvert_worker::OWN_CONNECTIONS;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::names::hosts;
@@ -22,7 +21,7 @@ const MASTER_PER_SLOT: u64 = 24;
 /// What the configuration needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Need {
-    /// Descriptors of one worker: two for each session, one for each connection that it answers itself.
+    /// Descriptors of one worker: two for each session.
     worker: u64,
     /// Descriptors of the master: a listening socket for each address and slot, and lookups of hosts.
     master: u64,
@@ -44,10 +43,7 @@ fn need(config: &Config) -> Need {
     };
     Need {
         // Twice the listeners: a fresh worker holds its own copies beside the inherited ones for a moment.
-        worker: 2 * u64::from(config.worker_connections)
-            + u64::from(OWN_CONNECTIONS)
-            + 2 * listeners
-            + WORKER_RESERVE,
+        worker: 2 * u64::from(config.worker_connections) + 2 * listeners + WORKER_RESERVE,
         // Twice: during a reload the old and the new sockets exist side by side.
         master: 2 * slots * (listeners + MASTER_PER_SLOT) + MASTER_RESERVE + lookups,
         listeners,
@@ -137,10 +133,7 @@ mod tests {
         config.worker_cpus = vec![vec![0]; 3];
         let need = need(&config);
         assert_eq!(need.listeners, 2);
-        assert_eq!(
-            need.worker,
-            2000 + u64::from(OWN_CONNECTIONS) + 4 + WORKER_RESERVE
-        );
+        assert_eq!(need.worker, 2000 + 4 + WORKER_RESERVE);
         let without = 2 * 3 * (2 + MASTER_PER_SLOT) + MASTER_RESERVE;
         assert_eq!(need.master, without);
         // Where sessions may name hosts, a socket for each kind of address.

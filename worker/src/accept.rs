@@ -25,8 +25,8 @@ const TURN_BUDGET: usize = 64;
 /// How long a listener rests after the process ran out of descriptors or memory (nginx: 500 ms).
 const REST_MS: u64 = 500;
 /// Connections for `http` and the status document that a worker holds besides its `worker_connections` sessions, so that it can
-/// be looked at when it is full.
-pub const OWN_CONNECTIONS: u32 = 128;
+/// be looked at when it is full; more of them count as sessions. The reserve of descriptors has room for these.
+const OWN_CONNECTIONS: u32 = 24;
 /// How often a full worker says so at most.
 const FULL_MS: u64 = 60_000;
 
@@ -238,12 +238,10 @@ impl Worker {
 
     /// Whether the worker holds as many connections as it may of the kind that a server's are.
     fn is_full(&mut self, server: usize) -> bool {
-        let sessions = self.sessions();
-        if !matches!(self.config.servers[server].action, Action::Proxy(_)) {
-            return self.table.len().saturating_sub(sessions as usize) >= OWN_CONNECTIONS as usize;
-        }
+        let (held, own) = self.held();
         let most = self.config.worker_connections;
-        if sessions < most {
+        let is_own = !matches!(self.config.servers[server].action, Action::Proxy(_));
+        if held < most || (is_own && own < OWN_CONNECTIONS) {
             return false;
         }
         let now_ms = clock::now_ms();
@@ -257,9 +255,12 @@ impl Worker {
         true
     }
 
-    /// The sessions that it holds.
-    fn sessions(&self) -> u32 {
-        self.gauges().sessions.load(Relaxed)
+    /// What it holds: what counts as sessions, and the connections that it answers itself.
+    fn held(&self) -> (u32, u32) {
+        let sessions = self.gauges().sessions.load(Relaxed);
+        let all = u32::try_from(self.table.len()).unwrap_or(u32::MAX);
+        let own = all.saturating_sub(sessions);
+        (sessions + own.saturating_sub(OWN_CONNECTIONS), own)
     }
 
     /// Watches a listener that may bring connections, and no other: it would be reported again and again.
@@ -283,7 +284,7 @@ impl Worker {
         if !self.draining {
             let rests = self.listeners.iter().any(|listener| listener.resting);
             let limit = if rests { 0 } else { self.config.worker_connections };
-            let sessions = self.sessions();
+            let (sessions, _) = self.held();
             load.publish(sessions, limit.saturating_sub(sessions));
         }
         load.count_taken(std::mem::take(&mut self.intake.accepted));

@@ -59,7 +59,6 @@ mod table;
 mod tally;
 mod timer;
 
-pub use accept::OWN_CONNECTIONS;
 pub use confine::Confinement;
 pub use start::{Listener, Served, WorkerStart, run};
 pub use store::Store;
