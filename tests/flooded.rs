@@ -13,6 +13,8 @@ use crate::harness::{Plan, Proxy, Upstream, connect, receive};
 /// A sender with a closed window probes after 200 ms (TCP_RTO_MIN).
 const PROBE: Duration = Duration::from_millis(150);
 const SESSIONS: usize = 40;
+/// A listener's options that change nothing.
+const PLAIN: &str = "backlog = 511";
 
 /// What a stream has in its first bytes, ready to be sent at once.
 fn ready(seed: u64, bytes: u64) -> Vec<u8> {
@@ -34,11 +36,13 @@ fn take(mut stream: &TcpStream, bytes: u64) {
     stream.shutdown(Shutdown::Write).expect("ending the stream");
 }
 
-/// A proxy that offloads at once. Says how long each of the sessions takes in which a client pours so many bytes out.
-fn sessions(bytes: u64) -> Vec<Duration> {
+/// Says how long each of the sessions takes in which a client pours so many bytes out, to a proxy that offloads after the given ones.
+/// `options` are the listener's.
+fn sessions(options: &str, offload_after: &str, bytes: u64) -> Vec<Duration> {
     let upstream = Upstream::serve("127.0.0.1", move |stream| take(&stream, bytes));
     let mut plan = Plan::new();
-    let front = plan.server_with("127.0.0.1", &upstream, "ebpf_offload_after = \"0\"");
+    let offload_after = format!("ebpf_offload_after = \"{offload_after}\"");
+    let front = plan.server_listening(options, &upstream, &offload_after);
     let proxy = plan.start();
     let poured = ready(UP, bytes);
     let times = (0..SESSIONS).map(|_| {
@@ -48,7 +52,7 @@ fn sessions(bytes: u64) -> Vec<Duration> {
         since.elapsed()
     });
     let times = times.collect();
-    must_have_been_the_kernel(&proxy, bytes * SESSIONS as u64);
+    must_have_been_the_kernel(&proxy, bytes * SESSIONS as u64 / 16);
     times
 }
 
@@ -58,8 +62,8 @@ fn must_have_been_the_kernel(proxy: &Proxy, bytes: u64) {
     must_be_sound(&status);
     let carried = status.sockmap().sum();
     assert!(
-        carried >= bytes / 2,
-        "{carried} of {bytes} bytes through the kernel"
+        carried >= bytes,
+        "{carried} bytes through the kernel, not {bytes}"
     );
 }
 
@@ -76,7 +80,17 @@ fn must_not_wait_for_probes(times: &[Duration]) {
 fn a_client_that_has_much_to_say_at_once_does_not_have_to_probe() {
     let _alone = alone();
     for bytes in [300_000, MIB] {
-        must_not_wait_for_probes(&sessions(bytes));
+        must_not_wait_for_probes(&sessions(PLAIN, "0", bytes));
+    }
+}
+
+/// The copy leaves the receive queue full, so most of what the client sends passes through the socket backlog while that is taken: the
+/// source is held back with a window that is closed and nothing in its queue. See `make_room` in `bpf/c/slot/buffers.h`.
+#[test]
+fn a_client_whose_session_is_taken_over_while_it_pours_does_not_have_to_probe() {
+    let _alone = alone();
+    for options in [PLAIN, "rcvbuf = \"64k\"", "rcvbuf = \"2k\""] {
+        must_not_wait_for_probes(&sessions(options, "200k", MIB));
     }
 }
 
@@ -98,7 +112,7 @@ fn a_receive_buffer_of_a_fixed_size_does_not_make_bulk_wait_for_probes() {
         assert_eq!(upstream.result(), BYTES);
         since.elapsed()
     });
-    must_have_been_the_kernel(&proxy, 2 * BYTES);
+    must_have_been_the_kernel(&proxy, BYTES);
     eprintln!("{times:?}");
     // Each pause would cost 200 ms, and there is one for each few megabytes.
     assert!(times[1] < 8 * times[0] + PROBE, "{times:?}");

@@ -94,7 +94,7 @@ int pressure(struct bpf_sock_ops *ops)
 	if (ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)
 		limit_window(ops, self, flow);
 	if (ops->op != BPF_SOCK_OPS_RTT_CB) {
-		hold_back(self, flow, index, shared);
+		hold_back(ops, self, flow, index, shared);
 		if (flow->pause == PAUSE_ON || flow->gather)
 			limit_buffer(ops, self, flow);
 	}

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The window that a source announces, and the size of its receive buffer while it is held back.
+ * The window that a source announces, and the size of its receive buffer when it is held back, and while it is.
  */
 #ifndef CULVERT_SLOT_BUFFERS_H
 #define CULVERT_SLOT_BUFFERS_H
@@ -58,6 +58,29 @@ static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_so
 		bpf_setsockopt(ops, IPPROTO_TCP, TCP_WINDOW_CLAMP, &window, sizeof(window));
 		flow->narrowed = bytes < flow->window_bytes;
 	}
+}
+
+/*
+ * A source that is held back with nothing in its receive queue must not announce a closed window: what would open it again is
+ * that something is taken from the queue. While its lock is held for a kick, what has passed through the socket backlog is
+ * taken off the window (see `is_flooded`), and over loopback, where a segment is 64 KiB, the window closes when half of a
+ * small buffer has. So the buffer grows by that before the announcement (bpf_skops_hdr_opt_len comes before tcp_select_window).
+ * User space, which fixes a held-back source's buffer anyway, sizes it anew when it hears of the pause.
+ */
+static __always_inline void make_room(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
+{
+	__u32 present = self->inet_conn.icsk_inet.sk.sk_rcvbuf;
+	__u32 passed = self->inet_conn.icsk_inet.sk.sk_backlog.len;
+	__u32 bytes = (present + passed) / 2;
+
+	if (!(flow->flags & FLOW_KICKED) || passed <= present / 2)
+		return;
+	if (bytes > flow->settable_bytes)
+		bytes = flow->settable_bytes;
+	if (bytes > flow->window_bytes)
+		bytes = flow->window_bytes;
+	if (bytes > present / 2)
+		bpf_setsockopt(ops, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
 }
 
 /*

@@ -7,6 +7,7 @@
 
 #include "../kernel.h"
 #include "../maps.h"
+#include "buffers.h"
 #include "outstanding.h"
 #include "tell.h"
 
@@ -22,7 +23,8 @@
  * too: bpf_skops_parse_hdr has the lock as well, and its data is not queued yet. Holes keep the receiver off the
  * fast path (tcp_fast_path_check), where options are not looked at.
  */
-static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, __u32 index, struct slot_total *shared)
+static __always_inline void hold_back(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow, __u32 index,
+				      struct slot_total *shared)
 {
 	struct cpu_total *total;
 	__u32 cpu;
@@ -32,6 +34,7 @@ static __always_inline void hold_back(struct tcp_sock *self, struct flow *flow, 
 	if (__sync_val_compare_and_swap(&flow->pause, PAUSE_WANTED, PAUSE_ON) != PAUSE_WANTED)
 		return;
 	bpf_map_delete_elem(&sources, &index);
+	make_room(ops, self, flow);
 	if (!flow->gather) {
 		flow->pauses++;
 		__sync_fetch_and_add(&shared->pauses, 1);
