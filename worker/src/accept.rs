@@ -192,6 +192,9 @@ impl Worker {
             return false;
         };
         let full = self.is_full(server);
+        if full {
+            self.tell_full();
+        }
         let listening = &mut self.listeners[listener];
         listening.full = full;
         if full || listening.resting {
@@ -237,22 +240,24 @@ impl Worker {
     }
 
     /// Whether the worker holds as many connections as it may of the kind that a server's are.
-    fn is_full(&mut self, server: usize) -> bool {
+    fn is_full(&self, server: usize) -> bool {
         let (held, own) = self.held();
-        let most = self.config.worker_connections;
         let is_own = !matches!(self.config.servers[server].action, Action::Proxy(_));
-        if held < most || (is_own && own < OWN_CONNECTIONS) {
-            return false;
-        }
+        held >= self.config.worker_connections && !(is_own && own < OWN_CONNECTIONS)
+    }
+
+    /// Says now and then that clients wait because the worker is full.
+    fn tell_full(&mut self) {
         let now_ms = clock::now_ms();
-        if now_ms >= self.intake.tell_full_ms {
-            self.intake.tell_full_ms = now_ms + FULL_MS;
-            log::warn!(
-                "worker_connections = {most} sessions are held: further clients that come to this worker wait until one \
-                 ends; raise it, or worker_processes"
-            );
+        if now_ms < self.intake.tell_full_ms {
+            return;
         }
-        true
+        self.intake.tell_full_ms = now_ms + FULL_MS;
+        let most = self.config.worker_connections;
+        log::warn!(
+            "worker_connections = {most} sessions are held: further clients that come to this worker wait until one \
+             ends; raise it, or worker_processes"
+        );
     }
 
     /// What it holds: what counts as sessions, and the connections that it answers itself.
