@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use culvert_shared::config::{Address, Config, Listen, Server};
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -53,7 +53,7 @@ impl Listeners {
     /// new ones are bound and listening; this set is left as it is.
     ///
     /// # Errors
-    /// An address cannot be bound; nothing new is left behind then.
+    /// Addresses that cannot be bound, all of them; nothing new is left behind then.
     pub fn next(&self, config: &Config) -> Result<Listeners> {
         // The workers of a master that was killed take a moment to notice and let go.
         let patience = if self.sockets.is_empty() && self.unix.is_empty() {
@@ -62,14 +62,17 @@ impl Listeners {
             Duration::ZERO
         };
         let give_up = Instant::now() + patience;
-        for (_, _, bound) in tcp(config) {
-            // A sharing socket could be bound beside that of any other program of this user, and the
-            // kernel would deal the connections out among the two: ask for the address unshared first.
-            // Ours would be in the way where they have the port already.
-            if !self.overlaps(bound) {
-                ask_for(bound, give_up).map_err(|errno| bind_error(bound.address, errno))?;
-            }
-        }
+        // A sharing socket could be bound beside that of any other program of this user, and the kernel would deal the
+        // connections out among the two: ask for the address unshared first. Ours would be in the way where they have the
+        // port already.
+        let refused: Vec<String> = tcp(config)
+            .filter(|(_, _, bound)| !self.overlaps(*bound))
+            .filter_map(|(_, _, bound)| {
+                let errno = ask_for(bound, give_up).err()?;
+                Some(bind_error(bound.address, errno).to_string())
+            })
+            .collect();
+        ensure!(refused.is_empty(), "{}", refused.join("; "));
         let mut next = Listeners::default();
         for slot in 0..config.worker_cpus.len() {
             for (server, listen, bound) in tcp(config) {
@@ -412,6 +415,23 @@ mod tests {
         drop(accepted);
         let error = client.read(&mut [0; 1]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+
+    #[test]
+    fn all_addresses_that_are_refused_are_named_at_once() {
+        let others = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [first, second] = others
+            .each_ref()
+            .map(|other| other.local_addr().unwrap().to_string());
+        let free = format!("127.0.0.1:{}", free_port());
+        let error = Listeners::default()
+            .next(&testing::config(&[&first, &free, &second], &[]))
+            .unwrap_err()
+            .to_string();
+        for address in [&first, &second] {
+            assert!(error.contains(&format!("failed to bind {address}: ")), "{error}");
+        }
+        assert!(!error.contains(&free), "{error}");
     }
 
     #[test]
