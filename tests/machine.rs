@@ -14,5 +14,6 @@ mod lost_events;
 mod memory_pressure;
 mod outlive;
 mod pressure;
+mod short_streams;
 mod steering;
 mod worker_total;

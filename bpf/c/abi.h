@@ -13,6 +13,7 @@ enum flow_flag {
 	FLOW_NO_TARGET = 4,	/* the other socket was not in the map: bytes were left to user space */
 	FLOW_TRIM_FAILED = 8,	/* bytes that were forwarded before could not be cut off */
 	FLOW_RUNAWAY = 16,	/* the source should have been held back long ago, and still sends */
+	FLOW_NARROW = 64,	/* the worker was told that its target's send buffer is too small */
 	FLOW_KICKED = 32,	/* user: the source's lock is held, for what waits in its receive queue to be forwarded */
 };
 
@@ -50,7 +51,7 @@ struct flow {
 	__u32 small;		/* the last segment was small */
 	__u32 gather;		/* small segments gather: the source is held back for that, or user space copies them by now */
 	__u32 window_bytes;	/* user: the largest receive window of the source */
-	__u32 settable_bytes;	/* user: the largest receive buffer that the kernel lets anyone ask for */
+	__u32 settable_bytes;	/* user: the largest buffer that the kernel lets anyone ask for, either way */
 	__u32 narrowed;		/* less than that is announced now */
 	__u32 tick;		/* when a small segment came last behind another, CLOCK_MONOTONIC in units of 2^20 ns */
 	__u32 tick_segments;	/* how many such have come in that tick; TICK_CROWDED */
@@ -145,6 +146,7 @@ enum event_kind {
 	EVENT_ROOM = 4,		/* the slot holds few enough bytes again; index says nothing */
 	EVENT_LOST = 5,		/* events were lost (slot_total.lost_events); index says nothing */
 	EVENT_HELD = 6,		/* the slot has bytes outstanding, and nobody counts them anew (slot_total.counted) */
+	EVENT_NARROW = 7,	/* the target has too small a send buffer for what is outstanding; only the master can give it more */
 };
 
 struct event {

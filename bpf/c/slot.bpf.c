@@ -102,8 +102,10 @@ int pressure(struct bpf_sock_ops *ops)
 		return 1;
 	index ^= 1;
 	flow = bpf_map_lookup_elem(&flows, &index);
-	if (flow)
+	if (flow) {
+		widen_target(ops, self, flow, index);
 		tell_drained(self, flow, index, shared);
+	}
 	return 1;
 }
 

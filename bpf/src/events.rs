@@ -56,6 +56,8 @@ pub enum EventKind {
     Drained,
     /// The session must not survive.
     Trouble,
+    /// The target's send buffer fills, and is smaller than what may be outstanding.
+    Narrow,
     /// The slot holds few enough bytes again: sources that wait for it may be let go.
     Room,
     /// The slot has bytes outstanding, and nobody counts them anew: see [`crate::SlotMaps::recount`].
@@ -116,6 +118,7 @@ fn decode(bytes: &[u8]) -> Option<Event> {
         types::event_kind::EVENT_ROOM => EventKind::Room,
         types::event_kind::EVENT_LOST => EventKind::Lost,
         types::event_kind::EVENT_HELD => EventKind::Held,
+        types::event_kind::EVENT_NARROW => EventKind::Narrow,
         _ => return None,
     };
     let direction = if index & 1 == 0 {

@@ -90,8 +90,8 @@ pub struct Terms {
     pub backlog_bytes: u32,
     /// The largest receive window that the host gives a socket; `None`: not known.
     pub window_bytes: Option<u32>,
-    /// The largest receive buffer that may be asked for (`net.core.rmem_max`). One that would have to be larger is left to
-    /// the kernel.
+    /// The largest buffer that anyone may ask for, either way (`net.core.rmem_max`, `net.core.wmem_max`). A receive buffer that
+    /// would have to be larger is left to the kernel.
     pub settable_bytes: u32,
     /// Where the worker is told what happens.
     pub lane: LaneNumber,

@@ -293,7 +293,11 @@ fn pause_and_resume(bench: &mut Bench<'_>) -> Result<()> {
                     );
                 }
                 EventKind::Trouble => bail!("the program met flags {:#x}", session.flow(way).flags),
-                EventKind::Paused | EventKind::Room | EventKind::Held | EventKind::Lost => {}
+                EventKind::Paused
+                | EventKind::Room
+                | EventKind::Held
+                | EventKind::Narrow
+                | EventKind::Lost => {}
             }
         }
         // A target that had to send something again reports no sample of the round trip.

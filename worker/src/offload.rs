@@ -165,7 +165,8 @@ impl Worker {
             now_ns: clock::now_ns(),
             backlog_bytes: settings.ebpf_backlog_size,
             window_bytes: self.limits.window_bytes,
-            settable_bytes: u32::try_from(self.limits.receive_bytes).unwrap_or(u32::MAX),
+            settable_bytes: u32::try_from(self.limits.receive_bytes.min(self.limits.send_bytes))
+                .unwrap_or(u32::MAX),
             lane: self.wards[ward].reader.lane(),
         }
     }

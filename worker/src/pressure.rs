@@ -122,6 +122,10 @@ impl Worker {
             }
             EventKind::Drained | EventKind::Room | EventKind::Held | EventKind::Lost => worker.wait(session),
             EventKind::Trouble => worker.look_at_flow(token, session, direction),
+            EventKind::Narrow => {
+                worker.size_send_buffer(session, direction);
+                worker.wait(session)
+            }
         });
     }
 
@@ -220,17 +224,9 @@ impl Worker {
     /// most.
     pub(crate) fn size_buffers(&mut self, token: Token, session: &mut Session, direction: Direction) {
         let (given_to_source, _) = self.given_sizes(session, source(direction));
-        let (_, given_to_target) = self.given_sizes(session, target(direction));
         let backlog = session.settings.ebpf_backlog_size as usize;
         let former = session.stream(direction).buffers;
-        let mut heard = true;
-        if former == Buffers::Own
-            && given_to_target.is_none()
-            && let Some(socket) = session.socket(target(direction))
-        {
-            let bytes = culvert_bpf::largest_window(session.settings.ebpf_backlog_size);
-            heard = self.size(socket.as_fd(), Buffer::Send, bytes as usize);
-        }
+        let mut heard = former != Buffers::Own || self.size_send_buffer(session, direction);
         let given_to_source = given_to_source.map(|bytes| bytes.min(self.limits.receive_bytes));
         let wide = given_to_source.unwrap_or((backlog / 2).max(RECEIVE_BYTES_MIN));
         let sources = self.pressure.paused.len();
@@ -269,6 +265,17 @@ impl Worker {
         if session.stream(direction).buffers == Buffers::Narrow {
             self.pressure.narrow.insert((token, direction));
             self.wheel.set_earlier(PRESSURE_TIMER, clock::now_ms() + LOOK_MS);
+        }
+    }
+
+    /// Gives the target of a direction a send buffer for all that may be outstanding, unless its listener has one of a given
+    /// size. False: the master, who may have to, has no room to hear that now.
+    fn size_send_buffer(&self, session: &Session, direction: Direction) -> bool {
+        let (_, given) = self.given_sizes(session, target(direction));
+        let bytes = culvert_bpf::largest_window(session.settings.ebpf_backlog_size);
+        match (given, session.socket(target(direction))) {
+            (None, Some(socket)) => self.size(socket.as_fd(), Buffer::Send, bytes as usize),
+            _ => true,
         }
     }
 
