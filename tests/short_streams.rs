@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::net::{Shutdown, TcpListener};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::socket::{setsockopt, sockopt::TcpMaxSeg};
 
@@ -31,24 +31,25 @@ fn a_stream_over_an_ethernet_does_not_wait_for_ticks() {
     let proxy = plan.start();
     let mut poured = vec![0; BYTES as usize];
     fill(UP, 0, &mut poured);
-    let mut times = [[Duration::ZERO; ROUNDS]; 2];
-    for round in 0..ROUNDS {
-        for (which, front) in [forwarded, copied].into_iter().enumerate() {
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..ROUNDS {
+        for (front, times) in [forwarded, copied].into_iter().zip(&mut times) {
             let mut client = connect(front);
             let since = Instant::now();
             client.write_all(&poured).expect("sending");
             client.shutdown(Shutdown::Write).expect("ending the stream");
             receive(&mut client, DOWN).must_be_whole(0);
-            times[which][round] = since.elapsed();
+            times.push(since.elapsed());
             upstream.result();
         }
     }
     let status = proxy.settle();
     must_be_sound(&status);
+    let carried = status.sockmap().sum();
+    // What ends while it is held back is copied, so not all of it is the kernel's.
     assert!(
-        status.sockmap().sum() >= BYTES * ROUNDS as u64 * 9 / 10,
-        "{:?}",
-        status.sockmap()
+        carried >= BYTES * ROUNDS as u64 / 2,
+        "{carried} bytes through the kernel"
     );
     let [forwarded, copied] = times.map(|mut times| {
         times.sort_unstable();
