@@ -246,8 +246,8 @@ impl Worker {
             (Buffers::Narrow, share.max(NARROW_SEGMENTS * segment).min(wide))
         };
         let fixed = match buffers {
-            // What was fixed once does not size itself again; the program may have made room (`make_room`).
-            Buffers::Wide => former != Buffers::Wide || present > bytes,
+            // What was fixed once does not size itself again.
+            Buffers::Wide => former != Buffers::Wide,
             _ => present > 2 * bytes || present < bytes,
         };
         let is_promised = bytes < present && !sockets::is_window_closed(socket.as_fd());
