@@ -13,8 +13,8 @@ enum flow_flag {
 	FLOW_NO_TARGET = 4,	/* the other socket was not in the map: bytes were left to user space */
 	FLOW_TRIM_FAILED = 8,	/* bytes that were forwarded before could not be cut off */
 	FLOW_RUNAWAY = 16,	/* the source should have been held back long ago, and still sends */
-	FLOW_NARROW = 64,	/* the worker was told that its target's send buffer is too small */
 	FLOW_KICKED = 32,	/* user: the source's lock is held, for what waits in its receive queue to be forwarded */
+	FLOW_NARROW = 64,	/* the worker was told that its target's send buffer is too small */
 };
 
 /* Whether a flow's source is held back. */
