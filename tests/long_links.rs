@@ -131,6 +131,8 @@ fn an_answer_that_is_lost_on_the_way_is_not_forgotten_when_its_upstream_resets()
     const STEP: u64 = 2048;
     const ANSWER: u64 = 10_000;
     const ARRIVES_MS: u64 = 200;
+    /// The worker itself may come late: only what stays has to be the upstream's doing.
+    const STAYS_MS: u64 = 1_000;
     let _turn = beside_others();
     let networks = &Networks::new(["c", "p"], |[_, p]| {
         let small = "net.ipv4.tcp_wmem='4096 16384 65536'";
@@ -146,16 +148,19 @@ fn an_answer_that_is_lost_on_the_way_is_not_forgotten_when_its_upstream_resets()
         let mut upstream = front.accept();
         // The client's end of stream is to come behind what the upstream does not read.
         let mut sent = 0;
-        while sent == proxy.status().relay().to_upstream {
+        while within(Duration::from_millis(STAYS_MS), || {
+            sent == proxy.status().relay().to_upstream
+        }) {
             send(&mut client, UP, sent, sent + STEP).expect("sending the question");
             sent += STEP;
-            pause(10);
         }
         client.shutdown(Shutdown::Write).expect("ending the question");
         pause(ARRIVES_MS);
         way.cut(1, true);
         send(&mut upstream, DOWN, 0, ANSWER).expect("sending the answer");
         upstream.shutdown(Shutdown::Write).expect("ending the answer");
+        let is_sent = within(PATIENCE, || proxy.status().relay().to_downstream == ANSWER);
+        assert!(is_sent, "the answer was not passed on");
         pause(ARRIVES_MS);
         reset(upstream);
         let status = proxy.settle();
