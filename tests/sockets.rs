@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::harness::pattern::{pause, ping};
 use crate::harness::program::{need, run, shell};
@@ -131,6 +131,11 @@ fn buffers_have_the_sizes_that_the_listener_says_while_a_source_is_held_back_too
         let memory = ss("-m", &format!("sport = :{}", front.port()));
         (number_after(&memory, ",rb"), number_after(&memory, ",tb"))
     };
+    // For a moment it may be more, see `make_room` in `bpf/c/slot/buffers.h`.
+    let must_be_as_given = || {
+        let given = (2 * 100 * 1024, 2 * 150_000);
+        assert!(within(PATIENCE, || sizes() == given), "{:?}", sizes());
+    };
     std::thread::scope(|scope| {
         let sending = scope.spawn(move || send(&mut writer, 1, 0, BYTES));
         // Neither reader reads: what the kernel forwards comes to a stop, both ways.
@@ -141,7 +146,7 @@ fn buffers_have_the_sizes_that_the_listener_says_while_a_source_is_held_back_too
             now > 0 && std::mem::replace(&mut before, now) == now
         });
         assert!(stopped, "what is forwarded does not come to a stop");
-        assert_eq!(sizes(), (2 * 100 * 1024, 2 * 150_000));
+        must_be_as_given();
         release.raise();
         let mut reader = client.try_clone().expect("a second handle");
         receive_exactly(&mut reader, 2, BYTES);
@@ -151,7 +156,7 @@ fn buffers_have_the_sizes_that_the_listener_says_while_a_source_is_held_back_too
             .expect("sending to the upstream");
     });
     assert!(within(PATIENCE, || has_all.is_up()), "the upstream has not all");
-    assert_eq!(sizes(), (2 * 100 * 1024, 2 * 150_000));
+    must_be_as_given();
     drop(client);
     slow.result();
     let status = proxy.settle();
@@ -230,16 +235,27 @@ fn a_deferred_listener_accepts_when_the_client_has_said_something() {
     let deferred = plan.server_listening("deferred = true", &echo, "");
     let plain = plan.server(&echo);
     let proxy = plan.start();
-    let mut silent = connect(deferred);
-    let _silent_too = connect(plain);
-    proxy.wait("the plain listener has accepted", |s| {
-        accepted(s, &plain.to_string()) == 1
+    // After a second it is accepted all the same.
+    let is_silent_for = Duration::from_millis(900);
+    let looked_in_time = (1..=5u64).any(|nth| {
+        let begun = Instant::now();
+        let mut silent = connect(deferred);
+        let silent_too = connect(plain);
+        proxy.wait("the plain listener has accepted", |s| {
+            accepted(s, &plain.to_string()) == nth
+        });
+        pause(300);
+        let before = accepted(&proxy.status(), &deferred.to_string());
+        let in_time = begun.elapsed() < is_silent_for;
+        assert!(!in_time || before == nth - 1, "{before} are accepted");
+        ping(&mut silent, 1, 2).expect("a session");
+        assert_eq!(accepted(&proxy.status(), &deferred.to_string()), nth);
+        proxy.wait("it is in the kernel", |s| s.offloaded() == 2);
+        drop((silent, silent_too));
+        proxy.settle();
+        in_time
     });
-    pause(300);
-    assert_eq!(accepted(&proxy.status(), &deferred.to_string()), 0);
-    ping(&mut silent, 1, 2).expect("a session");
-    assert_eq!(accepted(&proxy.status(), &deferred.to_string()), 1);
-    proxy.wait("it is in the kernel", |s| s.offloaded() == 2);
+    assert!(looked_in_time);
 }
 
 /// Tells what a connection began with, and then echoes.

@@ -221,13 +221,15 @@ impl Worker {
     ///
     /// A size that a listener was given (`rcvbuf`, `sndbuf`) takes the place of what is right otherwise: a send buffer
     /// of that size is left alone, what does not fit waits before it, and a receive buffer shrinks below that size at
-    /// most.
+    /// most. What the kernel has given it more for a while (`make_room`) it gives back when its window is closed, or when the source is
+    /// not held back and nothing waits: in between, what is left of the window could be too little for a segment.
     pub(crate) fn size_buffers(&mut self, token: Token, session: &mut Session, direction: Direction) {
         let (given_to_source, _) = self.given_sizes(session, source(direction));
         let backlog = session.settings.ebpf_backlog_size as usize;
         let former = session.stream(direction).buffers;
         let mut heard = former != Buffers::Own || self.size_send_buffer(session, direction);
         let given_to_source = given_to_source.map(|bytes| bytes.min(self.limits.receive_bytes));
+        let is_given = given_to_source.is_some();
         let wide = given_to_source.unwrap_or((backlog / 2).max(RECEIVE_BYTES_MIN));
         let sources = self.pressure.paused.len();
         let share = self.pair(session).and_then(|(maps, _)| maps.share_bytes(sources));
@@ -246,11 +248,13 @@ impl Worker {
             (Buffers::Narrow, share.max(NARROW_SEGMENTS * segment).min(wide))
         };
         let fixed = match buffers {
-            // What was fixed once does not size itself again.
-            Buffers::Wide => former != Buffers::Wide,
+            // What was fixed once does not size itself again, but may have been given more for a while (`make_room`).
+            Buffers::Wide => former != Buffers::Wide || (is_given && present > bytes),
             _ => present > 2 * bytes || present < bytes,
         };
-        let is_promised = bytes < present && !sockets::is_window_closed(socket.as_fd());
+        let is_promised = bytes < present
+            && !sockets::is_window_closed(socket.as_fd())
+            && !(is_given && !held_back && sockets::finds_room(socket.as_fd(), bytes));
         if fixed && !is_promised {
             heard &= self.size(socket.as_fd(), Buffer::Receive, bytes);
         }

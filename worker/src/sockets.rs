@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use culvert_shared::sys::socket::tcp_info;
+use culvert_shared::sys::socket::{receive_memory, tcp_info};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{self, MsgFlags, Shutdown, SockaddrStorage, getsockopt, setsockopt, sockopt};
@@ -333,6 +333,22 @@ pub fn receive_buffer(fd: BorrowedFd<'_>) -> Result<usize, Errno> {
 /// one never says so.
 pub fn is_window_closed(fd: BorrowedFd<'_>) -> bool {
     tcp_info(fd).is_ok_and(|info| info.receive_window == Some(0))
+}
+
+/// Whether what the peer may still send finds room in a receive buffer for which so many bytes are asked, and in which nothing
+/// waits. Where Linux does not tell (before 6.2) that is taken to be so: no more than an empty buffer takes was ever promised.
+pub fn finds_room(fd: BorrowedFd<'_>, bytes: usize) -> bool {
+    /// What a segment costs beside its bytes: its structures, and pages that are not full.
+    const SEGMENT: u64 = 3072;
+    let (Ok(info), Ok(waiting)) = (tcp_info(fd), receive_memory(fd)) else {
+        return false;
+    };
+    let promised = info.receive_window.unwrap_or(0);
+    // A segment is taken as long as what is there does not go beyond the buffer (tcp_try_rmem_schedule, 6.12), so the last needs
+    // no room.
+    let segment = info.receive_segment.max(1);
+    let before_the_last = u64::from(promised.saturating_sub(segment));
+    waiting == 0 && before_the_last + SEGMENT * u64::from(promised / segment) <= 2 * bytes as u64
 }
 
 /// How large a connection's segments are.

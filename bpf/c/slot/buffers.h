@@ -70,8 +70,7 @@ static __always_inline void limit_window(struct bpf_sock_ops *ops, struct tcp_so
  * that something is taken from the queue. While its lock is held for a kick, what has passed through the socket backlog is
  * taken off the window (see `is_flooded`), and over loopback, where a segment is 64 KiB, the window closes when half of a
  * small buffer has. So the buffer grows by that before the announcement (bpf_skops_hdr_opt_len comes before tcp_select_window).
- * User space, which fixes a held-back source's buffer anyway, sizes it anew when it hears of the pause. One whose size was
- * fixed before stays.
+ * User space sizes it anew when it hears of the pause, or gives it back the size that its listener was given (`size_buffers`).
  */
 static __always_inline void make_room(struct bpf_sock_ops *ops, struct tcp_sock *self, struct flow *flow)
 {
@@ -79,8 +78,7 @@ static __always_inline void make_room(struct bpf_sock_ops *ops, struct tcp_sock 
 	__u32 passed = self->inet_conn.icsk_inet.sk.sk_backlog.len;
 	__u32 bytes = (present + passed) / 2;
 
-	if (!(flow->flags & FLOW_KICKED) || passed <= present / 2 ||
-	    BPF_CORE_READ_BITFIELD(&self->inet_conn.icsk_inet.sk, sk_userlocks) & SOCK_RCVBUF_LOCK)
+	if (!(flow->flags & FLOW_KICKED) || passed <= present / 2)
 		return;
 	if (bytes > flow->settable_bytes)
 		bytes = flow->settable_bytes;

@@ -24,6 +24,8 @@ pub struct TcpInfo {
     pub past_reset: bool,
     /// Bytes that the last ACK allowed the peer to send (`tcpi_rcv_wnd`); `None` before Linux 6.2.
     pub receive_window: Option<u32>,
+    /// As many bytes as the peer's segments have, as the kernel estimates it (`tcpi_rcv_mss`).
+    pub receive_segment: u32,
     /// Bytes on their way, whole segments: sent and not acknowledged (`tcpi_unacked`).
     pub in_flight_bytes: u64,
     /// Nothing has been heard since what is on its way was sent again after a timeout (`tcpi_retransmits`), or since a closed window was
@@ -66,6 +68,7 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
         past_reset: matches!(info.tcpi_state, LAST_ACK | CLOSING) && info.tcpi_notsent_bytes == 0,
         receive_window: (len as usize > offset_of!(libc::tcp_info, tcpi_rcv_wnd))
             .then_some(info.tcpi_rcv_wnd),
+        receive_segment: info.tcpi_rcv_mss,
         in_flight_bytes: u64::from(info.tcpi_unacked) * u64::from(info.tcpi_snd_mss),
         timed_out: info.tcpi_retransmits > 0 || info.tcpi_probes > 2,
         round_trip: Duration::from_micros(info.tcpi_rtt.into()),
@@ -98,6 +101,27 @@ pub fn unacknowledged_bytes(fd: BorrowedFd<'_>) -> io::Result<u64> {
         return Err(io::Error::last_os_error());
     }
     Ok(bytes.max(0) as u64)
+}
+
+/// What the segments in the receive queue cost, in bytes of kernel memory (`SO_MEMINFO`, sk_get_meminfo, 6.12).
+pub fn receive_memory(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    // SK_MEMINFO_RMEM_ALLOC, of include/uapi/linux/sock_diag.h.
+    let mut allocated = 0u32;
+    let mut len = size_of::<u32>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `allocated`, which lives across the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            std::ptr::from_mut(&mut allocated).cast(),
+            &mut len,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(allocated.into())
 }
 
 /// Every byte ever written to the TCP socket: acknowledged ones and those still queued. `expected` is what
