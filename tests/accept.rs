@@ -235,6 +235,15 @@ fn what_a_worker_tells_last_before_it_leaves_keeps_no_connections_from_the_one_t
 
 #[test]
 fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
+    // A worker that lived for a second, on a busy machine, is replaced at once, and proves nothing.
+    // In a thread of its own, as it stays on one processor.
+    let is_passed_by = |_| std::thread::spawn(is_passed_by_until_it_is_replaced).join();
+    let proved = (0..4).map(is_passed_by).any(|tried| tried.expect("a try"));
+    assert!(proved, "the replacement came too early each time");
+}
+
+/// False: the replacement came too early.
+fn is_passed_by_until_it_is_replaced() -> bool {
     // As many as there is time for before the replacement comes, on a machine that has other things to do as well.
     let sessions = 12 / emulation().min(4);
     let echo = Upstream::echo("127.0.0.1");
@@ -262,9 +271,15 @@ fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
     stay_on(0);
     let queued: Vec<TcpStream> = (0..8).map(|_| connect(front)).collect();
     kill(victim, Signal::SIGKILL).expect("killing a worker");
-    let before = proxy.wait("slot 0 has no worker, and its queue has gone to the other", |s| {
-        first(s).is_none() && s.active() == 8
+    // All that is queued there goes to the other.
+    let mut before = proxy.status();
+    let is_dead = within(PATIENCE / 10, || {
+        before = proxy.status();
+        first(&before).is_none() && before.active() == 8
     });
+    if !is_dead {
+        return false;
+    }
     let start = Instant::now();
     let clients: Vec<TcpStream> = (0..sessions)
         .map(|seed| {
@@ -278,10 +293,10 @@ fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
         ping(&mut { client }, 1, 2).expect("a session that was queued at slot 0");
     }
     let status = proxy.status();
-    assert!(
-        first(&status).is_none(),
-        "{sessions} sessions had to wait for the replacement, {took:?}"
-    );
+    if first(&status).is_some() {
+        eprintln!("{sessions} sessions had to wait for the replacement, {took:?}");
+        return false;
+    }
     assert_eq!(
         status.workers()[0].accepted - before.workers()[0].accepted,
         sessions
@@ -293,6 +308,7 @@ fn the_slot_of_a_dead_worker_gets_nothing_until_it_is_replaced() {
         ping(&mut connect(front), 1, 1).expect("a session after the death");
         first(s).is_some_and(|replacement| replacement.accepted > 0)
     });
+    true
 }
 
 /// Writes the file with another number of workers, sends HUP and waits until they serve.

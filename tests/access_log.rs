@@ -343,9 +343,11 @@ fn a_worker_that_drains_writes_to_the_new_file() {
     let worker = proxy.worker();
     // Paused, the master has no other worker, and this one waits for its session.
     proxy.signal(Signal::SIGWINCH);
-    std::fs::rename(&file, proxy.dir().join("old")).expect("moving the log away");
+    let old = proxy.dir().join("old");
+    std::fs::rename(&file, &old).expect("moving the log away");
     proxy.signal(Signal::SIGUSR1);
-    assert!(within(PATIENCE, || file.exists()));
+    let let_go = || !process::descriptors(worker).contains(&old);
+    assert!(within(PATIENCE, || file.exists() && let_go()));
     ping(&mut client, 1, 1).expect("an echo");
     drop(client);
     let lines = lines(&file, 1);

@@ -155,20 +155,22 @@ impl Chaos<'_> {
 
     fn kill_a_worker(&mut self) {
         if let Some(victim) = self.a_worker() {
-            self.load.ledger.kill();
             // It may have gone by itself meanwhile.
-            let _ = kill(victim, Signal::SIGKILL);
+            let _ = self.load.ledger.killing(|| kill(victim, Signal::SIGKILL));
         }
     }
 
     /// A worker stands still while a reload passes it by.
     fn freeze_a_worker(&mut self) {
         if let Some(worker) = self.a_worker() {
+            let since = Instant::now();
             let frozen = kill(worker, Signal::SIGSTOP).is_ok();
             self.proxy.signal(Signal::SIGHUP);
             std::thread::sleep(Duration::from_millis(100 + self.random.below(200)));
             if frozen {
                 let _ = kill(worker, Signal::SIGCONT);
+                // A worker does not go while it is frozen.
+                self.load.ledger.stood_still(since.elapsed());
             }
         }
     }

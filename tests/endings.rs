@@ -4,6 +4,7 @@
 
 use std::io::Write;
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::mpsc;
 
 use crate::harness::pattern::{fill, pause, receive_from, wait_for_a_byte};
 use crate::harness::sockets::{Deaf, reset, send_and_hold};
@@ -145,17 +146,20 @@ fn an_upstream_that_half_closes_still_receives_everything_the_client_sends() {
 #[test]
 fn a_reset_by_the_client_reaches_the_upstream_as_a_reset() {
     on_both_paths(|path| {
-        let upstream = Upstream::sink("127.0.0.1", UP);
+        let (all, arrived) = mpsc::channel();
+        let upstream = Upstream::serve("127.0.0.1", move |mut stream| {
+            receive_exactly(&mut stream, UP, 70_000);
+            all.send(()).expect("saying that all has arrived");
+            receive_from(&mut stream, UP, 70_000, u64::MAX)
+        });
         let (proxy, front) = path.proxy_for(&upstream);
         let client = path.client(&proxy, front);
         send(&mut &client, UP, 0, 70_000).expect("sending");
-        // All has arrived at the upstream before the reset is sent.
+        arrived.recv().expect("all has arrived before the reset is sent");
         proxy.wait("the bytes are counted", |s| s.carried().to_upstream == 70_000);
-        pause(100);
         reset(client);
         let got = upstream.result();
-        got.must_be_a_prefix_and_a_reset(70_000);
-        assert_eq!(got.bytes, 70_000);
+        assert_eq!((got.bytes, got.ending), (0, Ending::Reset));
         proxy.settle();
     });
 }

@@ -36,10 +36,12 @@ fn reading(stream: &TcpStream, seed: u64) -> std::thread::JoinHandle<Received> {
 #[test]
 fn small_pieces_are_copied_many_at_once_and_what_follows_is_the_kernels_again() {
     const PIECES: u64 = 8 * MIB;
+    const PROBE: u64 = 64 << 10;
     const BULK: u64 = 32 * MIB;
     let _alone = alone();
     for ip in ["127.0.0.1", "::1"] {
         let (proxy, front) = proxy_with(ip, "");
+        let mut all = 0;
         for towards in Towards::BOTH {
             let (mut writing, mut reading) = front.offloaded(&proxy, towards);
             let before = gathers(&proxy);
@@ -47,11 +49,21 @@ fn small_pieces_are_copied_many_at_once_and_what_follows_is_the_kernels_again() 
             assert_eq!(receive_from(&mut reading, UP, 0, PIECES).bytes, PIECES);
             writer.join().expect("writing the pieces");
             assert!(gathers(&proxy) > before, "nothing was gathered");
-            pause(BACK_AGAIN_MS);
+            let mut sent = PIECES;
+            let is_back = within(PATIENCE, || {
+                pause(BACK_AGAIN_MS);
+                let before = proxy.status().relay().sum();
+                let next = sent + PROBE;
+                send(&mut writing, UP, sent, next).expect("writing a probe");
+                assert_eq!(receive_from(&mut reading, UP, sent, next).bytes, PROBE);
+                sent = next;
+                proxy.status().relay().sum() == before
+            });
+            assert!(is_back, "it is copied for ever");
             let copied = proxy.status().relay().sum();
-            let writer =
-                std::thread::spawn(move || send(&mut writing, UP, PIECES, PIECES + BULK).map(|()| writing));
-            assert_eq!(receive_from(&mut reading, UP, PIECES, PIECES + BULK).bytes, BULK);
+            let whole = sent + BULK;
+            let writer = std::thread::spawn(move || send(&mut writing, UP, sent, whole).map(|()| writing));
+            assert_eq!(receive_from(&mut reading, UP, sent, whole).bytes, BULK);
             let writing = writer.join().expect("the writer").expect("writing the bulk");
             assert_eq!(
                 proxy.status().relay().sum(),
@@ -59,11 +71,12 @@ fn small_pieces_are_copied_many_at_once_and_what_follows_is_the_kernels_again() 
                 "of the bulk some was copied"
             );
             writing.shutdown(Shutdown::Write).expect("ending");
-            receive_from(&mut reading, UP, PIECES + BULK, u64::MAX).must_be_whole(0);
+            receive_from(&mut reading, UP, whole, u64::MAX).must_be_whole(0);
+            all += whole;
         }
         let status = proxy.settle();
         must_be_sound(&status);
-        assert_eq!(status.carried().sum(), 2 * (PIECES + BULK));
+        assert_eq!(status.carried().sum(), all);
         assert_eq!(status.number("/closes/finished"), 2, "{:#}", status.json());
         assert_eq!(status.fallbacks(), 0);
     }

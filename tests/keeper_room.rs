@@ -294,22 +294,25 @@ fn listeners_of_a_worker_without_descriptors_try_again_twice_a_second_however_ma
     let proxy = plan.start();
     let worker = proxy.worker();
     let enough = leave_room_for(worker, 0);
+    let begun = Instant::now();
     let mut clients = Vec::new();
     for front in &fronts {
         clients.push(connect(*front));
         pause(GAP_MS);
     }
     let first = format!("failed to accept on {}: ", fronts[0]);
-    let tries = proxy.log().matches(&first).count();
+    let tries = || proxy.log().matches(&first).count();
+    assert!(within(PATIENCE, || tries() >= 3), "{}", proxy.log());
     // Each of the others has found no descriptor while the first one rested.
-    assert!((3..=8).contains(&tries), "{tries} tries: {}", proxy.log());
+    let (tries, most) = (tries(), 2 + begun.elapsed().as_millis() as usize / 500);
+    assert!(tries <= most, "{tries} tries: {}", proxy.log());
     limit(worker, enough);
     let begun = Instant::now();
     for client in &mut clients {
         ping(client, 1, 1).expect("a session, once there are descriptors");
     }
     assert!(
-        begun.elapsed() < patient(Duration::from_millis(1000)),
+        begun.elapsed() < patient(Duration::from_millis(2500)),
         "{:?}",
         begun.elapsed()
     );

@@ -38,6 +38,9 @@ fn networks() -> Networks<3> {
     })
 }
 
+/// How often what a machine that stands still may spoil is tried.
+const TRIES: u32 = 3;
+
 /// How long the stream takes after its first part, in which TCP finds out what the link carries.
 fn time(writing: &TcpStream, reading: &mut TcpStream, total: u64) -> Duration {
     const FIRST: u64 = 32 * MIB;
@@ -63,22 +66,23 @@ fn a_source_that_is_held_back_is_let_go_before_a_long_link_runs_dry() {
         let direct = time(&server, &mut client, TOTAL);
         drop((client, server));
 
-        let mut plan = Plan::new();
-        let front = Front::between(&mut plan, "10.78.2.2", "127.0.0.1", "");
-        let proxy = plan.start();
-        let mut client = networks.within(CLIENT, || connect(front.address));
-        let upstream = front.accept();
-        let proxied = time(&upstream, &mut client, TOTAL);
-        drop((client, upstream));
-        let status = proxy.settle();
-        must_have_stayed_in_the_kernel(&status);
-        let pauses = status.number("/pauses");
-        eprintln!("direct {direct:.2?}, by the proxy {proxied:.2?}, {pauses} pauses");
-        assert!(pauses > 3, "the link was faster than the upstream");
-        assert!(
-            proxied < direct * 3 / 2,
-            "{proxied:.2?} for what a direct connection does in {direct:.2?}"
-        );
+        // A machine that stands still for a moment proves nothing.
+        let is_as_fast = (0..TRIES).any(|_| {
+            let mut plan = Plan::new();
+            let front = Front::between(&mut plan, "10.78.2.2", "127.0.0.1", "");
+            let proxy = plan.start();
+            let mut client = networks.within(CLIENT, || connect(front.address));
+            let upstream = front.accept();
+            let proxied = time(&upstream, &mut client, TOTAL);
+            drop((client, upstream));
+            let status = proxy.settle();
+            must_have_stayed_in_the_kernel(&status);
+            let pauses = status.number("/pauses");
+            eprintln!("direct {direct:.2?}, by the proxy {proxied:.2?}, {pauses} pauses");
+            assert!(pauses > 3, "the link was faster than the upstream");
+            proxied < direct * 3 / 2
+        });
+        assert!(is_as_fast, "slower than a direct connection each time");
     });
 }
 
@@ -104,7 +108,6 @@ fn a_stream_whose_packets_are_lost_on_the_way_stays_in_the_kernel_and_is_as_fast
 
         // Nothing is copied on an idle machine. Where others keep the processors from the kernel thread bursts wait, and look like
         // small pieces after all; were each burst taken for those, a tenth would be the kernel's.
-        const TRIES: u32 = 3;
         let is_so = (0..TRIES).any(|_| {
             let mut plan = Plan::new();
             let front = Front::between(&mut plan, "10.84.0.2", "127.0.0.1", "");

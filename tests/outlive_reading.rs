@@ -230,6 +230,9 @@ fn every_stage_through(event: Event, times: usize) {
     )
     .with_hello(early);
     std::thread::sleep(patient(KEPT_AFTER + Duration::from_millis(200)));
+    if event == Event::Kill {
+        proxy.wait("all are kept", |s| s.number("/sessions/kept") >= s.active());
+    }
     for _ in 0..times {
         replace(&proxy, event);
         cases.iter_mut().for_each(Case::say_more);

@@ -27,12 +27,14 @@ fn assert_the_kernel_carried(status: &Status, direction: &str, counted: u64) {
     let sockmap = status.number(&format!("/bytes/sockmap/{direction}"));
     let relay = status.number(&format!("/bytes/relay/{direction}"));
     assert!(counted > 0, "the program counted nothing {direction}");
+    // What a source has left that ends while it is held back is copied, however much there was before.
+    let copied = (counted / 100).max((16 << 20).min(counted / 10));
     assert!(
-        sockmap * 100 >= counted * 99,
+        sockmap + copied >= counted,
         "{direction}: the program counted {counted} bytes, the kernel carried {sockmap}, user space {relay}"
     );
     assert!(
-        relay * 100 <= counted,
+        relay <= copied,
         "{direction}: user space carried {relay} of {counted} bytes"
     );
 }

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use crate::harness::greeter::{greeter, visit};
 use crate::harness::networks::Networks;
-use crate::harness::pattern::{pause, ping};
+use crate::harness::pattern::{exchange_and_end, pause, ping};
 use crate::harness::program::{need, run, shell};
-use crate::harness::{PATIENCE, Plan, Port, Upstream, connect, process, receive, send};
+use crate::harness::{PATIENCE, Plan, Port, Upstream, connect, process};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt,
 };
@@ -182,11 +182,10 @@ fn a_transparent_proxy_connects_from_the_client_and_the_kernel_carries_the_bytes
     const BYTES: u64 = 2 << 20;
     let networks = &networks();
     for [client_ip, front_ip, server_ip] in FAMILIES {
-        let server = Upstream::on(serve(networks, server_ip), |mut stream| {
+        let server = Upstream::on(serve(networks, server_ip), |stream| {
             let peer = stream.peer_addr().expect("the peer's address");
-            let received = receive(&mut stream, 1);
-            send(&mut stream, 2, 0, BYTES).expect("answering");
-            (peer, received)
+            exchange_and_end(stream, 2, BYTES, 1, BYTES);
+            peer
         });
         networks.within(PROXY, move || {
             let mut plan = Plan::new().workers(2).global("user = \"nobody\"");
@@ -199,14 +198,11 @@ fn a_transparent_proxy_connects_from_the_client_and_the_kernel_carries_the_bytes
             );
             let proxy = plan.start();
             for (front, port_too) in [(any, false), (same_port, true)] {
-                let mut client = networks.within(CLIENT, || connect(front));
-                send(&mut client, 1, 0, BYTES).expect("asking");
-                client.shutdown(std::net::Shutdown::Write).expect("the end");
-                receive(&mut client, 2).must_be_whole(BYTES);
-                let (peer, received) = server.result();
-                received.must_be_whole(BYTES);
-                assert_eq!(peer.ip(), client_ip.parse::<IpAddr>().expect("an address"));
+                let client = networks.within(CLIENT, || connect(front));
                 let own = client.local_addr().expect("the client's address").port();
+                exchange_and_end(client, 1, BYTES, 2, BYTES);
+                let peer = server.result();
+                assert_eq!(peer.ip(), client_ip.parse::<IpAddr>().expect("an address"));
                 assert!(!port_too || peer.port() == own, "{peer} instead of port {own}");
             }
             let status = proxy.settle();

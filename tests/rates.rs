@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::harness::pattern::{fill, pause, receive_from};
 use crate::harness::{
-    Bytes, Ending, Front, PATIENCE, Plan, Proxy, Received, Towards, Writer, process, receive, sockets, within,
+    Bytes, Ending, Front, PATIENCE, Plan, Proxy, Received, Towards, Writer, connect, process, receive,
+    sockets, within,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -24,10 +25,20 @@ fn key(towards: Towards) -> &'static str {
     }
 }
 
-/// Receives the stream of `seed` to its end; it must never be ahead of `rate`. Says how long it took from `since`.
-fn paced(stream: &mut TcpStream, seed: u64, rate: u64, since: Instant) -> (Received, f64) {
+/// What arrived of a limited stream, and when.
+struct Paced {
+    received: Received,
+    /// Until its end.
+    seconds: f64,
+    /// As many bytes as came in any one second.
+    best_second: u64,
+}
+
+/// Receives the stream of `seed` to its end; it must never be ahead of `rate`, from `since` on.
+fn paced(stream: &mut TcpStream, seed: u64, rate: u64, since: Instant) -> Paced {
     let (mut buffer, mut expected) = (vec![0; 64 << 10], vec![0; 64 << 10]);
-    let mut bytes = 0;
+    let (mut bytes, mut best_second) = (0, 0);
+    let mut arrivals = std::collections::VecDeque::from([(0.0, 0)]);
     loop {
         let got = stream.read(&mut buffer).expect("reading a limited stream");
         let seconds = since.elapsed().as_secs_f64();
@@ -37,7 +48,11 @@ fn paced(stream: &mut TcpStream, seed: u64, rate: u64, since: Instant) -> (Recei
                 ending: Ending::Fin,
                 wrong_at: None,
             };
-            return (whole, seconds);
+            return Paced {
+                received: whole,
+                seconds,
+                best_second,
+            };
         }
         fill(seed, bytes, &mut expected[..got]);
         assert!(
@@ -45,6 +60,14 @@ fn paced(stream: &mut TcpStream, seed: u64, rate: u64, since: Instant) -> (Recei
             "wrong bytes after {bytes} of a limited stream"
         );
         bytes += got as u64;
+        arrivals.push_back((seconds, bytes));
+        while arrivals.front().is_some_and(|(at, _)| seconds - at > 1.0) {
+            arrivals.pop_front();
+        }
+        best_second = arrivals
+            .front()
+            .map_or(0, |(_, first)| bytes - first)
+            .max(best_second);
         assert!(
             bytes as f64 <= (seconds + AHEAD) * rate as f64,
             "{bytes} bytes after {seconds} s are ahead of {rate} bytes per second"
@@ -58,13 +81,14 @@ fn must_take(session: (TcpStream, TcpStream), seed: u64, rate: u64, seconds: u64
     let (writer, mut reader) = session;
     let bytes = rate * seconds;
     let writing = Writer::start_to_end(&writer, seed, bytes, 16 << 10);
-    let (received, took) = paced(&mut reader, seed, rate, since);
-    received.must_be_whole(bytes);
+    let paced = paced(&mut reader, seed, rate, since);
+    paced.received.must_be_whole(bytes);
     assert_eq!(writing.join().expect("writing"), bytes);
-    let ratio = took / seconds as f64;
+    let (took, best) = (paced.seconds, paced.best_second);
+    // What a worker misses that comes late is not made up for, so the whole may take longer.
     assert!(
-        (0.9..=1.1).contains(&ratio),
-        "{bytes} bytes at {rate} bytes per second took {took} s"
+        (0.9..=2.0).contains(&(took / seconds as f64)) && best as f64 >= 0.85 * rate as f64,
+        "{bytes} bytes at {rate} bytes per second took {took} s, at most {best} in one"
     );
 }
 
@@ -220,9 +244,12 @@ fn a_rate_may_come_from_a_map_and_holds_where_the_kernel_has_no_part() {
     must_take(slow.open(), UP, 256 << 10, 3, since);
     for (front, said) in [(free, false), (odd, true)] {
         let (client, mut upstream) = front.offloaded(&proxy, Towards::Upstream);
-        let writing = Writer::start_to_end(&client, UP, 4 << 20, 16 << 10);
-        receive(&mut upstream, UP).must_be_whole(4 << 20);
+        let writing = Writer::start(&client, UP, 4 << 20, 16 << 10);
+        assert_eq!(receive_from(&mut upstream, UP, 0, 4 << 20).bytes, 4 << 20);
         writing.join().expect("writing");
+        // Not before: what a source has left that ends while it is held back is copied.
+        client.shutdown(Shutdown::Write).expect("the end of the stream");
+        receive_from(&mut upstream, UP, 4 << 20, u64::MAX).must_be_whole(0);
         match said {
             true => proxy.must_say("\"127.0.0.1\" is no rate"),
             false => assert!(!proxy.log().contains("is no rate"), "{}", proxy.log()),
@@ -240,9 +267,11 @@ fn waiting_for_a_limit_is_not_idling() {
     let lines = "proxy_upload_rate = 2\nproxy_timeout = \"300ms\"\nebpf_timer_period = \"10ms\"";
     let front = Front::new(&mut plan, "127.0.0.1", lines);
     let proxy = plan.start();
-    let (mut client, mut upstream) = front.open();
+    // It idles until it is written to.
+    let mut client = connect(front.address);
     let began = Instant::now();
     client.write_all(b"abcde").expect("writing");
+    let mut upstream = front.accept();
     let mut got = [0; 5];
     upstream.read_exact(&mut got).expect("five bytes, two a second");
     assert_eq!(&got, b"abcde");
@@ -353,7 +382,7 @@ fn keeps_its_limit(replace: impl Fn(&Proxy)) {
     let rest = receive_from(&mut upstream, UP, RATE, 4 * RATE);
     assert_eq!((rest.bytes, rest.wrong_at), (3 * RATE, None));
     let took = since.elapsed().as_secs_f64();
-    assert!((2.7..=3.4).contains(&took), "three seconds' bytes took {took} s");
+    assert!((2.7..=5.0).contains(&took), "three seconds' bytes took {took} s");
     late.join().expect("the writing thread");
     upstream.shutdown(Shutdown::Write).expect("the end of the stream");
     let status = proxy.settle();

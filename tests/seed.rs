@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use crate::harness::pattern::exchange_and_end;
 use crate::harness::{
     Bytes, PATIENCE, Plan, Port, Proxy, Upstream, connect, exchange, program, upstream, within,
 };
@@ -82,7 +83,7 @@ fn the_seeds_configuration_does_what_the_seed_did() {
     let before = proxy.settle();
     let client = front(10000);
     proxy.wait("the session is offloaded", |s| s.offloaded() == 1);
-    exchange(client, 5, 1_000_000, 5).must_be_whole(1_000_000);
+    exchange_and_end(client, 5, 1_000_000, 5, 1_000_000);
     let offloaded = proxy.settle();
     assert_eq!(
         offloaded.relay(),

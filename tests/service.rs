@@ -133,12 +133,13 @@ fn signs_of_life_come_twice_as_often_as_asked_for_and_end_when_the_master_hangs(
     let proxy = start(&format!("@{name}"), Some("1000000"));
     manager.expect("READY=1");
     let beats = |messages: Vec<String>| messages.iter().filter(|message| *message == "WATCHDOG=1").count();
+    manager.gather(Duration::ZERO);
     let begun = Instant::now();
     let counted = beats(manager.gather(Duration::from_secs(4)));
     let due = begun.elapsed().as_millis() as usize / 500;
     // Each may be a little late; half as many would be what was asked for.
     assert!(
-        (due * 3 / 4..=due + 1).contains(&counted),
+        (due * 5 / 8..=due + 1).contains(&counted),
         "{counted} signs of life, {due} were due"
     );
     let master = Pid::from_raw(proxy.pid());

@@ -27,8 +27,8 @@ fn an_idle_session_is_reset_on_both_sides_at_proxy_timeout() {
         let front = plan.server_with("127.0.0.1", &upstream, server);
         let proxy = plan.start();
         let mut client = connect(front);
-        send(&mut client, UP, 0, 100).expect("sending");
         let start = Instant::now();
+        send(&mut client, UP, 0, 100).expect("sending");
         let got = receive(&mut client, DOWN);
         let took = start.elapsed();
         assert!(
@@ -47,8 +47,8 @@ fn a_session_that_never_says_anything_is_closed_at_proxy_timeout() {
     let mut plan = Plan::new().stream(SHORT);
     let front = plan.server(&upstream);
     let proxy = plan.start();
-    let mut client = connect(front);
     let start = Instant::now();
+    let mut client = connect(front);
     assert_eq!(receive(&mut client, DOWN).bytes, 0);
     let took = start.elapsed();
     assert!(
@@ -127,9 +127,9 @@ fn an_upstream_that_does_not_answer_is_given_up_at_proxy_connect_timeout() {
     let mut plan = Plan::new().stream("proxy_connect_timeout = \"500ms\"");
     let front = plan.server(deaf.address);
     let proxy = plan.start();
+    let start = Instant::now();
     let mut client = connect(front);
     client.write_all(b"anyone there?").expect("sending");
-    let start = Instant::now();
     let got = receive(&mut client, DOWN);
     let took = start.elapsed();
     assert_eq!(got.bytes, 0);

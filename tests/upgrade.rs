@@ -253,9 +253,10 @@ fn a_program_that_has_much_to_say_against_an_upgrade_is_heard() {
     install(&binary, good);
     proxy.signal(Signal::SIGUSR2);
     proxy.wait("it is refused", |s| s.number("/reloads/failed") == 1);
+    let why = "the configuration has errors: ";
+    proxy.must_say(why);
     let log = proxy.log();
     let refused = log.lines().find(|line| line.contains("refused"));
-    let why = "the configuration has errors: ";
     assert!(refused.is_some_and(|line| line.contains(why)), "{log}");
 }
 
@@ -583,7 +584,7 @@ fn what_comes_while_the_new_program_is_asked_is_done() {
     let proxy = plan.start();
     let mut client = connect(front);
     ping(&mut client, 1, 3).expect("a session before");
-    pause(1500);
+    proxy.wait("it is kept", |s| s.number("/sessions/kept") == 1);
     // Takes its time to answer.
     good(&real);
     let text = format!(

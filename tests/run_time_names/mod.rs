@@ -362,7 +362,9 @@ fn many_sessions_that_lead_to_one_name_share_one_question_and_what_they_sent_ear
             client
         })
         .collect();
-    let status = proxy.wait("all wait", |s| hosts(s, "sessions") == CLIENTS as u64);
+    let status = proxy.wait("all wait, and the master has asked", |s| {
+        hosts(s, "sessions") == CLIENTS as u64 && hosts(s, "lookups") > 0
+    });
     assert_eq!(hosts(&status, "lookups"), 1, "{:#}", status.json());
     ready.raise();
     for client in &mut clients {

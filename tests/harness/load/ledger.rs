@@ -47,7 +47,8 @@ struct Book {
     excused: BTreeMap<&'static str, u64>,
     faults: BTreeMap<Fault, u64>,
     told: Vec<String>,
-    kills: Vec<Instant>,
+    /// From when to when each was under way: `kill` may be called later than the clock is read.
+    kills: Vec<(Instant, Option<Instant>)>,
     /// When whatever a worker or the master carried could go with it.
     grave_kills: Vec<Instant>,
     /// From when to when the load's own threads had no processor.
@@ -133,13 +134,19 @@ impl Ledger {
         self.book().notes.push(text);
     }
 
-    /// A worker is about to be killed.
-    pub fn kill(&self) {
-        let mut book = self.book();
-        book.kills.push(Instant::now());
-        if self.keeps_few.load(Ordering::Relaxed) {
-            book.grave_kills.push(Instant::now());
-        }
+    /// Kills a worker.
+    pub fn killing<T>(&self, kill: impl FnOnce() -> T) -> T {
+        let number = {
+            let mut book = self.book();
+            book.kills.push((Instant::now(), None));
+            if self.keeps_few.load(Ordering::Relaxed) {
+                book.grave_kills.push(Instant::now());
+            }
+            book.kills.len() - 1
+        };
+        let result = kill();
+        self.book().kills[number].1 = Some(Instant::now());
+        result
     }
 
     /// The master is about to be killed: that excuses every reset.
@@ -154,7 +161,9 @@ impl Ledger {
 
     /// Whether a worker was killed while something short was going on.
     pub fn killed_between(&self, begin: Instant, end: Instant) -> bool {
-        self.book().kills.iter().any(|kill| (begin..=end).contains(kill))
+        let overlaps =
+            |(from, to): &(Instant, Option<Instant>)| *from <= end && to.is_none_or(|to| begin <= to);
+        self.book().kills.iter().any(overlaps)
     }
 
     /// The load's own threads had no processor for so long until now: nor can the program have had what it should.
@@ -173,11 +182,18 @@ impl Ledger {
     /// Whether a kill excuses that a session has been reset: it came just before, and the session was too young to be
     /// kept, or is of a kind that need not be (`opened` is None).
     pub fn excuses_reset(&self, opened: Option<Instant>, seen: Instant) -> bool {
-        let book = self.book();
+        let (kills, grave_kills) = {
+            let book = self.book();
+            (book.kills.clone(), book.grave_kills.clone())
+        };
         let just_before = |kill: Instant| kill <= seen && seen - kill < patient(RESET_SEEN_WITHIN);
-        let is_young = |kill| opened.is_none_or(|opened| kill < opened + patient(KEPT_AFTER));
-        book.grave_kills.iter().any(|&kill| just_before(kill))
-            || book.kills.iter().any(|&kill| just_before(kill) && is_young(kill))
+        let is_young = |kill| {
+            opened.is_none_or(|opened| {
+                kill < opened + patient(KEPT_AFTER) + self.standstill_between(opened, kill)
+            })
+        };
+        grave_kills.iter().any(|&kill| just_before(kill))
+            || kills.iter().any(|&(kill, _)| just_before(kill) && is_young(kill))
     }
 
     /// Prints the account; panics if anything went wrong.
