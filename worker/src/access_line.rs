@@ -88,7 +88,7 @@ pub struct Ended<'a> {
     /// Peers that did not take it.
     pub failed: &'a [Attempt],
     /// The peer that it had.
-    pub upstream: Option<&'a str>,
+    pub upstream: Option<&'a Address>,
     /// How long connecting to that took, if it was connected.
     pub connect_us: Option<u64>,
     /// How long it had that peer.
@@ -185,7 +185,8 @@ fn value(
         V::Worker => plain(out, format_args!("{}", host.slot)),
         V::UpstreamAddr => {
             let failed = ended.failed.iter().map(|peer| peer.name.as_str());
-            let all = failed.chain(ended.upstream);
+            let last = ended.upstream.map(Address::to_string);
+            let all = failed.chain(last.as_deref());
             list(out, escape, all, |out, name| text(out, escape, name));
         }
         V::UpstreamBytesSent => list(out, escape, tried(up.sent()), number),
@@ -371,7 +372,7 @@ mod tests {
             limited: false,
             lasted_ms: 61_001,
             failed,
-            upstream: Some("unix:/a\n\"b"),
+            upstream: Some(Box::leak(Box::new(Address::Unix("/a\n\"b".into())))),
             connect_us: Some(12_999),
             upstream_ms: Some(60_000),
         }

@@ -175,7 +175,7 @@ impl Worker {
             limited: session.is_limited(),
             lasted_ms: now_ms.saturating_sub(session.started_ms),
             failed: &session.failed_peers,
-            upstream: session.upstream.as_ref().map(|upstream| upstream.name.as_str()),
+            upstream: session.upstream.as_ref().map(|upstream| &upstream.address),
             connect_us: session.connect_us,
             upstream_ms: session
                 .upstream

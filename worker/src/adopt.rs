@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use culvert_shared::config::{Action, OnReload, Stream as Settings, Target};
+use culvert_shared::config::{Action, Address, OnReload, Stream as Settings, Target};
 use culvert_shared::counters::{Board, CloseReason, Transit, WorkerRow};
 use culvert_shared::ids::Direction;
 use culvert_shared::message::SessionId;
@@ -343,7 +343,7 @@ fn revive(
         Stage::Connecting | Stage::Streaming => Some(Upstream {
             socket: upstream,
             tcp: saved.tcp,
-            name: saved.upstream,
+            address: Address::shown_as(&saved.upstream),
             row: saved.peer.map(|row| row as usize),
         }),
     };

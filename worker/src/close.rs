@@ -110,7 +110,7 @@ impl Worker {
                 session
                     .upstream
                     .as_ref()
-                    .map_or("-", |upstream| upstream.name.as_str()),
+                    .map_or(String::from("-"), |upstream| upstream.address.to_string()),
                 reason.name(),
                 session.datapath.name(),
                 to_upstream.kernel,

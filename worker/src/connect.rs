@@ -251,7 +251,7 @@ impl Worker {
         session.upstream = Some(Upstream {
             socket,
             tcp,
-            name: address.to_string(),
+            address: address.clone(),
             row,
         });
         session.phase = Phase::Connecting { deadline_ms };
@@ -294,7 +294,7 @@ impl Worker {
                     }
                     let _ = socket::reset(upstream.socket.as_fd());
                 }
-                (upstream.name, upstream.row)
+                (upstream.address.to_string(), upstream.row)
             }
             None => (String::from("the upstream"), None),
         };

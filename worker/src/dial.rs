@@ -13,6 +13,8 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, connect, setsockopt, sockopt,
 };
 
+use crate::sockets;
+
 /// A session that wants a connection.
 pub struct Asker<'a> {
     /// What counts for it.
@@ -76,7 +78,7 @@ pub fn start_connecting(address: &Address, for_whom: Option<Asker<'_>>) -> Resul
         // A peer on this host may have answered already: the handshake's segments were handled before
         // connect returned. Seeing that at once saves a turn of the event loop.
         Err(Errno::EINPROGRESS) => {
-            let under_way = !socket::is_established(socket.as_fd());
+            let under_way = !sockets::is_connected(socket.as_fd());
             Ok((socket, under_way))
         }
         Err(errno) => Err(errno),

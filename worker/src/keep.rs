@@ -537,7 +537,7 @@ fn saved(session: &Session, seat: Seat, claim: Option<Claim>) -> Option<Saved> {
             Datapath::Fallback(reason) => Carrier::Fallback(reason),
             Datapath::Relay | Datapath::Late(_) | Datapath::Pending => Carrier::Relay,
         },
-        upstream: upstream.map_or(String::new(), |upstream| upstream.name.clone()),
+        upstream: upstream.map_or(String::new(), |upstream| upstream.address.to_string()),
         claim,
         connecting_since_ms: session.connecting_since_ms,
         tried: session

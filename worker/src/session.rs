@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use culvert_bpf::Outstanding;
 use culvert_shared::client::{Shown, is_unix};
-use culvert_shared::config::{ProxyProtocol, Stream as Settings};
+use culvert_shared::config::{Address, ProxyProtocol, Stream as Settings};
 use culvert_shared::counters::FallbackReason;
 use culvert_shared::ids::Direction;
 use culvert_shared::limits::Held;
@@ -236,8 +236,8 @@ pub struct Upstream {
     pub socket: OwnedFd,
     /// Whether it is TCP; a unix socket is not.
     pub tcp: bool,
-    /// What it is connected to, for people.
-    pub name: String,
+    /// What it is connected to.
+    pub address: Address,
     /// The peer's row on the board, if the configuration names the peer.
     pub row: Option<usize>,
 }
@@ -436,7 +436,12 @@ impl Session {
                     Side::Upstream => Direction::ToDownstream,
                 };
                 let is_filled = self.ready[side.index()].filled;
-                match (is_copied(outward), is_filled && is_copied(outward.opposite())) {
+                // No data comes after an end, so where user space has copied all of it the watch stays as it is.
+                let is_over = self.streams[outward.index()].way == Way::Ended && self.joined().is_none();
+                match (
+                    is_copied(outward) || is_over,
+                    is_filled && is_copied(outward.opposite()),
+                ) {
                     (false, false) => Interest::End,
                     (true, false) => Interest::Read,
                     (false, true) => Interest::Write,

@@ -33,6 +33,12 @@ impl Address {
             Address::Unix(_) => None,
         }
     }
+
+    /// The address that is shown as `text`.
+    pub fn shown_as(text: &str) -> Address {
+        let path = || Address::Unix(text.strip_prefix("unix:").unwrap_or(text).into());
+        text.parse().map_or_else(|_| path(), Address::Tcp)
+    }
 }
 
 impl std::fmt::Display for Address {
