@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use crate::harness::pattern::fill;
 use crate::harness::slow::{DOWN, MIB, UP, must_be_sound};
+use crate::harness::sockets::{number_after, ss};
 use crate::harness::turns::alone;
-use crate::harness::{Plan, Proxy, Upstream, connect, receive};
+use crate::harness::{PATIENCE, Plan, Proxy, Upstream, connect, receive, within};
 
 /// A sender with a closed window probes after 200 ms (TCP_RTO_MIN).
 const PROBE: Duration = Duration::from_millis(150);
@@ -92,6 +93,24 @@ fn a_client_whose_session_is_taken_over_while_it_pours_does_not_have_to_probe() 
     for options in [PLAIN, "rcvbuf = \"64k\""] {
         must_not_wait_for_probes(&sessions(options, "200k", MIB, MIB / 16));
     }
+}
+
+#[test]
+fn a_receive_buffer_that_was_given_more_has_its_own_size_again_afterwards() {
+    let _alone = alone();
+    let upstream = Upstream::serve("127.0.0.1", |mut stream| {
+        std::io::copy(&mut stream, &mut std::io::sink()).expect("receiving")
+    });
+    let mut plan = Plan::new();
+    let front = plan.server_listening("rcvbuf = \"64k\"", &upstream, "");
+    let proxy = plan.start();
+    let mut client = connect(front);
+    client.write_all(&ready(UP, 64 * MIB)).expect("sending");
+    let size = || number_after(&ss("-m", &format!("sport = :{}", front.port())), ",rb");
+    assert!(within(PATIENCE, || size() == 2 * 64 * 1024), "{}", size());
+    drop(client);
+    assert_eq!(upstream.result(), 64 * MIB);
+    must_have_been_the_kernel(&proxy, 32 * MIB);
 }
 
 #[test]

@@ -119,7 +119,7 @@ static __always_inline void limit_buffer(struct bpf_sock_ops *ops, struct tcp_so
 /*
  * The send buffer of a target has to take what may be outstanding: where it is full, the kernel thread sleeps for a tick
  * (sk_psock_backlog). TCP lets it grow with the congestion window, which is small at the beginning, and user space sizes it at
- * the first pause, which a stream that is smaller than the backlog never has: 2 MB over an Ethernet took 18 ms
+ * the first pause, which a stream that is smaller than the backlog never has: 2 MB over an Ethernet would take 18 ms
  * instead of 3. So it grows as soon as more than a burst is outstanding. What is beyond the host's limit only the master can
  * give: its worker is told, once. A buffer whose size was given is left alone.
  */

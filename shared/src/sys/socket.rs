@@ -105,23 +105,33 @@ pub fn unacknowledged_bytes(fd: BorrowedFd<'_>) -> io::Result<u64> {
 
 /// What the segments in the receive queue cost, in bytes of kernel memory (`SO_MEMINFO`, sk_get_meminfo, 6.12).
 pub fn receive_memory(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    // SK_MEMINFO_RMEM_ALLOC, of include/uapi/linux/sock_diag.h.
+    // SK_MEMINFO_RMEM_ALLOC, the first of them, in include/uapi/linux/sock_diag.h.
     let mut allocated = 0u32;
-    let mut len = size_of::<u32>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes to `allocated`, which lives across the call.
+    get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO, &mut allocated)?;
+    Ok(allocated.into())
+}
+
+/// A number that the kernel has of a socket, or the first of several.
+trait Number: Copy {}
+impl Number for u32 {}
+impl Number for u64 {}
+
+fn get<T: Number>(fd: BorrowedFd<'_>, level: i32, option: i32, value: &mut T) -> io::Result<()> {
+    let mut len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `value`, any of which are a number, and which lives across the call.
     let result = unsafe {
         libc::getsockopt(
             fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_MEMINFO,
-            std::ptr::from_mut(&mut allocated).cast(),
+            level,
+            option,
+            std::ptr::from_mut(value).cast(),
             &mut len,
         )
     };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
-    Ok(allocated.into())
 }
 
 /// Every byte ever written to the TCP socket: acknowledged ones and those still queued. `expected` is what
@@ -299,20 +309,6 @@ pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// The socket's cookie: unique while the system runs (`SO_COOKIE`, sock_gen_cookie).
 pub fn cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = 0u64;
-    let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes to `cookie`, which lives across the call.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_COOKIE,
-            std::ptr::from_mut(&mut cookie).cast(),
-            &mut len,
-        )
-    };
-    if result != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(cookie)
-    }
+    get(fd, libc::SOL_SOCKET, libc::SO_COOKIE, &mut cookie)?;
+    Ok(cookie)
 }
