@@ -352,4 +352,12 @@ mod tests {
             Err("not a port from 1 to 65535".into())
         );
     }
+
+    #[test]
+    fn an_address_is_found_in_what_is_shown_of_it() {
+        let tcp = ["192.0.2.7:80", "[2001:db8::1]:443"].map(|text| Address::Tcp(text.parse().unwrap()));
+        for address in tcp.into_iter().chain([Address::Unix("/run/a socket".into())]) {
+            assert_eq!(Address::shown_as(&address.to_string()), address);
+        }
+    }
 }
